@@ -1,0 +1,70 @@
+"""Greedy subset selection. Inputs may have any float dtype; arithmetic is float32, ties go to the lower index."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+_TINY = 1e-12
+
+
+def diverse_subset(features: Tensor, k: int, start: Tensor, *, objective: str = "max_min") -> Tensor:
+    """Greedy diversity by cosine similarity, from a given first token.
+
+    Args:
+        features: ``(B, N, D)``; zero rows count as orthogonal to everything.
+        k: tokens to pick, 1 <= k <= N.
+        start: ``(B,)`` int64 first picks.
+        objective: ``"max_min"`` takes the token farthest from its nearest pick (farthest-first traversal, k-center),
+            ``"max_sum"`` the one with the smallest summed similarity to all picks.
+
+    Returns:
+        ``(B, k)`` int64 in order of selection, without repetition. O(N^2 D) once, then O(N) per pick.
+    """
+    x = normalize(features.float(), dim=-1, eps=_TINY)
+    gram = x @ x.mT
+    rows = torch.arange(len(x), device=x.device)
+    picks = [start]
+    score = gram[rows, start].clone()
+    score[rows, start] = torch.inf
+    for _ in range(k - 1):
+        pick = score.argmin(dim=1)
+        picks.append(pick)
+        similarity = gram[rows, pick]
+        # a picked token's score is inf, and stays inf under both updates
+        score = score + similarity if objective == "max_sum" else torch.maximum(score, similarity)
+        score[rows, pick] = torch.inf
+    return torch.stack(picks, dim=1)
+
+
+def conditional_dpp(features: Tensor, relevance: Tensor, k: int) -> Tensor:
+    """Greedy MAP of a determinantal point process with kernel ``r_i (x_i . x_j) r_j`` (CDPruner).
+
+    Args:
+        features: ``(B, N, D)``, normalised here; relevance: ``(B, N)`` non-negative.
+        k: tokens to pick. Beyond the kernel's rank all gains are zero: the lowest free indices follow.
+
+    Returns:
+        ``(B, k)`` int64 in order of selection, without repetition. O(N^2 D + k^2 N).
+    """
+    x = normalize(features.float(), dim=-1, eps=_TINY)
+    relevance = relevance.float()
+    kernel = relevance[:, :, None] * (x @ x.mT) * relevance[:, None]
+    batch, n = relevance.shape
+    rows = torch.arange(batch, device=x.device)
+    gain = kernel.diagonal(dim1=1, dim2=2).clone()  # (B, N)
+    taken = torch.zeros_like(gain, dtype=torch.bool)
+    factors = kernel.new_zeros(batch, k, n)
+    picks = []
+    for step in range(k):
+        pick = gain.clamp(min=0).masked_fill(taken, -torch.inf).argmax(dim=1)
+        picks.append(pick)
+        taken[rows, pick] = True
+        left = gain[rows, pick]
+        projected = (factors[rows, :step, pick][:, None] @ factors[:, :step]).squeeze(1) if step else 0.0
+        factor = (kernel[rows, pick] - projected) / left.clamp(min=_TINY).sqrt()[:, None]
+        factor = factor * (left > _TINY)[:, None]  # exhausted rank: adds nothing more
+        factors[:, step] = factor
+        gain = gain - factor.square()
+    return torch.stack(picks, dim=1)

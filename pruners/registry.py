@@ -1,0 +1,58 @@
+"""Names of methods."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from foveate.errors import ParameterError, UnknownNameError, nearest
+from foveate.pruners.base import Pruner
+
+PRUNERS: dict[str, type[Pruner]] = {}
+P = TypeVar("P", bound=type[Pruner])
+
+
+def register(name: str) -> Callable[[P], P]:
+    """Class decorator: make a method known under ``name``."""
+
+    def add(cls: P) -> P:
+        if name in PRUNERS:
+            raise ParameterError(f"the method name {name!r} is already taken by {PRUNERS[name].__qualname__}")
+        cls.name = name
+        PRUNERS[name] = cls
+        return cls
+
+    return add
+
+
+def find(name: str) -> type[Pruner]:
+    """The method called ``name``.
+
+    Raises:
+        UnknownNameError: there is none; the message suggests the nearest.
+    """
+    if name not in PRUNERS:
+        raise UnknownNameError(f"unknown method {name!r}; {nearest(name, PRUNERS)}")
+    return PRUNERS[name]
+
+
+def create(method: str | Pruner | type[Pruner], **params: Any) -> Pruner:
+    """Turn a name, a class or a ready method into a method with parameters ``params``.
+
+    Raises:
+        UnknownNameError: no such method or parameter.
+        ParameterError: parameters given beside a ready method.
+    """
+    if isinstance(method, Pruner):
+        if params:
+            raise ParameterError(f"{method} is configured already; drop {', '.join(params)} or use dataclasses.replace")
+        return method
+    cls = find(method) if isinstance(method, str) else method
+    if not (isinstance(cls, type) and issubclass(cls, Pruner)):
+        raise ParameterError(f"{method!r} is no method: give a name (see `foveate list`) or a Pruner")
+    known = [f.name for f in dataclasses.fields(cls)]
+    for name in params:
+        if name not in known:
+            raise UnknownNameError(f"{cls.name} has no parameter {name!r}; {nearest(name, known)}")
+    return cls(**params)
