@@ -5,6 +5,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+__all__ = [
+    "AttachError",
+    "BudgetError",
+    "FoveateError",
+    "InputError",
+    "MissingSignalError",
+    "ParameterError",
+    "UnknownNameError",
+    "UnsupportedModelError",
+]
+
 
 class FoveateError(Exception):
     """Base class: the message says what was wrong, with the value, where, and what to do."""

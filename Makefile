@@ -1,0 +1,50 @@
+# `make bench` and `make test` set up everything in .venv by themselves: all they need is Python >= 3.10, pip and make.
+# PYTHON=python3.12 chooses the interpreter, ARGS="..." adds arguments to the command that is run.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+BENCH := --model shapes-llava --suite shapes --pruners all --keep 0.5,0.25,0.11 --limit 200
+
+.PHONY: bench test lint format clean
+
+bench: .venv/core.stamp
+	$(BIN)/foveate bench $(BENCH) $(ARGS)
+
+test: .venv/dev.stamp
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/lint.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/lint.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+# Stamps: nothing is installed twice unless the project's own requirements changed. `dev` covers the other two.
+
+.venv/core.stamp: setup.cfg pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --editable .
+	@touch $@
+
+.venv/dev.stamp: setup.cfg pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --editable '.[dev]'
+	@touch .venv/core.stamp .venv/lint.stamp $@
+
+# ruff alone, at the version that setup.cfg names, without torch and the rest
+.venv/lint.stamp: setup.cfg pyproject.toml | $(BIN)/python
+	$(BIN)/python -c "import configparser as c; p = c.ConfigParser(); p.read('setup.cfg'); \
+	print(p['options.extras_require']['lint'])" > .venv/lint.txt
+	$(BIN)/python -m pip install --requirement .venv/lint.txt
+	@touch $@
+
+# Where the operating system leaves ensurepip out of Python (Debian), the pip at hand puts one into the environment.
+$(BIN)/python:
+	@$(PYTHON) -c "import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 10) and \
+	f'foveate needs Python >= 3.10; $(PYTHON) is {v}: make PYTHON=python3.12 ...')"
+	$(PYTHON) -m venv .venv || { $(PYTHON) -m venv --clear --without-pip .venv && \
+	$(PYTHON) -m pip --python .venv/bin/python install pip; }

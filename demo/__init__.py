@@ -1,0 +1,1 @@
+"""The Gradio app: see what every method keeps, on your own picture."""

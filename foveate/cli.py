@@ -1,0 +1,99 @@
+"""The ``foveate`` command: ``list`` and ``show`` the methods, ``bench`` them.
+
+Exit codes: 0 all went well, 1 a run that finished but failed, 2 bad input (one line on stderr says what and what to do).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+import foveate
+from foveate.errors import FoveateError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` (default: that of the process) and return the exit code.
+
+    Raises:
+        SystemExit: argparse's own, with code 2 for bad usage and 0 after ``--help`` and ``--version``.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        args = _parser(argv[0] if argv else "").parse_args(argv)
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
+    except FoveateError as error:
+        return _fail(error)
+    except BrokenPipeError:  # `foveate list | head`; what is left in the buffer has nowhere to go
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:  # a path that cannot be read or written, a model that cannot be found
+        return _fail(error)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _fail(error: Exception) -> int:
+    print(f"foveate: error: {error}", file=sys.stderr)
+    return 2
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="foveate", description="Interchangeable visual-token pruners.")
+    parser.add_argument("--version", action="version", version=f"foveate {foveate.__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    lists = commands.add_parser("list", help="all methods, one a line", description="All methods, one a line.")
+    lists.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    lists.set_defaults(run=_list)
+
+    shows = commands.add_parser(
+        "show",
+        help="one method: paper, parameters, hook points, signals, families, cost",
+        description="One method: its paper, parameters, hook points, signals, families and cost.",
+    )
+    shows.add_argument("method", help="a name that `foveate list` prints")
+    shows.add_argument("--json", action="store_true", help="print JSON instead of text")
+    shows.set_defaults(run=_show)
+
+    help_ = "run methods over a suite and compare accuracy, tokens and time"
+    bench = commands.add_parser("bench", help=help_, description=f"{help_.capitalize()}.")
+    if command == "bench":  # the runner loads torch, so only who asks for it pays
+        from foveate.eval_suites import runner
+
+        runner.add_arguments(bench)
+        bench.set_defaults(run=runner.main)
+    return parser
+
+
+def _list(args: argparse.Namespace) -> int:
+    from foveate import registry_view as view
+
+    cards = view.cards()
+    if args.json:
+        print(json.dumps([card.as_json() for card in cards], indent=2))
+    else:
+        view.print_table(cards)
+    return 0
+
+
+def _show(args: argparse.Namespace) -> int:
+    from foveate import registry_view as view
+
+    card = view.card(args.method)
+    if args.json:
+        print(json.dumps(card.as_json(), indent=2))
+    else:
+        view.print_card(card)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
