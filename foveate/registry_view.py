@@ -96,16 +96,24 @@ def card(name: str) -> Card:
     """
     cls = find(name if name in PRUNERS else name.lower())
     doc, docs = split_doc(inspect.cleandoc(cls.__doc__ or ""))
+    file = inspect.getmodule(cls)
+    if file and file.__doc__ and sum(other.__module__ == cls.__module__ for other in PRUNERS.values()) == 1:
+        doc = inspect.cleandoc(file.__doc__)  # a file of its own is introduced at its top
+    parameters = _parameters(cls, docs)
+    required = ", ".join(p.name for p in parameters if p.default is None)
+    method = None if required else cls()
     return Card(
         name=cls.name,
         class_name=cls.__name__,
         title=cls.title,
         paper=cls.paper,
-        doc=doc,
-        parameters=_parameters(cls, docs),
-        stages={label: _stages(cls, model) for label, model in EXAMPLES.items()},
+        doc=_reflow(doc),
+        parameters=parameters,
+        stages={
+            label: _stages(method, model) if method else f"depends on {required}" for label, model in EXAMPLES.items()
+        },
         families=tuple(cls.families),
-        adaptive=cls.adaptive,
+        adaptive=(method or cls).adaptive is True,
         cost=cls.cost,
     )
 
@@ -129,7 +137,16 @@ def split_doc(doc: str) -> tuple[str, dict[str, str]]:
         elif entries:
             entries[next(reversed(entries))].append(line.strip())
     rest = "\n\n".join(part for part in (doc[: heading.start()].strip(), "\n".join(lines[end:]).strip()) if part)
-    return rest, {name: " ".join(filter(None, text)) for name, text in entries.items()}
+    return rest, {name: " ".join(filter(None, text)).replace("``", "`") for name, text in entries.items()}
+
+
+def _reflow(doc: str) -> str:
+    """``doc`` with every plain paragraph on one line, for a terminal of any width to wrap; lists stay as they are."""
+    paragraphs = [
+        part if re.search(r"^(\s|[-*]\s|\d+\.\s)", part, re.MULTILINE) else part.replace("\n", " ")
+        for part in doc.split("\n\n")
+    ]
+    return "\n\n".join(paragraphs).replace("``", "`")
 
 
 def _parameters(cls: type[Pruner], docs: dict[str, str]) -> tuple[Parameter, ...]:
@@ -162,16 +179,9 @@ def value_text(value: object) -> str:
     return repr(value)
 
 
-def _stages(cls: type[Pruner], model: ModelInfo) -> tuple[StageCard, ...] | str:
-    required = [
-        f.name
-        for f in dataclasses.fields(cls)
-        if f.init and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    if required:
-        return f"depends on {', '.join(required)}"
+def _stages(method: Pruner, model: ModelInfo) -> tuple[StageCard, ...] | str:
     try:
-        return tuple(_stage(stage) for stage in cls().stages(model))
+        return tuple(_stage(stage) for stage in method.stages(model))
     except FoveateError as error:
         return f"not on this model: {error}"
 
@@ -244,7 +254,7 @@ def print_card(method: Card, console: Console | None = None) -> None:
                 console.print(Text(f"      reads {signal}"))
 
     console.print()
-    counted = "depends on the picture" if method.adaptive else "known before the picture is"
+    counted = "as many as the picture asks for" if method.adaptive else "a number known in advance"
     for label, value in (
         ("families", ", ".join(method.families)),
         ("tokens kept", counted),
