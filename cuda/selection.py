@@ -9,13 +9,13 @@ from torch.nn.functional import normalize
 _TINY = 1e-12
 
 
-def diverse_subset(features: Tensor, k: int, start: Tensor, *, objective: str = "max_min") -> Tensor:
-    """Greedy diversity by cosine similarity, from a given first token.
+def diverse_subset(features: Tensor, k: int, start: Tensor | None = None, *, objective: str = "max_min") -> Tensor:
+    """Greedy diversity by cosine similarity.
 
     Args:
         features: ``(B, N, D)``; zero rows count as orthogonal to everything.
         k: tokens to pick, 1 <= k <= N.
-        start: ``(B,)`` int64 first picks.
+        start: ``(B,)`` int64 first picks; None takes the most isolated token, whose nearest other token is farthest.
         objective: ``"max_min"`` takes the token farthest from its nearest pick (farthest-first traversal, k-center),
             ``"max_sum"`` the one with the smallest summed similarity to all picks.
 
@@ -25,6 +25,9 @@ def diverse_subset(features: Tensor, k: int, start: Tensor, *, objective: str = 
     x = normalize(features.float(), dim=-1, eps=_TINY)
     gram = x @ x.mT
     rows = torch.arange(len(x), device=x.device)
+    if start is None:
+        itself = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
+        start = gram.masked_fill(itself, -torch.inf).amax(dim=1).argmin(dim=1)
     picks = [start]
     score = gram[rows, start].clone()
     score[rows, start] = torch.inf

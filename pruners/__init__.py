@@ -1,18 +1,40 @@
 """The methods, one file per published method."""
 
 from foveate.pruners.base import Hook, Layout, ModelInfo, Pruner, Selection, Stage, Tokens, View
+from foveate.pruners.baselines import AvgPool, Downsample, Grid, Random
+from foveate.pruners.cdpruner import CDPruner, ClipText
+from foveate.pruners.compose import Then
+from foveate.pruners.divprune import DivPrune
+from foveate.pruners.fastv import FastV
+from foveate.pruners.fopru import FoPru
+from foveate.pruners.hiprune import HiPrune
 from foveate.pruners.registry import PRUNERS, create, find, register
+from foveate.pruners.todre import ToDRE
+from foveate.pruners.visionzip import VisionZip
 
 __all__ = [
     "PRUNERS",
+    "AvgPool",
+    "CDPruner",
+    "ClipText",
+    "DivPrune",
+    "Downsample",
+    "FastV",
+    "FoPru",
+    "Grid",
+    "HiPrune",
     "Hook",
     "Layout",
     "ModelInfo",
     "Pruner",
+    "Random",
     "Selection",
     "Stage",
+    "Then",
+    "ToDRE",
     "Tokens",
     "View",
+    "VisionZip",
     "create",
     "find",
     "register",

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from foveate.errors import BudgetError, ParameterError
+from foveate.errors import BudgetError, MissingSignalError, ParameterError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -92,6 +92,13 @@ class Layout:
     def length(self) -> int:
         """Places taken in the unpruned sequence, separators counted."""
         return self.size + len(self.newlines)
+
+    def places(self, device: torch.device | str | None = None) -> Tensor:
+        """Place of every token among the image's places, ``(N,)`` int64."""
+        separators = torch.tensor([n.place for n in self.newlines], dtype=torch.long)
+        token = torch.ones(self.length, dtype=torch.bool)
+        token[separators] = False
+        return token.nonzero().squeeze(1).to(device)
 
     @classmethod
     def grid(cls, rows: int, cols: int) -> Layout:
@@ -230,7 +237,8 @@ class ModelInfo:
         encoder_layers: number of encoder blocks; feature_layer: the 0-based block whose output feeds the projector.
         class_token: whether the tower has one.
         decoder_layers: number of decoder layers; mrope: three-axis positions.
-        full_attention: encoder blocks without windows (all of them for most towers).
+        full_attention: encoder blocks without windows (None: all of them, as in most towers).
+        patch_size: side of a patch in pixels.
     """
 
     family: str = "none"
@@ -241,6 +249,45 @@ class ModelInfo:
     decoder_layers: int = 32
     mrope: bool = False
     full_attention: tuple[int, ...] | None = None
+    patch_size: int = 14
+
+    def block(self, name: str, layer: int | None) -> int:
+        """The 0-based encoder block that parameter ``name`` means: None is the feature layer, negative counts from the end.
+
+        Raises:
+            ParameterError: no such block, or its attention stays inside windows.
+        """
+        layer = self.feature_layer if layer is None else layer
+        block = layer + self.encoder_layers if layer < 0 else layer
+        if not 0 <= block < self.encoder_layers:
+            raise ParameterError(f"{name}={layer}: the {self.tower} tower has blocks 0 .. {self.encoder_layers - 1}")
+        if self.full_attention is not None and block not in self.full_attention:
+            raise ParameterError(
+                f"{name}={layer}: block {block} of the {self.tower} tower attends inside windows only; blocks with full "
+                f"attention: {', '.join(map(str, self.full_attention))}"
+            )
+        return block
+
+    def decoder_layer(self, name: str, layer: int) -> int:
+        """``layer`` if the decoder has it and a layer in front of it.
+
+        Raises:
+            ParameterError: it has not.
+        """
+        if not 1 <= layer < self.decoder_layers:
+            raise ParameterError(
+                f"{name}={layer}: the decoder has {self.decoder_layers} layers, so tokens can leave it in front of "
+                f"layers 1 .. {self.decoder_layers - 1}"
+            )
+        return layer
+
+    def require_class_token(self, what: str, instead: str) -> None:
+        """Raise :class:`MissingSignalError` if the tower has no class token for ``what``; ``instead``: what would work."""
+        if not self.class_token:
+            raise MissingSignalError(
+                f"{what} reads the attention of the class token, and the {self.tower} tower of this {self.family} model "
+                f"has none; use {instead}"
+            )
 
 
 @dataclass(frozen=True)
@@ -270,7 +317,8 @@ class Pruner:
     """Base of all methods. Subclasses are frozen dataclasses whose fields are the paper's parameters.
 
     Class attributes (for ``foveate list`` and ``foveate show``): ``name`` is set by :func:`register`; ``title``, ``paper``,
-    ``cost`` and ``families`` describe the method; ``adaptive`` is True when the number of kept tokens depends on content.
+    ``cost`` and ``families`` describe the method; ``adaptive`` is True when the number of kept tokens depends on content,
+    ``needs_grid`` when it depends on the shape of the grid. Both may be properties: ask a method, not its class.
     """
 
     name: ClassVar[str] = ""
@@ -279,6 +327,7 @@ class Pruner:
     cost: ClassVar[str] = ""
     families: ClassVar[tuple[str, ...]] = ("all",)
     adaptive: ClassVar[bool] = False
+    needs_grid: ClassVar[bool] = False
 
     def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
         """Where the method acts on this model.
@@ -288,9 +337,26 @@ class Pruner:
         """
         raise NotImplementedError(f"{type(self).__name__} does not implement stages()")
 
+    def budgets(self, layout: Layout) -> tuple[int, ...]:
+        """How many tokens of each view of ``layout`` survive; methods that pool the views return a single number."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement budgets()")
+
+    def kept_in(self, layout: Layout) -> int:
+        """How many visual tokens of an image or video of this layout survive (the last stage that prunes)."""
+        return sum(self.budgets(layout))
+
     def kept(self, n_tokens: int, grid: tuple[int, int] | None = None) -> int:
-        """How many of ``n_tokens`` visual tokens of one image survive (the last stage that prunes)."""
-        raise NotImplementedError(f"{type(self).__name__} keeps a content-dependent number of tokens")
+        """How many of ``n_tokens`` visual tokens of a single picture survive; for crops and videos see :meth:`kept_in`.
+
+        Raises:
+            ParameterError: the grid does not have ``n_tokens`` tokens, or is missing where the count depends on it.
+        """
+        if grid is None and self.needs_grid:
+            raise ParameterError(f"{self.name}: the number of kept tokens depends on the grid; pass grid=(rows, cols)")
+        rows, cols = grid or (1, n_tokens)
+        if rows * cols != n_tokens:
+            raise ParameterError(f"a grid of {rows} x {cols} does not hold {n_tokens} tokens")
+        return self.kept_in(Layout.grid(rows, cols))
 
     def prepare(self, image: Image) -> Image:
         """What to do to a picture before the processor sees it; the identity for all methods that act in the model."""
@@ -360,6 +426,17 @@ def gather(values: Tensor, index: Tensor) -> Tensor:
     return values[torch.arange(len(values), device=values.device)[:, None], index]
 
 
+def keep_all(tokens: Tokens) -> Selection:
+    """The selection that changes nothing."""
+    return Selection(torch.arange(tokens.count, device=tokens.embeds.device).expand(len(tokens.embeds), -1))
+
+
+def seeded(seed: int, tokens: Tokens) -> list[torch.Generator]:
+    """One CPU generator per image, from ``seed`` and the image's id alone: the same draw on every device, in every batch."""
+    ids = tokens.sample_ids or range(len(tokens.embeds))
+    return [torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + i) % 2**63) for i in ids]
+
+
 def split_budget(total: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
     """Share ``total`` among parts in proportion to ``sizes``, exactly (largest remainders, earlier part first)."""
     whole = sum(sizes)
@@ -368,6 +445,11 @@ def split_budget(total: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
     for i in by_remainder[: total - sum(shares)]:
         shares[i] += 1
     return tuple(shares)
+
+
+def view_budgets(keep: Keep, layout: Layout, rounding: Callable[[float], int] = round) -> tuple[int, ...]:
+    """The :func:`budget` of a whole layout, shared among its views in proportion to their token counts."""
+    return split_budget(budget(keep, layout.size, rounding), tuple(view.size for view in layout.views))
 
 
 def per_view(
@@ -380,9 +462,11 @@ def per_view(
 
     Views of equal grid and budget are stacked into one batch. ``signals`` of shape ``(B, N, …)`` are cut to the view's
     tokens, those of shape ``(B, V, …)`` with V views (V != N) to the view's row. ``budgets`` has one entry per view; a
-    view with budget 0 keeps nothing.
+    view with budget 0 keeps nothing, one whose budget is not below its size keeps everything without asking ``select``.
     """
     views = tokens.layout.views
+    if all(k >= view.size for view, k in zip(views, budgets)):
+        return keep_all(tokens)
     if len(views) == 1:
         return select(
             tokens, budgets[0], **{name: s[:, 0] if _by_view(s, tokens) else s for name, s in signals.items()}
@@ -410,8 +494,11 @@ def per_view(
             instruction_ids=_repeat(tokens.instruction_ids, len(members)),
             project=tokens.project,
         )
-        chosen = select(part, k, **{name: cut(s) for name, s in signals.items()})
-        parts.append((where, chosen))
+        if k >= part.count:
+            chosen = keep_all(part)
+        else:
+            chosen = select(part, k, **{name: cut(s) for name, s in signals.items()})
+        parts.append(_Part(tuple(members), where, part, chosen))
     return _join(parts, batch, tokens.count, device)
 
 
@@ -423,44 +510,56 @@ def _repeat(x: Tensor | None, times: int) -> Tensor | None:
     return None if x is None else x.repeat_interleave(times, dim=0)
 
 
-def _join(parts: list[tuple[Tensor, Selection]], batch: int, count: int, device: torch.device) -> Selection:
-    """Merge the selections of disjoint token groups ``where (M, n)`` into one over all ``count`` tokens."""
-    index, values, emitted = [], [], []
+@dataclass
+class _Part:
+    """M views of equal grid and budget, selected as one batch: row ``b * M + m`` is member m of image b."""
+
+    members: tuple[int, ...]
+    where: Tensor  # (M, n) token numbers
+    tokens: Tokens
+    chosen: Selection
+
+
+def _join(parts: list[_Part], batch: int, count: int, device: torch.device) -> Selection:
+    """Merge the selections of disjoint views into one over all ``count`` tokens; -1 in an index means no token."""
+    chosen = [part.chosen for part in parts]
+    merging = any(c.values is not None for c in chosen)
+    speaking = any(c.owner is not None for c in chosen)
     scores = torch.full((batch, count), float("nan"), device=device)
     owner = torch.full((batch, count), -1, dtype=torch.long, device=device)
-    for where, chosen in parts:
-        members, n = where.shape
-        rows = where.repeat(batch, 1)  # (B * M, n), row b * M + m is view m
-        mapped = rows.gather(1, chosen.index).unflatten(0, (batch, members))  # (B, M, k)
-        order = torch.arange(mapped.shape[-1], device=device) if chosen.order is None else chosen.order
-        emitted.append(order.expand(batch * members, -1).unflatten(0, (batch, members)))
-        index.append(mapped)
-        if chosen.values is not None:
-            values.append(chosen.values.unflatten(0, (batch, members)))
-        if chosen.scores is not None:
-            scores[:, where] = chosen.scores.float().unflatten(0, (batch, members))
-        if chosen.owner is not None:
-            local = chosen.owner.unflatten(0, (batch, members))
-            spoken = where.expand(batch, -1, -1).gather(2, local.clamp(min=0))
-            owner[:, where] = torch.where(local >= 0, spoken, -1)
-    flat = torch.cat([i.flatten(1) for i in index], dim=1)
-    ascending, perm = flat.sort(dim=1)
-    joined = Selection(ascending, scores=scores if any(p.scores is not None for _, p in parts) else None)
-    if values:
-        joined.values = gather(torch.cat([v.flatten(1, 2) for v in values], dim=1), perm)
-    if any(p.owner is not None for _, p in parts):
+    index, values, emitted = [], [], {}
+    for part in parts:
+        members, c = len(part.members), part.chosen
+        rows = part.where.repeat(batch, 1)  # (B * M, n)
+        mapped = rows.gather(1, c.index.clamp(min=0)).masked_fill(c.index < 0, count)  # absent ones sort to the end
+        k = mapped.shape[1]
+        start = sum(i.shape[1] for i in index)
+        index.append(mapped.unflatten(0, (batch, members)).flatten(1))
+        order = torch.arange(k, device=device) if c.order is None else c.order
+        for m, (view, one) in enumerate(
+            zip(part.members, order.expand(batch * members, -1).unflatten(0, (batch, -1)).unbind(1))
+        ):
+            emitted[view] = one + start + m * k
+        if merging:
+            own = gather(part.tokens.embeds, c.index.clamp(min=0)) if c.values is None else c.values
+            values.append(own.unflatten(0, (batch, members)).flatten(1, 2))
+        if c.scores is not None:
+            scores[:, part.where] = c.scores.float().unflatten(0, (batch, members))
+        if speaking:
+            own = torch.full_like(rows, -1) if c.owner is None else c.owner
+            if c.owner is None:  # a view that merged nothing: survivors speak for themselves
+                own.scatter_(1, c.index.clamp(min=0), c.index)
+            owner[:, part.where] = torch.where(own >= 0, rows.gather(1, own.clamp(min=0)), -1).unflatten(
+                0, (batch, members)
+            )
+    ascending, perm = torch.cat(index, dim=1).sort(dim=1)
+    joined = Selection(ascending.masked_fill(ascending == count, -1))
+    if any(c.scores is not None for c in chosen):
+        joined.scores = scores
+    if merging:
+        joined.values = gather(torch.cat(values, dim=1), perm)
+    if speaking:
         joined.owner = owner
-    if any(p.order is not None for _, p in parts):
-        joined.order = _joined_order(emitted, perm)
+    if any(c.order is not None for c in chosen):  # views enter one after the other, each in its own order
+        joined.order = perm.argsort(dim=1).gather(1, torch.cat([emitted[v] for v in sorted(emitted)], dim=1))
     return joined
-
-
-def _joined_order(emitted: list[Tensor], perm: Tensor) -> Tensor:
-    """Views speak one after the other, each in its own order; returned as columns of the sorted joint index."""
-    offset, flat = 0, []
-    for order in emitted:  # (B, M, k)
-        members, k = order.shape[1:]
-        base = offset + k * torch.arange(members, device=order.device)[:, None]
-        flat.append((order + base).flatten(1))
-        offset += members * k
-    return perm.argsort(dim=1).gather(1, torch.cat(flat, dim=1))

@@ -1,0 +1,260 @@
+"""Baselines every pruner must beat: a random choice, a regular lattice, average pooling, and a smaller picture.
+
+None reads the content. Random, Grid and AvgPool act at the decoder's entry and cost nothing; Downsample also shortens the
+vision encoder. Conventions follow the harnesses that report them (UniPruneBench, arXiv 2511.02650; Wen et al., arXiv
+2502.11501), with survivors in raster order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d, adaptive_max_pool2d, interpolate
+
+from foveate.errors import BudgetError
+from foveate.pruners.base import (
+    Hook,
+    Keep,
+    Layout,
+    ModelInfo,
+    Pruner,
+    Selection,
+    Stage,
+    Tokens,
+    budget,
+    check_keep,
+    one_of,
+    per_view,
+    seeded,
+    view_budgets,
+)
+from foveate.pruners.registry import register
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@register("random")
+@dataclass(frozen=True)
+class Random(Pruner):
+    """A random choice, drawn for every view by itself with the same ratio.
+
+    Attributes:
+        keep: fraction (of every view) or number of tokens (shared among the views).
+        seed: with the image's id it determines the choice, on every device and in every batch.
+        shuffle: feed the survivors in the order drawn, as one public harness does.
+    """
+
+    title: ClassVar[str] = "Random choice"
+    paper: ClassVar[str] = "baseline"
+    cost: ClassVar[str] = "none"
+
+    keep: Keep = 0.25
+    seed: int = 0
+    shuffle: bool = False
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+
+    def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
+        return (Stage(Hook.LLM_INPUT, self.select),)
+
+    def budgets(self, layout: Layout) -> tuple[int, ...]:
+        if isinstance(self.keep, int):
+            return view_budgets(self.keep, layout)
+        return tuple(budget(self.keep, view.size) for view in layout.views)
+
+    def select(self, tokens: Tokens) -> Selection:
+        return per_view(tokens, self.budgets(tokens.layout), self._select_view)
+
+    def _select_view(self, tokens: Tokens, k: int) -> Selection:
+        drawn = torch.stack([torch.randperm(tokens.count, generator=g)[:k] for g in seeded(self.seed, tokens)])
+        drawn = drawn.to(tokens.embeds.device)
+        index = drawn.sort(dim=1).values
+        return Selection(index, order=torch.searchsorted(index, drawn) if self.shuffle else None)
+
+
+@register("grid")
+@dataclass(frozen=True)
+class Grid(Pruner):
+    """A regular sub-lattice of every view.
+
+    Attributes:
+        keep: fraction or number of tokens. The largest lattice within the budget is kept, which may be smaller.
+        variant: ``"lattice"``, or ``"stride"``: evenly spaced in raster order, exact in number and blind to the aspect.
+    """
+
+    title: ClassVar[str] = "Uniform spatial grid"
+    paper: ClassVar[str] = "baseline"
+    cost: ClassVar[str] = "none"
+
+    keep: Keep = 0.25
+    variant: str = "lattice"
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        one_of("variant", self.variant, ("lattice", "stride"))
+
+    @property
+    def needs_grid(self) -> bool:
+        return self.variant == "lattice"
+
+    def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
+        return (Stage(Hook.LLM_INPUT, self.select),)
+
+    def budgets(self, layout: Layout) -> tuple[int, ...]:
+        shares = view_budgets(self.keep, layout)
+        if self.variant == "stride":
+            return shares
+        return tuple(lattice_size(view.grid, share) for view, share in zip(layout.views, shares))
+
+    def select(self, tokens: Tokens) -> Selection:
+        return per_view(tokens, self.budgets(tokens.layout), self._select_view)
+
+    def _select_view(self, tokens: Tokens, k: int) -> Selection:
+        if self.variant == "stride":
+            places = middles(tokens.count, k)
+        else:
+            grid = tokens.layout.views[0].grid
+            places = host_slots(grid, lattice(grid, k))
+        return Selection(places.to(tokens.embeds.device).expand(len(tokens.embeds), -1))
+
+
+@register("avgpool")
+@dataclass(frozen=True)
+class AvgPool(Pruner):
+    """Projected tokens pooled to the lattice of the grid baseline; a pooled token stands in the middle of its bin.
+
+    Attributes:
+        keep: fraction or number of tokens, as for the grid baseline.
+        pool: ``"mean"`` or ``"max"``.
+    """
+
+    title: ClassVar[str] = "Average pooling to a smaller grid"
+    paper: ClassVar[str] = "baseline"
+    cost: ClassVar[str] = "one adaptive pooling"
+    needs_grid: ClassVar[bool] = True
+
+    keep: Keep = 0.25
+    pool: str = "mean"
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        one_of("pool", self.pool, ("mean", "max"))
+
+    def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
+        return (Stage(Hook.LLM_INPUT, self.select),)
+
+    def budgets(self, layout: Layout) -> tuple[int, ...]:
+        return tuple(lattice_size(v.grid, share) for v, share in zip(layout.views, view_budgets(self.keep, layout)))
+
+    def select(self, tokens: Tokens) -> Selection:
+        return per_view(tokens, self.budgets(tokens.layout), self._select_view)
+
+    def _select_view(self, tokens: Tokens, k: int) -> Selection:
+        grid, batch = tokens.layout.views[0].grid, len(tokens.embeds)
+        small = lattice(grid, k)
+        picture = tokens.embeds.float().mT.unflatten(2, grid)  # (B, D, rows, cols)
+        pooled = (adaptive_avg_pool2d if self.pool == "mean" else adaptive_max_pool2d)(picture, small)
+        index = host_slots(grid, small).to(tokens.embeds.device).expand(batch, -1)
+        owner = nearest_host(grid, small).to(index.device).expand(batch, -1)
+        return Selection(index, pooled.flatten(2).mT.to(tokens.embeds.dtype), owner)
+
+
+@register("downsample")
+@dataclass(frozen=True)
+class Downsample(Pruner):
+    """The picture itself made smaller: cheapest of all, since the vision encoder shrinks too.
+
+    A tower of fixed resolution gets smaller ``pixel_values`` (bilinear, antialiased) with interpolated position
+    embeddings, and its patches stand on the slots of the grid baseline. Families of any resolution (Qwen) have nothing
+    to do inside the model: call :meth:`prepare` on every picture before the processor, whose rounding then decides the count.
+
+    Attributes:
+        keep: fraction or number of tokens, as for the grid baseline, alike for all views of an image. ``prepare`` needs a
+            fraction.
+    """
+
+    title: ClassVar[str] = "Smaller input picture"
+    paper: ClassVar[str] = "baseline"
+    cost: ClassVar[str] = "none; the vision encoder gets cheaper too"
+    needs_grid: ClassVar[bool] = True
+
+    keep: Keep = 0.25
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+
+    def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
+        if model.family.startswith("qwen"):
+            return ()
+
+        def shrink(pixel_values: Tensor) -> Tensor:
+            views, _, height, width = pixel_values.shape
+            grid = height // model.patch_size, width // model.patch_size
+            rows, cols = lattice(grid, self._per_view(grid[0] * grid[1], views))
+            size = rows * model.patch_size, cols * model.patch_size
+            small = interpolate(pixel_values.float(), size, mode="bilinear", antialias=True, align_corners=False)
+            return small.to(pixel_values.dtype)
+
+        return Stage(Hook.PIXELS, shrink), Stage(Hook.LLM_INPUT, self.select)
+
+    def _per_view(self, size: int, views: int) -> int:
+        if isinstance(self.keep, float):
+            return budget(self.keep, size)
+        if self.keep < views:
+            raise BudgetError(f"keep={self.keep} is less than one token for each of the {views} views of an image")
+        return min(size, self.keep // views)
+
+    def budgets(self, layout: Layout) -> tuple[int, ...]:
+        return tuple(lattice_size(v.grid, self._per_view(v.size, len(layout.views))) for v in layout.views)
+
+    def select(self, tokens: Tokens) -> Selection:
+        """The slots where the smaller tower's patches stand."""
+        return per_view(tokens, self.budgets(tokens.layout), Grid()._select_view)
+
+    def prepare(self, image: Image) -> Image:
+        """A picture for a family of any resolution, each side times ``sqrt(keep)``.
+
+        Raises:
+            BudgetError: ``keep`` is a number of tokens; the picture does not tell how many it will have.
+        """
+        if isinstance(self.keep, int):
+            raise BudgetError(f"keep={self.keep}: to resize pictures, give the budget as a fraction of the tokens")
+        width, height = (max(1, round(side * self.keep**0.5)) for side in image.size)
+        return image.resize((width, height), resample=2)  # bilinear, antialiased
+
+
+def lattice(grid: tuple[int, int], k: int) -> tuple[int, int]:
+    """The sub-lattice of at most ``k`` tokens: most tokens, then nearest aspect ratio, then more rows."""
+    rows, cols = grid
+    sizes = [(r, min(cols, k // r)) for r in range(1, min(rows, k) + 1)]
+    return max(sizes, key=lambda size: (size[0] * size[1], -abs(size[0] / size[1] - rows / cols), size[0]))
+
+
+def lattice_size(grid: tuple[int, int], k: int) -> int:
+    """Number of tokens of that lattice, 0 for an empty budget."""
+    rows, cols = lattice(grid, k) if k else (0, 0)
+    return rows * cols
+
+
+def middles(n: int, k: int) -> Tensor:
+    """``floor((i + 1/2) n / k)`` for i = 0 .. k - 1, ``(k,)`` int64."""
+    return (2 * torch.arange(k) + 1) * n // (2 * k)
+
+
+def host_slots(grid: tuple[int, int], small: tuple[int, int]) -> Tensor:
+    """Tokens of a ``grid`` where a ``small`` lattice stands, in raster order: ``(small rows * small cols,)`` int64."""
+    (rows, cols), (small_rows, small_cols) = grid, small
+    return (middles(rows, small_rows)[:, None] * cols + middles(cols, small_cols)).flatten()
+
+
+def nearest_host(grid: tuple[int, int], small: tuple[int, int]) -> Tensor:
+    """For every token of ``grid`` the nearest of the :func:`host_slots`, ``(rows * cols,)`` int64; its bin holds the token."""
+    row, col = (
+        middles(n, m)[(torch.arange(n)[:, None] - middles(n, m)).abs().argmin(dim=1)] for n, m in zip(grid, small)
+    )
+    return (row[:, None] * grid[1] + col).flatten()

@@ -1,0 +1,181 @@
+"""VisionZip: dominant tokens as they are, the rest merged into a few contextual ones.
+
+Yang et al., "VisionZip: Longer is Better but Not Necessary in Vision Language Models", arXiv 2412.04467 (CVPR 2025).
+*Dominant* are the class token itself and the patches it attends to most. Of the others evenly spaced *targets* are
+chosen; every remaining patch goes to the target with the most similar attention key, and a target becomes itself plus the
+mean of its members: the *contextual* tokens. Headline: 64 of 576 tokens keep 93 % of LLaVA-1.5-7B's score.
+
+Acts at the decoder's entry (merging encoder features, which are projected afterwards); reads class attention, keys and
+features of the block that feeds the projector. Towers without class token are ranked by received attention instead and
+send none. Cost: one attention row (or column sum) of one block, and an R x contextual similarity matrix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from foveate.errors import BudgetError, ParameterError
+from foveate.pruners.base import (
+    ClassAttention,
+    ClassFeatures,
+    EncoderFeatures,
+    EncoderKeys,
+    Hook,
+    Keep,
+    Layout,
+    ModelInfo,
+    Pruner,
+    ReceivedAttention,
+    Selection,
+    Signal,
+    Stage,
+    Tokens,
+    check_keep,
+    gather,
+    per_view,
+    top_k,
+    view_budgets,
+)
+from foveate.pruners.registry import register
+
+
+@register("visionzip")
+@dataclass(frozen=True)
+class VisionZip(Pruner):
+    """VisionZip: dominant and contextual tokens.
+
+    Attributes:
+        keep: fraction or number of tokens of the image, the class token counted; split 54 : 10 into dominant and contextual.
+        dominant, contextual: tokens **per view**, instead of ``keep`` (both or none); ``dominant`` counts the class token.
+    """
+
+    title: ClassVar[str] = "Dominant tokens by class attention, the rest merged by key similarity"
+    paper: ClassVar[str] = "arXiv 2412.04467 (CVPR 2025)"
+    cost: ClassVar[str] = "one class attention row, one N x contextual similarity matrix"
+
+    keep: Keep = 1 / 9
+    dominant: int | None = None
+    contextual: int | None = None
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        if (self.dominant is None) != (self.contextual is None):
+            raise ParameterError(f"dominant={self.dominant}, contextual={self.contextual}: give both or none")
+        if self.dominant is not None and (self.dominant < 1 or self.contextual < 0):
+            raise BudgetError(f"dominant={self.dominant} must be at least 1, contextual={self.contextual} at least 0")
+
+    def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
+        block = model.block("feature_layer", None)
+        signals: dict[str, Signal] = {"keys": EncoderKeys(block), "features": EncoderFeatures(block)}
+        if model.class_token:
+            signals |= {"attention": ClassAttention(block), "class_features": ClassFeatures(block)}
+        else:
+            signals["attention"] = ReceivedAttention(block)
+        return (Stage(Hook.LLM_INPUT, self.select, signals),)
+
+    def budgets(self, layout: Layout) -> tuple[int, ...]:
+        if self.dominant is None:
+            return view_budgets(self.keep, layout)
+        return tuple(min(self.dominant + self.contextual, view.size) for view in layout.views)
+
+    def split(self, k: int) -> tuple[int, int]:
+        """Dominant and contextual share of a view's ``k`` tokens."""
+        contextual = round(k * 10 / 64) if self.contextual is None else self.contextual
+        return k - contextual, contextual
+
+    def select(
+        self, tokens: Tokens, attention: Tensor, keys: Tensor, features: Tensor, class_features: Tensor | None = None
+    ) -> Selection:
+        signals = {"attention": attention, "keys": keys, "features": features}
+        if class_features is not None:
+            signals["class_features"] = class_features
+        budgets = self.budgets(tokens.layout)
+        selection = per_view(tokens, budgets, self._select_view, **signals)
+        if selection.order is not None and any(view.kind == "crop" for view in tokens.layout.views):
+            selection.order = self._crops_order(selection.order, tokens.layout, budgets, class_features is not None)
+        return selection
+
+    def _select_view(
+        self,
+        tokens: Tokens,
+        k: int,
+        attention: Tensor,
+        keys: Tensor,
+        features: Tensor,
+        class_features: Tensor | None = None,
+    ) -> Selection:
+        n_dominant, n_contextual = self.split(k)
+        has_class = class_features is not None
+        project = tokens.project or (lambda hidden: hidden)
+        if tokens.project is None:  # merging happens where the tokens are: in front of the decoder
+            features = tokens.embeds
+        dominant = top_k(attention, n_dominant - has_class)  # (B, d)
+        rest = complement(dominant, tokens.count)
+        targets, assigned = assign(keys, rest, n_contextual)  # (B, c), (B, R)
+        values = [gather(tokens.embeds, dominant)]
+        places = [dominant, targets]
+        if n_contextual:
+            values.append(project(merge(features, rest, targets, assigned).to(features.dtype)))
+        if has_class:
+            values.insert(0, project(class_features)[:, None])
+            places.insert(0, complement(torch.cat([dominant, targets], dim=1), tokens.count)[:, :1])
+        index, order, values = hosted(places, values, tokens.embeds.dtype)
+        owner = torch.full_like(attention, -1, dtype=torch.long)
+        if n_contextual:
+            owner.scatter_(1, rest, assigned)
+        return Selection(index, values, owner.scatter_(1, index, index), attention, order)
+
+    def _crops_order(self, order: Tensor, layout: Layout, budgets: tuple[int, ...], has_class: bool) -> Tensor:
+        """Thumbnail as it is; then the dominant patches of all crops in raster order; then the crops' other tokens."""
+        first, patches, classes, contextual = [], [], [], []
+        for view, k, part in zip(layout.views, budgets, order.split(budgets, dim=1)):
+            if view.kind != "crop" or k >= view.size:
+                (patches if view.kind == "crop" else first).append(part)
+                continue
+            n_dominant, n_contextual = self.split(k)
+            classes.append(part[:, : int(has_class)])
+            patches.append(part[:, int(has_class) : n_dominant])
+            contextual.append(part[:, k - n_contextual :])
+        patches = [torch.cat(patches, dim=1).sort(dim=1).values]
+        return torch.cat(first + patches + classes + contextual, dim=1)
+
+
+def complement(taken: Tensor, count: int) -> Tensor:
+    """Tokens of 0 .. ``count`` - 1 that are not in ``taken (B, T)``, ascending: ``(B, count - T)``."""
+    mask = torch.zeros(len(taken), count, dtype=torch.long, device=taken.device).scatter_(1, taken, 1)
+    return mask.argsort(dim=1, stable=True)[:, : count - taken.shape[1]]
+
+
+def assign(keys: Tensor, rest: Tensor, contextual: int) -> tuple[Tensor, Tensor]:
+    """Evenly spaced targets among the tokens ``rest (B, R)``, and for each of these its target by key cosine.
+
+    Returns:
+        targets ``(B, contextual)`` and assigned ``(B, R)``, both token numbers; a target is assigned to itself.
+    """
+    step = max(1, rest.shape[1] // max(1, contextual))
+    at = torch.arange(contextual, device=rest.device) * step
+    targets = rest[:, at]
+    if contextual == 0:
+        return targets, rest
+    metric = normalize(gather(keys, rest).float(), dim=-1, eps=1e-12)
+    nearest = (metric @ metric[:, at].mT).argmax(dim=-1)  # (B, R)
+    nearest[:, at] = torch.arange(contextual, device=rest.device)
+    return targets, targets.gather(1, nearest)
+
+
+def merge(hidden: Tensor, rest: Tensor, targets: Tensor, assigned: Tensor) -> Tensor:
+    """Every target plus the mean of its members (not a mean of all): ``(B, contextual, C)`` float32."""
+    member = (assigned[:, None] == targets[..., None]) & (rest[:, None] != targets[..., None])  # (B, c, R)
+    total = member.float() @ gather(hidden, rest).float()
+    return gather(hidden, targets).float() + total / member.sum(dim=-1, keepdim=True).clamp(min=1)
+
+
+def hosted(places: list[Tensor], values: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Sort tokens given in order of entry by their places: index, order and values of a selection."""
+    index, perm = torch.cat(places, dim=1).sort(dim=1)
+    return index, perm.argsort(dim=1), gather(torch.cat([v.to(dtype) for v in values], dim=1), perm)
