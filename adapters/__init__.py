@@ -1,0 +1,8 @@
+"""Model families and how a pruner gets onto them."""
+
+from foveate.adapters import llava, llava_next, llava_onevision, qwen_vl  # noqa: F401  (they register their families)
+from foveate.adapters.base import FAMILIES, Adapter, adapter_for
+from foveate.adapters.session import Session, attach
+from foveate.adapters.trace import ImageTrace, StageTrace, Trace
+
+__all__ = ["FAMILIES", "Adapter", "ImageTrace", "Session", "StageTrace", "Trace", "adapter_for", "attach"]

@@ -1,0 +1,170 @@
+"""What a model family tells the rest: where its parts are, how its visual tokens lie, which signals can be read."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from foveate.adapters.signals import CLASS_TOKEN, DECODER, Tap
+from foveate.errors import MissingSignalError, UnsupportedModelError
+from foveate.pruners.base import ClassFeatures, Layout, ModelInfo, Signal
+
+FAMILIES: list[type[Adapter]] = []
+
+
+@dataclass
+class Encoded:
+    """What one call of the vision side produced, one entry per image or video in prompt order.
+
+    Attributes:
+        layouts: the layouts; features: ``(N, D)`` projected embeddings, separators left out.
+        signals: ``signal -> [(N, …)]`` (``[(V, C)]`` for class features).
+    """
+
+    layouts: list[Layout]
+    features: list[Tensor]
+    signals: dict[Signal, list[Tensor]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Modality:
+    """One kind of visual input: the method that encodes it, its pixel argument and its placeholder token."""
+
+    kind: str  # "image" | "video"
+    encoder: str
+    pixels: str
+    token_id: int
+
+
+class Adapter:
+    """One attached model of one family. Subclasses fill in what differs; nothing here knows a pruner.
+
+    Class attributes: ``family`` is its name, ``classes`` the names of the ``transformers`` classes it serves.
+    """
+
+    family: ClassVar[str] = ""
+    classes: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        inner = getattr(model, "model", model)
+        self.inner: nn.Module = inner if hasattr(inner, "language_model") else model
+        self.text_model: nn.Module = self.inner.language_model
+        self.info = self.describe()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.family:
+            FAMILIES.append(cls)
+
+    # ------------------------------------------------------------------------------------- what a family must answer
+
+    @property
+    def tower(self) -> nn.Module:
+        """The vision tower."""
+        raise NotImplementedError
+
+    @property
+    def modalities(self) -> tuple[Modality, ...]:
+        """The kinds of visual input the model takes."""
+        raise NotImplementedError
+
+    def describe(self) -> ModelInfo:
+        """What pruners may know about the model."""
+        raise NotImplementedError
+
+    def tap(self, signals: Iterable[Signal]) -> Tap:
+        """A tap on the vision tower that collects ``signals``."""
+        raise NotImplementedError
+
+    def layouts(self, kind: str, call: dict[str, Any], output: Any) -> list[Layout]:
+        """Layout of every image or video of an encoder call with arguments ``call``."""
+        raise NotImplementedError
+
+    def arrange(self, kind: str, values: Tensor, layouts: list[Layout], call: dict[str, Any]) -> list[Tensor]:
+        """Bring tower values (one row per patch) to the layouts: ``[(N, C)]``, separators left out."""
+        raise NotImplementedError
+
+    @property
+    def project(self) -> Callable[[Tensor], Tensor] | None:
+        """Per-token map from encoder features to decoder embeddings, None if tokens are merged on the way."""
+        return None
+
+    # ------------------------------------------------------------------------------------------------------- shared
+
+    def check(self, signal: Signal) -> None:
+        """Raise :class:`MissingSignalError` if the model cannot provide ``signal``."""
+        info = self.info
+        if isinstance(signal, CLASS_TOKEN) and not info.class_token:
+            raise MissingSignalError(
+                f"{signal} needs a class token, and {info.tower} of {type(self.model).__name__} has none; "
+                "methods that work here: fopru, hiprune, todre(pivot='farthest'), divprune, cdpruner, fastv"
+            )
+        decoder = isinstance(signal, DECODER)
+        depth = info.decoder_layers if decoder else info.encoder_layers
+        if not 0 <= signal.layer < depth:
+            part = "decoder" if decoder else f"vision tower {info.tower}"
+            raise MissingSignalError(
+                f"{signal} asks for layer {signal.layer}, but the {part} has {depth} (0 .. {depth - 1})"
+            )
+
+    def encoded(self, kind: str, output: Any, call: dict[str, Any], signals: dict[Signal, Tensor]) -> Encoded:
+        """Sort an encoder call's results by image."""
+        layouts = self.layouts(kind, call, output)
+        features = [f.flatten(0, -2) for f in output.pooler_output]
+        for layout, feature in zip(layouts, features, strict=True):
+            if layout.length != len(feature):
+                raise UnsupportedModelError(
+                    f"{type(self.model).__name__} returned {len(feature)} visual tokens where its layout "
+                    f"{[view.grid for view in layout.views]} with {len(layout.newlines)} separators has {layout.length}"
+                )
+        return Encoded(
+            layouts,
+            [feature[layout.places(feature.device)] for layout, feature in zip(layouts, features)],
+            {
+                signal: list(values.split([len(layout.views) for layout in layouts]))
+                if isinstance(signal, ClassFeatures)
+                else self._arranged(kind, values, layouts, call)
+                for signal, values in signals.items()
+            },
+        )
+
+    def _arranged(self, kind: str, values: Tensor, layouts: list[Layout], call: dict[str, Any]) -> list[Tensor]:
+        scalar = values.ndim == self.patch_dims
+        arranged = self.arrange(kind, values[..., None] if scalar else values, layouts, call)
+        return [x.squeeze(-1) for x in arranged] if scalar else arranged
+
+    patch_dims: ClassVar[int] = 2
+    """Dimensions of a scalar tower value: 2 for ``(V, n)`` batches of views, 1 for packed sequences."""
+
+
+def bind(method: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by name, defaults and extra keywords included."""
+    bound = inspect.signature(method).bind(*args, **kwargs)
+    bound.apply_defaults()
+    call = dict(bound.arguments)
+    for parameter in inspect.signature(method).parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            call.update(call.pop(parameter.name, {}))
+    return call
+
+
+def adapter_for(model: nn.Module) -> Adapter:
+    """The adapter of a model's family.
+
+    Raises:
+        UnsupportedModelError: no family knows the model; the message lists the known ones.
+    """
+    lineage = {cls.__name__ for cls in type(model).__mro__}
+    for family in FAMILIES:
+        if lineage & set(family.classes):
+            return family(model)
+    known = ", ".join(family.classes[0] for family in FAMILIES)
+    reason = "" if hasattr(model, "forward") else " (and it is no torch module)"
+    if not any("vision" in name or "visual" in name for name, _ in getattr(model, "named_children", list)()):
+        reason += "; it has no vision tower, so there are no visual tokens to prune" if reason == "" else ""
+    raise UnsupportedModelError(f"no adapter for {type(model).__name__}{reason}; known families: {known}")

@@ -1,0 +1,82 @@
+"""LLaVA-1.5: one fixed-size picture per placeholder run, CLIP or SigLIP tower, per-token projector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from foveate.adapters.base import Adapter, Modality
+from foveate.adapters.signals import SplitProjectionTap
+from foveate.errors import UnsupportedModelError
+from foveate.pruners.base import Layout, ModelInfo, Signal
+
+TOWERS = ("CLIPVisionModel", "SiglipVisionModel")
+
+
+class LlavaAdapter(Adapter):
+    """``LlavaForConditionalGeneration`` with a CLIP or SigLIP tower."""
+
+    family = "llava"
+    classes: ClassVar = ("LlavaForConditionalGeneration", "LlavaModel")
+
+    @property
+    def tower(self) -> nn.Module:
+        return self.inner.vision_tower
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The part of the tower that holds ``embeddings`` and ``encoder.layers``."""
+        return getattr(self.tower, "vision_model", self.tower)
+
+    @property
+    def modalities(self) -> tuple[Modality, ...]:
+        return (Modality("image", "get_image_features", "pixel_values", self.inner.config.image_token_id),)
+
+    @property
+    def project(self) -> Callable[[Tensor], Tensor]:
+        return self.inner.multi_modal_projector
+
+    @property
+    def side(self) -> int:
+        """Patches per side of a view."""
+        vision = self.inner.config.vision_config
+        return vision.image_size // vision.patch_size
+
+    @property
+    def prefix(self) -> int:
+        """Class tokens in front of the patches."""
+        return int(hasattr(self.encoder.embeddings, "class_embedding"))
+
+    def describe(self) -> ModelInfo:
+        config, name = self.inner.config, type(self.tower).__name__
+        if name not in TOWERS:
+            raise UnsupportedModelError(
+                f"vision tower {name} of {type(self.model).__name__} is not one of {', '.join(TOWERS)}"
+            )
+        if bool(self.prefix) != (config.vision_feature_select_strategy == "default"):
+            raise UnsupportedModelError(
+                f"vision_feature_select_strategy={config.vision_feature_select_strategy!r} with {name} "
+                "makes the class token a visual token (or drops a patch); this layout is not supported"
+            )
+        blocks = len(self.encoder.encoder.layers)
+        state = config.vision_feature_layer
+        state = state if isinstance(state, int) else state[-1]  # several layers are concatenated: the deepest speaks
+        return ModelInfo(
+            family=self.family,
+            tower=name,
+            encoder_layers=blocks,
+            feature_layer=blocks + state if state < 0 else state - 1,
+            class_token=self.prefix > 0,
+            decoder_layers=len(self.text_model.layers),
+        )
+
+    def tap(self, signals: Iterable[Signal]) -> SplitProjectionTap:
+        return SplitProjectionTap(self.encoder.encoder.layers, self.prefix, signals)
+
+    def layouts(self, kind: str, call: dict[str, Any], output: Any) -> list[Layout]:
+        return [Layout.grid(self.side, self.side)] * len(output.pooler_output)
+
+    def arrange(self, kind: str, values: Tensor, layouts: list[Layout], call: dict[str, Any]) -> list[Tensor]:
+        return list(values)

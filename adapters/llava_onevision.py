@@ -1,0 +1,64 @@
+"""LLaVA-OneVision: AnyRes for a single picture, one view each for several, pooled frames and one newline for a video."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from foveate.adapters.base import Modality
+from foveate.adapters.llava_next import LlavaNextAdapter
+from foveate.pruners.base import Layout, Newline
+
+
+class LlavaOnevisionAdapter(LlavaNextAdapter):
+    """``LlavaOnevisionForConditionalGeneration``."""
+
+    family = "llava_onevision"
+    classes: ClassVar = ("LlavaOnevisionForConditionalGeneration", "LlavaOnevisionModel")
+
+    @property
+    def modalities(self) -> tuple[Modality, ...]:
+        config = self.inner.config
+        return (
+            *super().modalities,
+            Modality("video", "get_video_features", "pixel_values_videos", config.video_token_id),
+        )
+
+    @property
+    def project(self) -> None:
+        """None: large canvases and frames are shrunk behind the projector."""
+        return None
+
+    def layouts(self, kind: str, call: dict[str, Any], output: Any) -> list[Layout]:
+        if kind == "image":
+            return super().layouts(kind, call, output)
+        videos, frames = call["pixel_values_videos"].shape[:2]
+        pooled = math.ceil(self.side / 2)
+        layout = Layout.video(frames, pooled, pooled)
+        return [Layout(layout.views, (Newline(layout.size, 0, layout.size),))] * videos
+
+    def arrange(self, kind: str, values: Tensor, layouts: list[Layout], call: dict[str, Any]) -> list[Tensor]:
+        if kind == "image":
+            return super().arrange(kind, values, layouts, call)
+        pooled = self.inner.apply_pooling(values.float())  # (videos * frames, n, C)
+        return list(pooled.unflatten(0, (len(layouts), -1)).flatten(1, 2))
+
+    def pack(self, views: tuple[Tensor, ...], call: dict[str, Any], separator: Tensor) -> list[Tensor]:
+        return self.inner.pack_image_features(
+            views, call["image_sizes"], image_newline=separator, vision_aspect_ratio=self._aspect(call)
+        )[0]
+
+    def _cropped(self, call: dict[str, Any]) -> list[bool]:
+        per_sample = call.get("batch_num_images")
+        if per_sample is None:
+            return super()._cropped(call)
+        return [n == 1 for n in per_sample for _ in range(n)]
+
+    def _aspect(self, call: dict[str, Any]) -> str:
+        return call.get("vision_aspect_ratio") or self.inner.config.vision_aspect_ratio
+
+    @property
+    def _limit(self) -> int:
+        return int(self.inner.config.vision_aspect_ratio.removeprefix("anyres_max_"))

@@ -1,0 +1,103 @@
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL: any resolution, packed tower, 2 x 2 patches merged into one token, m-RoPE."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from foveate.adapters.base import Adapter, Modality
+from foveate.adapters.signals import PackedTap
+from foveate.pruners.base import Layout, ModelInfo, Signal
+
+
+class Qwen2VLAdapter(Adapter):
+    """``Qwen2VLForConditionalGeneration``."""
+
+    family = "qwen2_vl"
+    classes: ClassVar = ("Qwen2VLForConditionalGeneration", "Qwen2VLModel")
+    patch_dims: ClassVar[int] = 1
+
+    @property
+    def tower(self) -> nn.Module:
+        return self.inner.visual
+
+    @property
+    def modalities(self) -> tuple[Modality, ...]:
+        config = self.inner.config
+        return (
+            Modality("image", "get_image_features", "pixel_values", config.image_token_id),
+            Modality("video", "get_video_features", "pixel_values_videos", config.video_token_id),
+        )
+
+    def describe(self) -> ModelInfo:
+        blocks = len(self.tower.blocks)
+        return ModelInfo(
+            family=self.family,
+            tower=type(self.tower).__name__,
+            encoder_layers=blocks,
+            feature_layer=blocks - 1,
+            class_token=False,
+            decoder_layers=len(self.text_model.layers),
+            mrope=True,
+            full_attention=self.full_attention(),
+        )
+
+    def full_attention(self) -> tuple[int, ...] | None:
+        """Blocks whose attention is not windowed; None = all."""
+        return None
+
+    def tap(self, signals: Iterable[Signal]) -> PackedTap:
+        return PackedTap(self.tower.blocks, self.tower.spatial_merge_size**2, signals)
+
+    def layouts(self, kind: str, call: dict[str, Any], output: Any) -> list[Layout]:
+        merge = self.tower.spatial_merge_size
+        return [_layout(t, h // merge, w // merge) for t, h, w in call[f"{kind}_grid_thw"].tolist()]
+
+    def arrange(self, kind: str, values: Tensor, layouts: list[Layout], call: dict[str, Any]) -> list[Tensor]:
+        return list(values[self.raster(call[f"{kind}_grid_thw"])].split([layout.size for layout in layouts]))
+
+    def raster(self, grid_thw: Tensor) -> Tensor | slice:
+        """Index that brings merge units from tower order to raster order."""
+        return slice(None)
+
+
+class Qwen25VLAdapter(Qwen2VLAdapter):
+    """``Qwen2_5_VLForConditionalGeneration``: most blocks attend inside windows, units run in window order."""
+
+    family = "qwen2_5_vl"
+    classes: ClassVar = ("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLModel")
+
+    def full_attention(self) -> tuple[int, ...]:
+        return tuple(self.tower.fullatt_block_indexes)
+
+    def raster(self, grid_thw: Tensor) -> Tensor:
+        return torch.argsort(_window_order(self.tower, grid_thw).to(grid_thw.device))
+
+
+class Qwen3VLAdapter(Qwen2VLAdapter):
+    """``Qwen3VLForConditionalGeneration``: DeepStack features of early tower blocks join behind early decoder layers."""
+
+    family = "qwen3_vl"
+    classes: ClassVar = ("Qwen3VLForConditionalGeneration", "Qwen3VLModel")
+
+
+def _layout(frames: int, rows: int, cols: int) -> Layout:
+    return Layout.grid(rows, cols) if frames == 1 else Layout.video(frames, rows, cols)
+
+
+def _window_order(tower: nn.Module, grid_thw: Tensor) -> Tensor:
+    """The tower's permutation: position p of its sequence holds merge unit ``order[p]``."""
+    if hasattr(tower, "get_window_index"):  # transformers before 5.20
+        return torch.as_tensor(tower.get_window_index(grid_thw)[0])
+    from transformers.vision_utils import get_vision_window_index
+
+    return get_vision_window_index(
+        grid_thw,
+        spatial_merge_size=tower.spatial_merge_size,
+        window_size=tower.window_size,
+        patch_size=tower.patch_size,
+        kwargs={},
+    )[0]

@@ -1,0 +1,471 @@
+"""``foveate.attach``: put a pruner on a model, watch what it does, take it off again."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveate.adapters.base import Adapter, Encoded, Modality, adapter_for, bind
+from foveate.adapters.decoder import Choice, Decoder, Span
+from foveate.adapters.signals import DECODER, DecoderTap, Tap
+from foveate.adapters.trace import ImageTrace, StageTrace, Trace
+from foveate.errors import AttachError, InputError, ParameterError
+from foveate.pruners.base import CrossModalAttention, Hook, Layout, Pruner, Selection, Signal, Stage, Tokens, one_of
+from foveate.pruners.registry import create
+
+_ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Session]] = weakref.WeakKeyDictionary()
+
+
+def attach(model: nn.Module, pruner: str | Pruner | type[Pruner], *, positions: str = "auto", **params: Any) -> Session:
+    """Put a pruner on a model. It acts from now on in ``model(...)``, ``model.generate(...)`` and pipelines.
+
+    Args:
+        model: a ``transformers`` vision-language model of a known family. Weights, dtype, device, attention
+            implementation and generation config stay as they are.
+        pruner: a method's name (``foveate list``), class or instance.
+        positions: ``"keep"`` lets surviving tokens keep the positions they had, ``"compact"`` closes the gaps,
+            ``"auto"`` follows the method's specification for the family.
+        **params: the method's parameters (``foveate show NAME``).
+
+    Returns:
+        A :class:`Session`; use it in a ``with`` block, or call :meth:`Session.detach` when done.
+
+    Raises:
+        UnsupportedModelError: unknown family. MissingSignalError: the method reads what the model cannot provide.
+        UnknownNameError, ParameterError, BudgetError: bad names or values. AttachError: a pruner is attached already.
+    """
+    return Session(model, create(pruner, **params), positions)
+
+
+@dataclass
+class _Item:
+    """One image or video of the running prompt (one per beam)."""
+
+    kind: str
+    number: int  # which of the encoded ones
+    sample: int
+    layout: Layout
+    places: Tensor  # (length,) places in the sequence, separators included
+    tokens: Tensor  # (N,) places of the tokens alone
+    alive: Tensor  # (K,) token numbers still there, ascending
+    width: int  # places still taken, separators included
+    trace: ImageTrace | None  # None for beams behind the first
+
+
+class Session:
+    """An attached pruner.
+
+    Attributes:
+        model, pruner: what was attached to what; positions: the policy asked for.
+        trace: what happened in the last call that brought visual tokens, None before.
+        sample_ids: set to one number per image before a call to fix what random methods draw for it; by default images are
+            numbered as they come, from 0.
+    """
+
+    def __init__(self, model: nn.Module, pruner: Pruner, positions: str = "auto") -> None:
+        one_of("positions", positions, ("auto", "keep", "compact"))
+        self.model, self.pruner, self.positions = model, pruner, positions
+        self.trace: Trace | None = None
+        self.sample_ids: Sequence[int] | None = None
+        self._adapter: Adapter = adapter_for(model)
+        inner = self._adapter.inner
+        attached = _ATTACHED.get(inner, lambda: None)()
+        if attached is not None:
+            raise AttachError(
+                f"{type(model).__name__} already has {attached.pruner.name!r} attached; call detach() on that session first, "
+                "or combine methods with foveate.Then"
+            )
+        self._stages = self._checked(pruner.stages(self._adapter.info))
+        self.layers = frozenset(stage.layer for stage in self._stages if stage.hook is Hook.LLM_LAYER)
+        self._pending: Trace | None = None
+        self._encoded: dict[str, Encoded] = {}
+        self._items: list[_Item] = []
+        self._seen = 0
+        self._input_ids: Tensor | None = None
+        self._visual: Tensor | None = None
+        self._text: dict[int | None, Tensor] = {}
+        self._embeds: Tensor | None = None
+        self._install(inner)
+        _ATTACHED[inner] = weakref.ref(self)
+
+    # ------------------------------------------------------------------------------------------------- user's verbs
+
+    def detach(self) -> None:
+        """Take the pruner off; the model is what it was. Calling it again does nothing."""
+        for tap in (self._tower_tap, self._decoder_tap):
+            tap.remove()
+        self._decoder.remove()
+        self._handle.remove()
+        inner = self._adapter.inner
+        for modality in self._adapter.modalities:
+            inner.__dict__.pop(modality.encoder, None)
+        if _ATTACHED.get(inner, lambda: None)() is self:
+            del _ATTACHED[inner]
+        self._forget()
+
+    @property
+    def attached(self) -> bool:
+        """Whether the pruner still acts on the model."""
+        return _ATTACHED.get(self._adapter.inner, lambda: None)() is self
+
+    def __enter__(self) -> Session:
+        if not self.attached:
+            raise AttachError("this session was detached; call foveate.attach again")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        state = "attached to" if self.attached else "detached from"
+        return f"<foveate.Session {self.pruner} {state} {type(self.model).__name__}>"
+
+    # ----------------------------------------------------------------------------------------------------- assembly
+
+    def _checked(self, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+        depth = self._adapter.info.decoder_layers
+        for stage in stages:
+            if stage.hook is Hook.LLM_LAYER and not 1 <= stage.layer < depth:
+                raise ParameterError(
+                    f"{self.pruner.name} acts in front of decoder layer {stage.layer}, but {type(self.model).__name__} "
+                    f"has {depth} layers (1 .. {depth - 1} are possible)"
+                )
+            for signal in stage.signals.values():
+                self._adapter.check(signal)
+        places = [(stage.hook, stage.layer) for stage in stages]
+        if len(set(places)) < len(places):
+            raise ParameterError(f"{self.pruner.name} has two stages at one hook point: {places}")
+        return stages
+
+    def _install(self, inner: nn.Module) -> None:
+        signals = {signal for stage in self._stages for signal in stage.signals.values()}
+        self._tower_tap: Tap = self._adapter.tap([s for s in signals if not isinstance(s, DECODER)])
+        layers = self._adapter.text_model.layers
+        self._decoder_tap = DecoderTap(layers, [s for s in signals if isinstance(s, DECODER)], self._describe)
+        self._handle = inner.register_forward_pre_hook(self._note_ids, with_kwargs=True)
+        self._decoder = Decoder(self._adapter.text_model, self, mrope=self._adapter.info.mrope)
+        for modality in self._adapter.modalities:
+            # generate() calls the encoder as a method, out of any hook's reach
+            setattr(inner, modality.encoder, self._watched(getattr(inner, modality.encoder), modality))
+
+    def _watched(self, encode: Any, modality: Modality) -> Any:
+        """The model's encoder method, with signals collected on the way."""
+        session = weakref.proxy(self)
+
+        @functools.wraps(encode)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            call = bind(encode, args, kwargs)
+            pixels = call[modality.pixels]
+            if not bool(torch.isfinite(pixels).all()):
+                raise InputError(
+                    f"{modality.pixels} holds NaN or infinite values; check the image and its preprocessing"
+                )
+            return session._encode(encode, modality, call)
+
+        return watched
+
+    def _encode(self, encode: Any, modality: Modality, call: dict[str, Any]) -> Any:
+        self._pending = self._pending or Trace(self.pruner.name, self.pruner.parameters())
+        pixels = call[modality.pixels]
+        smaller = next((stage.select(pixels) for stage in self._stages if stage.hook is Hook.PIXELS), pixels)
+        shrunk = smaller.shape != pixels.shape
+        if shrunk:
+            call = {**call, modality.pixels: smaller, "interpolate_pos_encoding": True}
+        self._tower_tap.open = True
+        try:
+            with self._pending.timed("encoder", pixels.device):
+                output = encode(**call)
+        finally:
+            signals = self._tower_tap.close()
+        if not hasattr(output, "pooler_output"):
+            return output  # asked for as a tuple: not on the way into the decoder
+        if shrunk:
+            output.pooler_output = self._padded(modality, call, output)
+        self._encoded[modality.kind] = self._adapter.encoded(modality.kind, output, call, signals)
+        return output
+
+    def _padded(self, modality: Modality, call: dict[str, Any], output: Any) -> list[Tensor]:
+        """A smaller picture gives fewer tokens than the prompt has places: they come first, zeros fill up."""
+        layouts = self._adapter.layouts(modality.kind, call, output)
+        return [
+            torch.cat([few, few.new_zeros(layout.length - len(few), few.shape[-1])])
+            for few, layout in zip(output.pooler_output, layouts)
+        ]
+
+    def _note_ids(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        call = bind(module.forward, args, kwargs)
+        ids = call.get("input_ids")
+        if ids is None and call.get("inputs_embeds") is not None:
+            embed, embeds = module.get_input_embeddings(), call["inputs_embeds"]
+            ids = torch.full(embeds.shape[:2], -1, device=embeds.device)
+            for modality in self._adapter.modalities:
+                placeholder = embed(torch.tensor(modality.token_id, device=embeds.device))
+                ids = ids.masked_fill((embeds == placeholder).all(-1), modality.token_id)
+        self._input_ids = ids
+
+    # ----------------------------------------------------------------------------------- answers to the decoder hooks
+
+    def begin(self, embeds: Tensor, mask: Tensor | None, past: int) -> bool:
+        """Find the visual tokens of a call; True if there are any."""
+        self._decoder_tap.close()
+        ids, self._input_ids = self._input_ids, None
+        self._items = []
+        if ids is None or ids.shape != embeds.shape[:2]:
+            return False
+        visual = torch.zeros_like(ids, dtype=torch.bool)
+        for modality in self._adapter.modalities:
+            here = ids == modality.token_id
+            if bool(here.any()):
+                self._items += self._find(modality, here)
+                visual |= here
+        if not self._items:
+            return False
+        self._items.sort(key=lambda item: item.sample)
+        attended = (
+            torch.ones_like(visual) if mask is None or mask.ndim != 2 else mask[:, past:].bool().to(visual.device)
+        )
+        self._visual, self._ids, self._attended, self._embeds = visual, ids, attended, embeds
+        self._text = {}
+        self.trace, self._pending = self._pending or Trace(self.pruner.name, self.pruner.parameters()), None
+        self.trace.length = embeds.shape[1]
+        self.trace.decoder_layers = self._adapter.info.decoder_layers
+        self.trace.images = [item.trace for item in self._items if item.trace is not None]
+        self._decoder_tap.open = True
+        return True
+
+    def _find(self, modality: Modality, here: Tensor) -> list[_Item]:
+        """Match placeholder tokens ``here (B, L)`` with the encoded pictures, which beams may have multiplied."""
+        encoded = self._encoded.get(modality.kind)
+        counts = here.sum(dim=1).tolist()
+        lengths = [layout.length for layout in encoded.layouts] if encoded else []
+        beams, rest = divmod(sum(counts), sum(lengths)) if lengths else (0, 1)
+        if rest or len(counts) % max(beams, 1):
+            raise InputError(
+                f"the prompt has {sum(counts)} {modality.kind} tokens in this call, the vision side encoded {sum(lengths)}; "
+                "chunked prefill and features that were encoded before attaching cannot be pruned"
+            )
+        places = here.nonzero()[:, 1].split(counts)
+        items, first = [], 0
+        for row in range(0, len(counts), beams):
+            stop, total = first, 0
+            while total < counts[row]:
+                total += lengths[stop]
+                stop += 1
+            for sample in range(row, row + beams):
+                parts = places[sample].split(lengths[first:stop]) if total == counts[sample] else None
+                if parts is None:
+                    raise InputError(
+                        f"row {sample} has {counts[sample]} {modality.kind} tokens, which is no whole number of pictures"
+                    )
+                for number, where in zip(range(first, stop), parts):
+                    items.append(
+                        self._item(modality.kind, number, sample, encoded.layouts[number], where, sample == row)
+                    )
+            first = stop
+        return items
+
+    @staticmethod
+    def _item(kind: str, number: int, sample: int, layout: Layout, places: Tensor, first: bool) -> _Item:
+        tokens = places[layout.places(places.device)]
+        everything = torch.arange(layout.size, device=places.device)
+        trace = ImageTrace(sample, kind, layout) if first else None
+        return _Item(kind, number, sample, layout, places, tokens, everything, layout.length, trace)
+
+    def at_input(self, embeds: Tensor) -> Choice | None:
+        """Run the stage at ``llm_input``, once per encoded picture."""
+        stage = next((s for s in self._stages if s.hook is Hook.LLM_INPUT), None)
+        self._count(0)
+        if stage is None:
+            return None
+        unique = [item for item in self._items if item.trace is not None]
+        ids = (
+            list(self.sample_ids) if self.sample_ids is not None else list(range(self._seen, self._seen + len(unique)))
+        )
+        if len(ids) != len(unique):
+            raise ParameterError(f"sample_ids names {len(ids)} images, the call brings {len(unique)}")
+        self._seen, self.sample_ids = self._seen + len(unique), None
+        results: dict[tuple[str, int], Selection] = {}
+        with self._timed(stage, embeds.device):
+            for layout in dict.fromkeys(item.layout for item in unique):
+                group = [(item, ids[i]) for i, item in enumerate(unique) if item.layout == layout]
+                items = [item for item, _ in group]
+                features = torch.stack([self._encoded[item.kind].features[item.number] for item in items])
+                signals = {
+                    name: torch.stack([self._encoded[item.kind].signals[signal][item.number] for item in items])
+                    for name, signal in stage.signals.items()
+                }
+                tokens = self._tokens(features, layout, items, tuple(i for _, i in group))
+                for item, row in zip(items, _rows(stage.select(tokens, **signals))):
+                    results[item.kind, item.number] = row
+        self._encoded = {}
+        return self._choice(stage, embeds, [results[item.kind, item.number] for item in self._items], 0)
+
+    def at_layer(self, layer: int, hidden: Tensor, span: Span) -> Choice | None:
+        """Run the stage in front of decoder layer ``layer``, beams included."""
+        stage = next(s for s in self._stages if s.hook is Hook.LLM_LAYER and s.layer == layer)
+        results: list[Selection | None] = [None] * len(self._items)
+        with self._timed(stage, hidden.device):
+            columns = [
+                span.columns(item.tokens[item.alive].expand(len(hidden), -1))[item.sample] for item in self._items
+            ]
+            for key in dict.fromkeys((item.layout, len(item.alive)) for item in self._items):
+                members = [i for i, item in enumerate(self._items) if (item.layout, len(item.alive)) == key]
+                items = [self._items[i] for i in members]
+                states = torch.stack([hidden[self._items[i].sample, columns[i]] for i in members])
+                signals = {
+                    name: torch.stack(
+                        [self._decoder_signal(signal, self._items[i].sample, columns[i]) for i in members]
+                    )
+                    for name, signal in stage.signals.items()
+                }
+                tokens = self._tokens(states, key[0], items, (0,) * len(items))
+                for i, row in zip(members, _rows(stage.select(tokens, **signals))):
+                    results[i] = row
+        return self._choice(stage, hidden, results, layer, span)
+
+    def finish(self) -> None:
+        """The prompt went through all layers."""
+        self._forget()
+
+    # ------------------------------------------------------------------------------------------------------ helpers
+
+    def _forget(self) -> None:
+        self._decoder_tap.close()
+        self._items = []
+        self._encoded = {}
+        self._embeds = self._visual = self._ids = self._attended = None
+
+    def _timed(self, stage: Stage, device: torch.device) -> Any:
+        at = f"{stage.hook.value}({stage.layer})" if stage.hook is Hook.LLM_LAYER else stage.hook.value
+        return self.trace.timed(at, device)
+
+    def _tokens(self, embeds: Tensor, layout: Layout, items: list[_Item], ids: tuple[int, ...]) -> Tokens:
+        tokens = Tokens(embeds, layout, ids, project=self._adapter.project)
+        rows = [item.sample for item in items]
+        text = self._text_places(None)[rows]
+        width = int(text.sum(dim=1).amax())
+        if width:
+            order = text.long().argsort(dim=1, descending=True, stable=True)[:, :width]
+            valid = text.gather(1, order)
+            tokens.instruction_mask = valid
+            tokens.instruction_ids = self._ids[rows].gather(1, order).masked_fill(~valid, -1)
+            words = self._embeds[rows].gather(1, order[..., None].expand(-1, -1, self._embeds.shape[-1]))
+            tokens.instruction = words * valid[..., None]
+        return tokens
+
+    def _text_places(self, system_tokens: int | None) -> Tensor:
+        """``(B, L)`` bool: attended, not visual, and behind the system prompt (None: behind the first picture)."""
+        if system_tokens not in self._text:
+            if system_tokens is None:
+                behind = self._visual.long().cumsum(1) > 0
+            else:
+                behind = self._attended.long().cumsum(1) > system_tokens
+            self._text[system_tokens] = behind & self._attended & ~self._visual
+        return self._text[system_tokens]
+
+    def _describe(self, signal: Signal) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """For the decoder tap: mask over past and present, text rows and visual rows of the present."""
+        span = self._decoder.frame.span
+        if not isinstance(signal, CrossModalAttention):
+            return span.mask, None, None
+        places = span.index.clamp(max=span.alive.shape[1] - 1)
+        present = span.mask[:, span.past :]
+        text = self._text_places(signal.system_tokens).gather(1, places) & present
+        return span.mask, text, self._visual.gather(1, places) & present
+
+    def _decoder_signal(self, signal: Signal, sample: int, columns: Tensor) -> Tensor:
+        values = self._decoder_tap.values[signal][sample]
+        return values if isinstance(signal, CrossModalAttention) else values[columns]
+
+    def _choice(
+        self, stage: Stage, hidden: Tensor, results: Sequence[Selection], layer: int, span: Span | None = None
+    ) -> Choice | None:
+        """Write the pictures' selections into the sequence; None if every token stays as it is."""
+        policy = self.positions if self.positions != "auto" else stage.positions
+        policy = policy or ("keep" if self._adapter.info.mrope else "compact")
+        before = torch.ones_like(self._visual) if span is None else span.alive
+        alive, rank, values = before.clone(), None, []
+        for item, result in zip(self._items, results):
+            index = result.index[result.index >= 0] if self.pruner.adaptive else result.index
+            chosen = item.alive[index]  # token numbers
+            everything = len(index) == len(item.alive)
+            self._record(item, stage, result, chosen)
+            if not everything:
+                places = item.tokens[chosen]
+                item.width = self._separators(item, stage, chosen, alive) + len(chosen)
+                alive[item.sample, item.tokens] = False
+                alive[item.sample, places] = True
+            if result.values is not None:
+                values.append((item.sample, item.tokens[chosen], result.values))
+            if result.order is not None:
+                rank = (
+                    torch.arange(alive.shape[1], device=alive.device).expand_as(alive).clone() if rank is None else rank
+                )
+                places = item.tokens[chosen]
+                rank[item.sample, places[result.order]] = places
+            item.alive = chosen
+        self._count(layer)
+        self.trace.positions[stage.hook.value] = policy
+        taken = [0] * len(alive)
+        for item in self._items:
+            taken[item.sample] += item.width - item.layout.length
+        width = alive.shape[1] + max(taken)
+        untouched = all(item.width == item.layout.length for item in self._items)
+        if untouched and not values and rank is None:
+            return None
+        return Choice(alive, width, policy, rank, values)
+
+    @staticmethod
+    def _separators(item: _Item, stage: Stage, chosen: Tensor, alive: Tensor) -> int:
+        """Decide on the picture's separators in ``alive``; returns how many stay."""
+        if not item.layout.newlines:
+            return 0
+        where = item.places[torch.tensor([n.place for n in item.layout.newlines], device=item.places.device)]
+        stay = alive[item.sample, where]
+        if stage.newlines == "drop":
+            stay = torch.zeros_like(stay)
+        elif stage.newlines == "rows":
+            kept = torch.zeros(item.layout.size + 1, dtype=torch.long, device=chosen.device)
+            upto = kept.index_fill(0, chosen + 1, 1).cumsum(0)
+            edges = torch.tensor([(n.first, n.last) for n in item.layout.newlines], device=chosen.device)
+            stay = stay & (upto[edges[:, 1]] > upto[edges[:, 0]])
+        alive[item.sample, where] = stay
+        return int(stay.sum())
+
+    def _record(self, item: _Item, stage: Stage, result: Selection, chosen: Tensor) -> None:
+        if item.trace is None:
+            return
+        full = item.layout.size
+        scores = owner = None
+        if result.scores is not None:
+            scores = torch.full((full,), float("nan"), device=chosen.device)
+            scores[item.alive] = result.scores.detach().float()
+        if result.owner is not None:
+            owner = torch.full((full,), -1, dtype=torch.long, device=chosen.device)
+            owner[item.alive] = torch.where(result.owner >= 0, item.alive[result.owner.clamp(min=0)], -1)
+        item.trace.stages.append(StageTrace(stage.hook.value, stage.layer, chosen, owner, scores))
+
+    def _count(self, layer: int) -> None:
+        """From ``layer`` on, the decoder sees what is left now."""
+        depth = self._adapter.info.decoder_layers
+        for item in self._items:
+            if item.trace is not None:
+                item.trace.tokens_per_layer[layer:] = [item.width] * (depth - layer)
+
+
+def _rows(selection: Selection) -> list[Selection]:
+    """Take a batch apart."""
+    fields = {name: value for name, value in vars(selection).items() if value is not None}
+    return [
+        replace(Selection(selection.index[b]), **{n: v[b] for n, v in fields.items()})
+        for b in range(len(selection.index))
+    ]

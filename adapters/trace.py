@@ -1,0 +1,130 @@
+"""What a pruner did in one call, for people and for the leaderboard."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate.pruners.base import Layout
+
+
+@dataclass
+class StageTrace:
+    """One stage's work on one image. Token numbers are those of the unpruned image, row-major per view.
+
+    Attributes:
+        hook: ``"llm_input"`` or ``"llm_layer"``; layer: the decoder layer it stands in front of.
+        kept: ``(K,)`` int64 tokens that survive it, ascending.
+        owner: ``(N,)`` the surviving token that speaks for each token, -1 if none; None for pure pruners.
+        scores: ``(N,)`` float, NaN for tokens that were gone before; None where the method ranks nothing.
+    """
+
+    hook: str
+    layer: int
+    kept: Tensor
+    owner: Tensor | None = None
+    scores: Tensor | None = None
+
+
+@dataclass
+class ImageTrace:
+    """What became of one image or video.
+
+    Attributes:
+        sample: row of the batch; kind: ``"image"`` or ``"video"``; layout: its views and separators.
+        stages: in order of depth; tokens_per_layer: visual tokens (separators counted) that each decoder layer saw.
+    """
+
+    sample: int
+    kind: str
+    layout: Layout
+    stages: list[StageTrace] = field(default_factory=list)
+    tokens_per_layer: list[int] = field(default_factory=list)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the first view."""
+        return self.layout.views[0].grid
+
+    def kept_at(self, layer: int) -> Tensor:
+        """Tokens that decoder layer ``layer`` sees, ``(K,)`` int64 ascending."""
+        reached = [stage for stage in self.stages if stage.layer <= layer]
+        return reached[-1].kept if reached else torch.arange(self.layout.size)
+
+    @property
+    def kept(self) -> Tensor:
+        """Tokens that survive all stages, ``(K,)`` int64 ascending."""
+        return self.kept_at(len(self.tokens_per_layer))
+
+    @property
+    def owner(self) -> Tensor | None:
+        """Owner map of the last stage that merged, ``(N,)``."""
+        return next((s.owner for s in reversed(self.stages) if s.owner is not None), None)
+
+    @property
+    def scores(self) -> Tensor | None:
+        """Scores of the first stage that ranked, ``(N,)``."""
+        return next((s.scores for s in self.stages if s.scores is not None), None)
+
+
+@dataclass
+class Trace:
+    """One prefill under a pruner.
+
+    Attributes:
+        method: registry name; parameters: the method's; positions: policy at each stage.
+        images: one entry per image and video, in prompt order (for beams: of the first beam).
+        length: tokens of the unpruned prompt; decoder_layers: depth.
+    """
+
+    method: str
+    parameters: dict[str, Any]
+    length: int = 0
+    decoder_layers: int = 0
+    positions: dict[str, str] = field(default_factory=dict)
+    images: list[ImageTrace] = field(default_factory=list)
+    _spans: dict[str, list[Any]] = field(default_factory=dict, repr=False)
+
+    @property
+    def tokens_per_layer(self) -> list[int]:
+        """Visual tokens seen by each decoder layer, all images together."""
+        return [sum(column) for column in zip(*(image.tokens_per_layer for image in self.images))]
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds spent in each stage and in the encoder. On a GPU, reading this waits for the device."""
+        return {name: sum(span() for span in spans) for name, spans in self._spans.items()}
+
+    @contextmanager
+    def timed(self, name: str, device: torch.device) -> Iterator[None]:
+        """Count the body's time under ``name`` (GPU work by events, without synchronising)."""
+        spans = self._spans.setdefault(name, [])
+        if device.type == "cuda":
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            yield
+            stop.record()
+            spans.append(lambda: (stop.synchronize(), start.elapsed_time(stop) / 1e3)[1])
+        else:
+            began = time.perf_counter()
+            yield
+            elapsed = time.perf_counter() - began
+            spans.append(lambda: elapsed)
+
+    def __str__(self) -> str:
+        lines = [f"{self.method}({', '.join(f'{k}={v!r}' for k, v in self.parameters.items())})"]
+        for n, image in enumerate(self.images):
+            seen = image.tokens_per_layer
+            runs = [f"{seen[i]} from layer {i}" for i in range(len(seen)) if i == 0 or seen[i] != seen[i - 1]]
+            grids = " + ".join("x".join(map(str, view.grid)) for view in image.layout.views)
+            lines.append(
+                f"  {image.kind} {n} (row {image.sample}): {image.layout.size} tokens ({grids}); seen: {', '.join(runs)}"
+            )
+        lines += [f"  {name}: {seconds * 1e3:.2f} ms" for name, seconds in self.seconds.items()]
+        return "\n".join(lines)
