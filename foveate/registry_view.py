@@ -100,8 +100,7 @@ def card(name: str) -> Card:
     if file and file.__doc__ and sum(other.__module__ == cls.__module__ for other in PRUNERS.values()) == 1:
         doc = inspect.cleandoc(file.__doc__)  # a file of its own is introduced at its top
     parameters = _parameters(cls, docs)
-    required = ", ".join(p.name for p in parameters if p.default is None)
-    method = None if required else cls()
+    method, reason = _default_method(cls, parameters)
     return Card(
         name=cls.name,
         class_name=cls.__name__,
@@ -109,9 +108,7 @@ def card(name: str) -> Card:
         paper=cls.paper,
         doc=_reflow(doc),
         parameters=parameters,
-        stages={
-            label: _stages(method, model) if method else f"depends on {required}" for label, model in EXAMPLES.items()
-        },
+        stages={label: _stages(method, model) if method else reason for label, model in EXAMPLES.items()},
         families=tuple(cls.families),
         adaptive=(method or cls).adaptive is True,
         cost=cls.cost,
@@ -119,7 +116,7 @@ def card(name: str) -> Card:
 
 
 _SECTION = re.compile(r"^(Args|Attributes|Parameters):\s*$", re.MULTILINE)
-_ENTRY = re.compile(r"^(\w+)(?: \([^)]*\))?: ?(.*)$")
+_ENTRY = re.compile(r"^(\w+(?:, \w+)*)(?: \([^)]*\))?: ?(.*)$")  # "keep: …", "keep (float): …", "width, height: …"
 
 
 def split_doc(doc: str) -> tuple[str, dict[str, str]]:
@@ -137,7 +134,8 @@ def split_doc(doc: str) -> tuple[str, dict[str, str]]:
         elif entries:
             entries[next(reversed(entries))].append(line.strip())
     rest = "\n\n".join(part for part in (doc[: heading.start()].strip(), "\n".join(lines[end:]).strip()) if part)
-    return rest, {name: " ".join(filter(None, text)).replace("``", "`") for name, text in entries.items()}
+    texts = {names: " ".join(filter(None, text)).replace("``", "`") for names, text in entries.items()}
+    return rest, {name: text for names, text in texts.items() for name in names.split(", ")}
 
 
 def _reflow(doc: str) -> str:
@@ -177,6 +175,17 @@ def value_text(value: object) -> str:
         fraction = Fraction(value).limit_denominator(1000)
         return str(fraction) if float(fraction) == value else f"{value:.6g}"
     return repr(value)
+
+
+def _default_method(cls: type[Pruner], parameters: tuple[Parameter, ...]) -> tuple[Pruner | None, str]:
+    """The method with default parameters, or None and the reason why there is none."""
+    required = ", ".join(p.name for p in parameters if p.default is None)
+    if required:
+        return None, f"depends on {required}"
+    try:
+        return cls(), ""
+    except FoveateError as error:
+        return None, f"depends on its parameters: {error}"
 
 
 def _stages(method: Pruner, model: ModelInfo) -> tuple[StageCard, ...] | str:

@@ -135,8 +135,9 @@ def test_every_method_can_be_shown_in_full(name, capsys):
 
 
 def test_docstring_section_is_split_off():
-    doc = "What.\n\nAttributes:\n    a: first\n        goes on\n    b (int): second\n\n        with a gap\n\nAfter."
-    assert view.split_doc(doc) == ("What.\n\nAfter.", {"a": "first goes on", "b": "second with a gap"})
+    doc = "What.\n\nAttributes:\n    a: first\n        goes on\n    b (int): second\n\n        with a gap\n    c, d: both\n\nAfter."
+    entries = {"a": "first goes on", "b": "second with a gap", "c": "both", "d": "both"}
+    assert view.split_doc(doc) == ("What.\n\nAfter.", entries)
     assert view.split_doc("Only text: here.") == ("Only text: here.", {})
 
 
