@@ -123,8 +123,7 @@ class ToDRE(Pruner):
         (k,) = self.budgets(tokens.layout)
         if k >= tokens.count:
             return keep_all(tokens)
-        start = self._pivot(tokens, class_attention)
-        chosen = diverse_subset(tokens.embeds, k, start, objective=_OBJECTIVES[self.diversity])
+        chosen = diversification(tokens.embeds, k, self._pivot(tokens, class_attention), self.diversity)
         return Selection(chosen.sort(dim=1).values, scores=class_attention)
 
     def _pivot(self, tokens: Tokens, class_attention: Tensor | None) -> Tensor:
@@ -155,6 +154,11 @@ def attended_pivot(class_attention: Tensor, layout: Layout) -> Tensor:
     thumbnails = [view for view in layout.views if view.kind == "thumbnail"]
     may = torch.cat([view.tokens(class_attention.device) for view in thumbnails or layout.views])
     return may[class_attention[:, may].float().argmax(dim=1)]
+
+
+def diversification(embeds: Tensor, k: int, pivot: Tensor, diversity: str = "max_sum") -> Tensor:
+    """``k`` tokens in order of selection, ``pivot (B,)`` first: ``(B, N, D) -> (B, k)`` int64."""
+    return diverse_subset(embeds, k, pivot, objective=_OBJECTIVES[diversity])
 
 
 def closeness_to_mean(embeds: Tensor) -> Tensor:

@@ -1,0 +1,458 @@
+"""Maps the inputs of a golden case, given by meaning, to calls of the shipped functions.
+
+Recorded attention maps enter the attention operations as scores: with queries ``log P``, keys the identity and scale 1 the
+operation's softmax gives P back. Nothing here computes what a method computes; parameters that are not understood raise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.image_processing_utils import select_best_resolution
+
+from foveate.cuda import class_attention, diverse_subset, given_attention, received_attention, rows_to_columns_attention
+from foveate.pruners import (
+    CDPruner,
+    DivPrune,
+    FastV,
+    FoPru,
+    HiPrune,
+    Layout,
+    ModelInfo,
+    Selection,
+    ToDRE,
+    Tokens,
+    View,
+    VisionZip,
+)
+from foveate.pruners.base import budget
+from foveate.pruners.hiprune import anchor_count, anchors
+from foveate.pruners.todre import attended_pivot, diversification, irrelevant
+
+Case = Mapping[str, Any]
+Tensors = dict[str, Tensor]
+
+
+class UnknownParameter(ValueError):
+    """A golden case uses something this file does not know how to map."""
+
+
+def run_case(method: str, params: Case, inputs: Tensors) -> Tensors:
+    """Outputs of one case under the names of its file.
+
+    Raises:
+        UnknownParameter: a parameter, or the value of one, that is not understood.
+        KeyError: an input is missing.
+    """
+    return RUNNERS[method](Params(method, params), inputs)
+
+
+class Params:
+    """Parameters of a case; every one must be read, or named as a remark, before the case counts as understood."""
+
+    def __init__(self, method: str, values: Case) -> None:
+        self.method = method
+        self.values = dict(values)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.values.pop(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self.values.pop(name, default)
+
+    def options(self, *names: str) -> dict[str, Any]:
+        """The method parameters among ``names`` that the case sets."""
+        return {name: self.values.pop(name) for name in names if name in self.values}
+
+    def done(self, *remarks: str) -> None:
+        """Raise if anything but ``remarks`` is left."""
+        left = sorted(set(self.values) - {"seed", "note", *remarks})
+        if left:
+            raise UnknownParameter(f"{self.method}: parameters not understood: {', '.join(left)}")
+
+    def expect(self, name: str, found: Any) -> None:
+        """Where the case states ``name``, it must be what the shipped code derives."""
+        stated = self.values.pop(name, None)
+        if stated is not None and stated != found:
+            raise AssertionError(f"{self.method}: {name} is {found}, the case states {stated}")
+
+
+# ----------------------------------------------------------------------------------------------------------- helpers
+
+
+def as_scores(probabilities: Tensor) -> Tensor:
+    """Queries ``(B, H, L, L)`` whose products with identity keys have these probabilities as softmax."""
+    return probabilities.float().log().clamp(min=-1e4)
+
+
+def identity_keys(scores: Tensor) -> Tensor:
+    return torch.eye(scores.shape[-1]).expand(*scores.shape[:2], -1, -1)
+
+
+def plain_tokens(features: Tensor, layout: Layout | None = None, **fields: Any) -> Tokens:
+    """Tokens ``(B, N, D)``; a single row where the case gives no layout, so that no method can use a grid."""
+    return Tokens(features, layout or Layout.grid(1, features.shape[1]), tuple(range(len(features))), **fields)
+
+
+def placeholders(n: int, layout: Layout | None = None, batch: int = 1) -> Tokens:
+    """For methods that read signals only."""
+    return plain_tokens(torch.zeros(batch, n, 1), layout)
+
+
+def select(pruner: Any, model: ModelInfo, tokens: Tokens, **signals: Tensor) -> Selection:
+    """The method's only stage on this model."""
+    (stage,) = pruner.stages(model)
+    if set(stage.signals) != set(signals):
+        raise AssertionError(f"{pruner.name} reads {sorted(stage.signals)}, the case provides {sorted(signals)}")
+    return stage.select(tokens, **signals)
+
+
+# ------------------------------------------------------------------------------------------------------------- FoPru
+
+
+def fopru(params: Params, inputs: Tensors) -> Tensors:
+    keep, ratio = params.get("keep"), params.get("ratio")
+    prefix = params.get("prefix_tokens", int(params["has_cls"]))
+    layout = Layout.grid(*params["grid"])
+    pruner = FoPru(
+        keep=float(ratio) if keep is None else keep,
+        **params.options("strategy", "score_kind", "direction", "reorder"),
+    )
+    chosen = params.get("direction_chosen")
+    params.done()
+
+    logits = pruner.score_kind == "logits"
+    scores = inputs["attn"].float() if logits else as_scores(inputs["attn"])
+    read = {"scale": 1.0, "logits": logits}
+    received = received_attention(scores, identity_keys(scores), first_query=prefix, **read)[:, prefix:]
+    given = given_attention(scores, identity_keys(scores), first=prefix, **read)
+    signals = {"received": received, "given": given}
+    if pruner.direction != "max_variance":
+        signals = {pruner.direction: signals[pruner.direction]}
+    model = ModelInfo(class_token=prefix > 0)
+    selection = select(pruner, model, placeholders(layout.size, layout, len(scores)), **signals)
+    if chosen is not None:
+        for b, name in enumerate(chosen):
+            torch.testing.assert_close(selection.scores[b], {"received": received, "given": given}[name][b])
+    return {"indices": selection.index, "received": received, "given": given}
+
+
+# ----------------------------------------------------------------------------------------------------------- HiPrune
+
+
+def hiprune(params: Params, inputs: Tensors) -> Tensors:
+    family = params["family"]
+    if family == "llava":
+        return hiprune_llava(params, inputs)
+    if family == "qwen2_5_vl":
+        return hiprune_qwen(params, inputs)
+    raise UnknownParameter(f"hiprune: family {family!r}")
+
+
+def hiprune_llava(params: Params, inputs: Tensors) -> Tensors:
+    rows, cols = params["grid"]
+    views, prefix = params["views"], int(params["has_cls"])
+    pruner = HiPrune(
+        keep=params["budget_total"],
+        object_layer=params["object_layer_1based"],
+        deep_layer=params["deep_layer_index"],
+        **params.options("alpha", "buffer", "border", "exclude", "query_rows"),
+    )
+    layout = anyres_layout(rows, cols, views, params.get("image_size_wh"))
+    budgets = pruner.budgets(layout)
+    params.expect("budget_per_view", budgets[0])
+    count = anchor_count(budgets[0], pruner.alpha, pruner.buffer)
+    params.expect("anchors_per_view", count)
+    params.done("relative_selection_margin", "compat")
+
+    def score(name: str) -> Tensor:
+        q, k = inputs[f"q_{name}"].float(), inputs[f"k_{name}"].float()
+        return (class_attention if pruner.query_rows == "cls" else received_attention)(q, k)[:, prefix:]  # (V, n)
+
+    where = torch.stack([view.tokens() for view in layout.views])  # (V, n) token numbers
+
+    def by_token(scores: Tensor) -> Tensor:
+        return torch.empty(1, layout.size).index_copy(1, where.flatten(), scores.reshape(1, -1))
+
+    anchor, deep = score("obj"), score("deep")
+    model = ModelInfo(class_token=prefix > 0, encoder_layers=24, feature_layer=22)
+    tokens = placeholders(layout.size, layout)
+    index = select(pruner, model, tokens, anchor=by_token(anchor), deep=by_token(deep)).index[0]
+    kept = torch.zeros(layout.size, dtype=torch.uint8).index_fill(0, index[index >= 0], 1)[where]  # (V, n)
+    view_of, token_of = torch.empty(layout.size, 2, dtype=torch.long).unbind(1)
+    view_of[where] = torch.arange(views)[:, None].expand_as(where)
+    token_of[where] = torch.arange(rows * cols).expand_as(where)
+    return {
+        "score_obj": anchor,
+        "score_deep": deep,
+        "keep_mask": kept,
+        "anchors": anchors(anchor, count).sort(dim=1).values,
+        "seq": torch.stack([view_of, token_of], dim=1)[index],
+    }
+
+
+def anyres_layout(rows: int, cols: int, views: int, image_size_wh: list[int] | None) -> Layout:
+    """Thumbnail and crops of LLaVA-NeXT without separators; crops in rows of the canvas chosen for the picture."""
+    if views == 1:
+        return Layout.grid(rows, cols)
+    down, across = views - 1, 1
+    if image_size_wh is not None:
+        canvases = [(336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)]
+        down, across = (side // 336 for side in select_best_resolution(tuple(reversed(image_size_wh)), canvases))
+        if down * across != views - 1:
+            raise UnknownParameter(f"hiprune: {views} views do not fit a canvas of {down} x {across} crops")
+    size, stride = rows * cols, across * cols
+    crops = [
+        View(rows, cols, start=size + y * rows * stride + x * cols, stride=stride, kind="crop")
+        for y in range(down)
+        for x in range(across)
+    ]
+    return Layout((View(rows, cols, kind="thumbnail"), *crops))
+
+
+def hiprune_qwen(params: Params, inputs: Tensors) -> Tensors:
+    rows, cols = params["merged_grid"]
+    frames, *patches = params.get("grid_thw", (1, None, None))
+    merge = params.get("spatial_merge_size", 2)
+    if frames != 1 or patches not in ([None, None], [rows * merge, cols * merge]):
+        raise UnknownParameter(f"hiprune: {frames} frames of {patches} patches for a merged grid of {rows} x {cols}")
+    full = params.get("full_attention_layers_0based")
+    depth = 32 if full is None else max(full) + 1
+    model = ModelInfo(
+        family="qwen2_5_vl",
+        class_token=False,
+        mrope=True,
+        encoder_layers=depth,
+        feature_layer=depth - 1,
+        full_attention=None if full is None else tuple(full),
+    )
+    pruner = HiPrune(
+        keep=float(params["retain"]),
+        object_layer=params.get("object_layer_1based"),
+        **params.options("alpha", "buffer", "border"),
+    )
+    layout = Layout.grid(rows, cols)
+    (k,) = pruner.budgets(layout)
+    params.expect("budget", k)
+    count = anchor_count(k, pruner.alpha, pruner.buffer)
+    params.expect("anchors", count)
+
+    if "q_obj" in inputs:
+        anchor, deep = (window_scores(inputs, name, merge**2) for name in ("obj", "deep"))
+    else:
+        anchor, deep = inputs["score_obj"], inputs["score_deep"]
+    tokens = placeholders(layout.size, layout)
+
+    def kept(exclude: str) -> Tensor:
+        method = HiPrune(**{**pruner.parameters(), "exclude": exclude})
+        index = select(method, model, tokens, anchor=anchor[None], deep=deep[None]).index[0]
+        return index[index >= 0]
+
+    keep_idx, official = kept("strict"), kept("official")
+    params.expect("kept_official", len(official))
+    before, after = params.get("text_before", 0), params.get("text_after", 0)
+    params.done("relative_selection_margin", "window_size_px", "patch")
+    sequence = torch.cat(
+        [torch.arange(before), before + keep_idx, before + layout.size + torch.arange(after)]
+    )  # of the prompt: text, image, text
+    text = torch.arange(before).expand(3, -1)
+    at = torch.arange(layout.size)
+    image = before + torch.stack([torch.zeros_like(at), at // cols, at % cols])
+    later = (before + max(rows, cols) + torch.arange(after)).expand(3, -1)
+    return {
+        "score_obj": anchor,
+        "score_deep": deep,
+        "keep_idx": keep_idx,
+        "keep_idx_official": official,
+        "anchors": anchors(anchor[None], count)[0].sort().values,
+        "kept_seq_idx": sequence,
+        "kept_position_ids": torch.cat([text, image, later], dim=1)[:, sequence],
+    }
+
+
+def window_scores(inputs: Tensors, name: str, unit: int) -> Tensor:
+    """Column sums of full attention per merged token in raster order, from patches in the order of windows."""
+    q, k = (inputs[f"{kind}_{name}"].float().transpose(0, 1)[None] for kind in "qk")
+    sums = received_attention(q, k)[0] * q.shape[2]
+    by_window = sums.unflatten(0, (-1, unit)).mean(dim=1)
+    return torch.empty_like(by_window).index_copy(0, inputs["window_index"].long(), by_window)
+
+
+# ------------------------------------------------------------------------------------------------------------- ToDRE
+
+
+def todre(params: Params, inputs: Tensors) -> Tensors:
+    stage = params["stage"]
+    if stage == 1:
+        return todre_diversify(params, inputs)
+    if stage == 2:
+        return todre_remove(params, inputs)
+    raise UnknownParameter(f"todre: stage {stage!r}")
+
+
+def todre_diversify(params: Params, inputs: Tensors) -> Tensors:
+    features = inputs["features"][None]
+    keep, ratio = params.get("keep"), params.get("ratio")
+    rule, stated = params["pivot"], params.get("pivot_index")
+    if rule == "random" and stated is not None:
+        rule = stated  # whose generator drew it is not part of the method
+    pruner = ToDRE(keep=float(ratio) if keep is None else keep, diversity=params["mode"], pivot=rule, stage2=False)
+    layout = Layout.grid(1, features.shape[1])
+    signals = {}
+    if rule == "cls":
+        attention = inputs["cls_attn"]
+        layout = candidate_layout(attention, features.shape[1])
+        rest = features.shape[1] - attention.numel()  # tokens that may not be the pivot
+        signals["class_attention"] = torch.cat([attention.flatten(), torch.full((rest,), torch.inf)])[None]
+        pivot = attended_pivot(signals["class_attention"], layout)
+    else:
+        pivot = select(ToDRE(keep=1, pivot=rule, stage2=False), ModelInfo(), plain_tokens(features)).index[:, 0]
+    if stated is not None and pivot.item() != stated:
+        raise AssertionError(f"todre: pivot {pivot.item()}, the case states {stated}")
+    params.done()
+    (k,) = pruner.budgets(layout)
+    order = diversification(features, k, pivot, pruner.diversity)
+    chosen = select(pruner, ModelInfo(), plain_tokens(features, layout), **signals)
+    return {"order": order[0], "indices": chosen.index[0]}
+
+
+def candidate_layout(attention: Tensor, n: int) -> Layout:
+    """``(f, t)``: frames; ``(n,)``: one picture; fewer than n: a thumbnail in front of crops."""
+    if attention.ndim == 2:
+        return Layout.video(attention.shape[0], 1, attention.shape[1])
+    if len(attention) == n:
+        return Layout.grid(1, n)
+    thumbnail = View(1, len(attention), kind="thumbnail")
+    return Layout((thumbnail, View(1, n - len(attention), start=len(attention), kind="crop")))
+
+
+def todre_remove(params: Params, inputs: Tensors) -> Tensors:
+    pruner = ToDRE(tau=params["tau"], stage1=False)
+    scores, role = as_scores(inputs["attn"]), inputs["role"]
+    params.expect("checked_layers", len(scores))
+    params.done()
+    visual, text = role == 1, role == 2
+
+    def share(rows: Tensor, columns: Tensor) -> Tensor:
+        where = rows.nonzero().squeeze(1)
+        positions = where.expand(len(scores), -1)
+        paid = rows_to_columns_attention(scores[:, :, where], identity_keys(scores), row_positions=positions, scale=1.0)
+        return paid[:, columns].sum(dim=1)
+
+    shares = torch.stack([share(text, visual), share(visual, text)], dim=1)  # (checks, 2)
+    passed = irrelevant(shares, pruner.tau).nonzero().squeeze(1)
+    first = passed[:1] if len(passed) else torch.tensor([-1])
+    return {"alpha_t2v": shares[:, 0], "alpha_v2t": shares[:, 1], "remove_at": first[0]}
+
+
+# --------------------------------------------------------------------------------------------------------- baselines
+
+
+def baselines(params: Params, inputs: Tensors) -> Tensors:
+    name = params["method"]
+    if name not in BASELINES:
+        raise UnknownParameter(f"baselines: method {name!r}")
+    return BASELINES[name](params, inputs)
+
+
+def divprune(params: Params, inputs: Tensors) -> Tensors:
+    features = inputs["features"][None]
+    keep, ratio = params.get("keep"), params.get("ratio")
+    pruner = DivPrune(keep=keep if ratio is None else float(ratio))
+    k = pruner.kept(features.shape[1])
+    if keep is not None and k != keep:
+        raise AssertionError(f"divprune: ratio {ratio} keeps {k}, the case states {keep}")
+    params.done()
+    chosen = select(pruner, ModelInfo(), plain_tokens(features))
+    return {"order": diverse_subset(features, k)[0], "indices": chosen.index[0]}
+
+
+@dataclass(frozen=True)
+class RecordedClip:
+    """Stands where a CLIP model would: its embeddings were recorded."""
+
+    text: Tensor  # (M, E)
+
+    def image_embeds(self, features: Tensor) -> Tensor:
+        return features
+
+    def text_embeds(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        return self.text[None], torch.ones(1, len(self.text), dtype=torch.bool)
+
+
+def cdpruner(params: Params, inputs: Tensors) -> Tensors:
+    features, image = inputs["features"], inputs["image_embeds"]  # (V, n, D), (V, n, E): the crops of one picture
+    keep, sign = params["keep"], params.get("relevance_sign", -1)
+    scope = params.get("minmax_scope", "whole batch")
+    if not scope.startswith("whole batch") or sign not in (-1, 1):
+        raise UnknownParameter(f"cdpruner: minmax_scope {scope!r}, relevance_sign {sign!r}")
+    params.done()
+    crops, n, _ = features.shape
+    some_text = torch.zeros(1, 1, 1)
+    tokens = plain_tokens(
+        features.flatten(0, 1)[None],
+        Layout.video(crops, 1, n),
+        instruction=some_text,
+        instruction_mask=some_text[..., 0] == 0,
+        instruction_ids=some_text[..., 0].long(),
+    )
+    text = inputs["text_embeds"]
+    pruner = CDPruner(keep=keep * crops, clip=RecordedClip(text if sign == -1 else -text))  # CLIP relevance is negated
+    chosen = select(pruner, ModelInfo(), tokens, features=image.flatten(0, 1)[None])
+    return {"indices": chosen.index.view(crops, keep) - n * torch.arange(crops)[:, None]}
+
+
+def visionzip(params: Params, inputs: Tensors) -> Tensors:
+    q, k, hidden = (inputs[name].float() for name in ("q", "k", "hidden"))
+    prefix = int(params.get("has_cls", True))
+    pruner = VisionZip(dominant=params["dominant"], contextual=params["contextual"])
+    params.done()
+    signals = {"keys": k.mean(dim=1)[:, prefix:], "features": hidden[:, prefix:]}
+    if prefix:
+        signals["attention"] = class_attention(q, k)[:, 1:]
+        signals["class_features"] = hidden[:, :1]
+    else:
+        signals["attention"] = received_attention(q, k)
+    tokens = plain_tokens(hidden[:, prefix:])
+    tokens.project = lambda features: features  # the recorded tokens are not projected yet
+    chosen = select(pruner, ModelInfo(class_token=bool(prefix)), tokens, **signals)
+    places = chosen.index.gather(1, chosen.order)  # in order of entry
+    dominant = places[:, : pruner.dominant] + prefix
+    if prefix:
+        dominant[:, 0] = 0  # the class token stands first, on a borrowed place
+    return {"tokens": chosen.values[torch.arange(len(q))[:, None], chosen.order], "dominant": dominant}
+
+
+def fastv(params: Params, inputs: Tensors) -> Tensors:
+    start, n = params["image_start"], params["num_visual"]
+    removed = params.get("R")
+    keep = params.get("keep")
+    pruner = FastV(keep=keep if removed is None else 1.0 - removed, k=params.get("K", 2))
+    if keep is not None and budget(pruner.keep, n) != keep:
+        raise AssertionError(f"fastv: R={removed} keeps {budget(pruner.keep, n)}, the case states {keep}")
+    params.done()
+    scores = as_scores(inputs["attn"][None])
+    length = scores.shape[-1]
+    last = class_attention(scores, identity_keys(scores), scale=1.0, row=length - 1)[:, start : start + n]
+    index = select(pruner, ModelInfo(), placeholders(n), attention=last).index[0]
+    return {
+        "keep_positions": torch.cat([torch.arange(start), start + index, torch.arange(start + n, length)]),
+    }
+
+
+BASELINES: dict[str, Callable[[Params, Tensors], Tensors]] = {
+    "divprune": divprune,
+    "cdpruner": cdpruner,
+    "visionzip": visionzip,
+    "fastv": fastv,
+}
+RUNNERS: dict[str, Callable[[Params, Tensors], Tensors]] = {
+    "fopru": fopru,
+    "hiprune": hiprune,
+    "todre": todre,
+    "baselines": baselines,
+}
