@@ -77,42 +77,70 @@ def test_golden(golden: Golden) -> None:
     for name in case["outputs"]:
         short = name.removeprefix(prefix)
         assert short in results, f"run_case gave no {short!r}"
-        compare(short, results[short].numpy(), tensors[name].numpy(), rule(case, name, short))
+        compare(case, name, short, results[short].numpy(), tensors[name].numpy())
 
 
-@dataclass(frozen=True)
-class Rule:
-    """How an output must agree: exactly, as a set of indices, or within ``atol + rtol * |expected|``."""
-
-    as_set: bool = False
-    atol: float = 0.0
-    rtol: float = 0.0
+def statements(case: dict[str, Any], name: str, short: str) -> list[str]:
+    """What the file says about comparing an output, most specific first: its description, then ``compare``."""
+    clauses = re.split(r"[;,] ", case["compare"])
+    return [case["outputs"][name], *(c for c in clauses if re.search(rf"\b{short}\b", c)), case["compare"]]
 
 
-def rule(case: dict[str, Any], name: str, short: str) -> Rule:
-    """Read from the output's own description if it says, else from the clause of ``compare`` that speaks of it."""
-    clauses = [
-        c for c in re.split(r"[;,] ", case["compare"]) if re.search(rf"\b{short}\b|\b{short.split('_')[0]}s?\b", c)
-    ]
-    for text in [case["outputs"][name], *clauses, case["compare"]]:
-        if "allclose" in text:
-            kind = case["params"].get("score_kind")
-            by_kind = re.search(rf"([\d.e-]+) \({kind}\)", text)
-            atol = by_kind or re.search(r"atol ([\d.e-]+\d)", text)
-            rtol = re.search(r"rtol ([\d.e-]+\d)", text)
-            assert atol or rtol, f"no tolerance in {text!r}"
-            return Rule(atol=float(atol[1]) if atol else 0.0, rtol=float(rtol[1]) if rtol else 0.0)
-        if "exact" in text:
-            return Rule(as_set="exact set" in text and "exact order" not in text and "mask" not in short)
-    raise AssertionError(f"{name}: no comparison stated")
-
-
-def compare(name: str, found: np.ndarray, expected: np.ndarray, how: Rule) -> None:
+def compare(case: dict[str, Any], name: str, short: str, found: np.ndarray, expected: np.ndarray) -> None:
+    """Floats agree within the stated tolerance, integers exactly; index lists as sets where only the set is promised."""
     assert found.shape == expected.shape, f"{name}: shape {found.shape}, expected {expected.shape}"
+    said = statements(case, name, short)
     if expected.dtype.kind == "f":
-        np.testing.assert_allclose(found, expected, atol=how.atol, rtol=how.rtol, err_msg=name)
-    else:
-        assert how.atol == how.rtol == 0, f"{name}: a tolerance makes no sense for {expected.dtype}"
-        if how.as_set:
-            found, expected = np.sort(found, axis=-1), np.sort(expected, axis=-1)
-        np.testing.assert_array_equal(found, expected, err_msg=name)
+        atol, rtol = tolerance(next(text for text in said if "tol " in text), case["params"].get("score_kind"))
+        np.testing.assert_allclose(found, expected, atol=atol, rtol=rtol, err_msg=name)
+        return
+    promised = next(text for text in said if "exact " in text)
+    if "exact set" in promised and "exact order" not in promised and expected.dtype == np.int64:
+        found, expected = np.sort(found, axis=-1), np.sort(expected, axis=-1)
+    np.testing.assert_array_equal(found, expected, err_msg=name)
+
+
+def tolerance(text: str, score_kind: str | None) -> tuple[float, float]:
+    """``(atol, rtol)`` of a statement such as ``atol 1e-7, rtol 1e-4`` or ``atol 1e-6 (probs) or 1e-4 (logits)``."""
+    number = r"(\d[\d.]*(?:e-?\d+)?)"
+    atol = re.search(rf"{number} \({score_kind}\)", text) or re.search(rf"atol {number}", text)
+    rtol = re.search(rf"rtol {number}", text)
+    assert atol or rtol, f"no tolerance in {text!r}"
+    return float(atol[1]) if atol else 0.0, float(rtol[1]) if rtol else 0.0
+
+
+@pytest.mark.parametrize("method", sorted(goldens.RUNNERS))
+def test_unknown_parameters_are_refused(method: str) -> None:
+    """Statement: a case with a parameter that is not mapped cannot pass silently."""
+    path = Path(__file__).parent / "data" / "goldens" / f"{method}.json"
+    case = json.loads(path.read_text())["cases"][0]
+    tensors = load_file(path.with_suffix(".safetensors"))
+    inputs = {name.removeprefix(case["name"] + "."): tensors[name] for name in case["inputs"]}
+    with pytest.raises(goldens.UnknownParameter, match="unheard_of"):
+        goldens.run_case(method, {**case["params"], "unheard_of": 1}, inputs)
+
+
+def test_a_wrong_output_is_noticed() -> None:
+    """Statement: the comparison fails for another order, another set and a value outside the tolerance."""
+    case = {"params": {"score_kind": "probs"}, "compare": "a: exact order; b: exact set; c: allclose atol 1e-3 (probs)"}
+    case["outputs"] = dict.fromkeys("abc", "")
+    one, other = np.array([1, 2]), np.array([2, 1])
+    compare(case, "b", "b", one, other)
+    compare(case, "c", "c", np.array([0.5]), np.array([0.5005]))
+    for name, found, expected in [
+        ("a", one, other),
+        ("b", one, np.array([1, 3])),
+        ("c", np.array([0.5]), np.array([0.502])),
+    ]:
+        with pytest.raises(AssertionError):
+            compare(case, name, name, found, expected)
+
+
+def test_required_methods_cannot_be_skipped(tmp_path: Path) -> None:
+    """Statement: a required method fails when its file is absent or its method unknown, and others are skipped by name."""
+    (tmp_path / "novel.json").write_text(json.dumps({"method": "novel", "cases": [{"name": "x"}]}))
+    entries = {golden.method: golden for golden in collect(tmp_path, {"fopru", "novel"})}
+    assert entries["fopru"].required and "no golden file" in entries["fopru"].why
+    assert entries["novel"].required and "no such method" in entries["novel"].why
+    assert not collect(tmp_path, set())[0].required
+    assert "'novel'" in collect(tmp_path, set())[0].why
