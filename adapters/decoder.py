@@ -365,7 +365,9 @@ class Decoder:
             largest = torch.iinfo(torch.long).max
             start = torch.where(before.alive, before.place_positions, largest).amin(dim=(0, -1))
             compact = (start[:, None] + (attended.long().cumsum(-1) - 1).clamp(min=0)).expand_as(positions)
-            end = torch.where(before.alive, before.place_positions, -1).amax(dim=(0, -1))
+            # generate() counts on from the last attended token
+            last = torch.where(frame.mask[:, frame.past :], torch.arange(frame.length, device=alive.device), 0).amax(-1)
+            end = before.place_positions[:, torch.arange(len(last), device=last.device), last].amax(0)
             shift = before.shift + end - torch.where(attended, compact, -1).amax(dim=(0, -1))
         else:
             compact = positions - gone.long().cumsum(-1)

@@ -89,6 +89,7 @@ class Session:
         self._items: list[_Item] = []
         self._seen = 0
         self._input_ids: Tensor | None = None
+        self._brought: list[Modality] = []
         self._visual: Tensor | None = None
         self._text: dict[int | None, Tensor] = {}
         self._embeds: Tensor | None = None
@@ -203,11 +204,18 @@ class Session:
 
     def _note_ids(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         call = bind(module.forward, args, kwargs)
+        encoded = call.get("mm_encoder_outputs") or {}
+        # placeholder tokens that come without features (a model may generate one) are ordinary text
+        self._brought = [
+            modality
+            for modality in self._adapter.modalities
+            if call.get(modality.pixels) is not None or encoded.get(modality.kind) is not None
+        ]
         ids = call.get("input_ids")
         if ids is None and call.get("inputs_embeds") is not None:
             embed, embeds = module.get_input_embeddings(), call["inputs_embeds"]
             ids = torch.full(embeds.shape[:2], -1, device=embeds.device)
-            for modality in self._adapter.modalities:
+            for modality in self._brought:
                 placeholder = embed(torch.tensor(modality.token_id, device=embeds.device))
                 ids = ids.masked_fill((embeds == placeholder).all(-1), modality.token_id)
         self._input_ids = ids
@@ -222,7 +230,7 @@ class Session:
         if ids is None or ids.shape != embeds.shape[:2]:
             return False
         visual = torch.zeros_like(ids, dtype=torch.bool)
-        for modality in self._adapter.modalities:
+        for modality in self._brought:
             here = ids == modality.token_id
             if bool(here.any()):
                 self._items += self._find(modality, here)

@@ -51,7 +51,9 @@ def _parser(command: str) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     lists = commands.add_parser("list", help="all methods, one a line", description="All methods, one a line.")
-    lists.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    form = lists.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    form.add_argument("--markdown", action="store_true", help="print a Markdown table, with papers")
     lists.set_defaults(run=_list)
 
     shows = commands.add_parser(
@@ -79,6 +81,8 @@ def _list(args: argparse.Namespace) -> int:
     cards = view.cards()
     if args.json:
         print(json.dumps([card.as_json() for card in cards], indent=2))
+    elif args.markdown:
+        print(view.markdown_table(cards))
     else:
         view.print_table(cards)
     return 0

@@ -75,9 +75,9 @@ class Card:
 
     @property
     def hooks(self) -> tuple[str, ...]:
-        """The hook points on any of the example models, in order of first use."""
+        """The hook points on any of the example models, without layer numbers, in order of first use."""
         known = [s.hook for stages in self.stages.values() if not isinstance(stages, str) for s in stages]
-        return tuple(dict.fromkeys(known))
+        return tuple(dict.fromkeys(hook.partition(" ")[0] for hook in known))
 
     def as_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -228,6 +228,13 @@ def print_table(methods: Iterable[Card], console: Console | None = None) -> None
     console = console or Console()
     console.print(table)
     console.print("`foveate show METHOD` tells more about one.", style="dim")
+
+
+def markdown_table(methods: Iterable[Card]) -> str:
+    """The table of :func:`print_table`, with papers, for a README."""
+    rows = [("method", "what", "paper", "acts at"), ("---",) * 4]
+    rows += [(f"`{m.name}`", m.title, m.paper, ", ".join(f"`{hook}`" for hook in m.hooks)) for m in methods]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def print_card(method: Card, console: Console | None = None) -> None:

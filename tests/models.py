@@ -54,6 +54,7 @@ def tiny(family: str, attention: str = "sdpa", seed: int = 0) -> torch.nn.Module
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
                 parameter.mul_(6.0 if "norm" not in name else 1.0)
+        model.lm_head.weight[IMAGE:] = 0  # greedy decoding stays clear of special tokens
     model.generation_config.pad_token_id = PAD
     model.generation_config.eos_token_id = EOS
     assert config.text_config._attn_implementation == attention
@@ -74,19 +75,32 @@ def _config(family: str) -> Any:
     t = transformers
     if family == "llava":
         return t.LlavaConfig(
-            vision_config=t.CLIPVisionConfig(**VISION), text_config=t.LlamaConfig(**TEXT), image_token_index=IMAGE,
-            image_token_id=IMAGE, vision_feature_layer=-2,
+            vision_config=t.CLIPVisionConfig(**VISION),
+            text_config=t.LlamaConfig(**TEXT),
+            image_token_index=IMAGE,
+            image_token_id=IMAGE,
+            vision_feature_layer=-2,
         )
     if family == "llava_next":
         return t.LlavaNextConfig(
-            vision_config=t.CLIPVisionConfig(**VISION), text_config=t.LlamaConfig(**TEXT), image_token_index=IMAGE,
-            image_token_id=IMAGE, image_grid_pinpoints=PINPOINTS, vision_feature_layer=-2,
+            vision_config=t.CLIPVisionConfig(**VISION),
+            text_config=t.LlamaConfig(**TEXT),
+            image_token_index=IMAGE,
+            image_token_id=IMAGE,
+            image_grid_pinpoints=PINPOINTS,
+            vision_feature_layer=-2,
         )
     if family == "llava_onevision":
         return t.LlavaOnevisionConfig(
-            vision_config=t.SiglipVisionConfig(**VISION, vision_use_head=False), text_config=t.Qwen2Config(**TEXT),
-            image_token_index=IMAGE, video_token_index=VIDEO, **IDS, image_grid_pinpoints=PINPOINTS,
-            vision_feature_layer=-1, vision_feature_select_strategy="full", vision_aspect_ratio="anyres_max_4",
+            vision_config=t.SiglipVisionConfig(**VISION, vision_use_head=False),
+            text_config=t.Qwen2Config(**TEXT),
+            image_token_index=IMAGE,
+            video_token_index=VIDEO,
+            **IDS,
+            image_grid_pinpoints=PINPOINTS,
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
+            vision_aspect_ratio="anyres_max_4",
         )
     text = {**TEXT, "rope_parameters": MROPE}
     if family == "qwen2_vl":
@@ -94,12 +108,20 @@ def _config(family: str) -> Any:
         return t.Qwen2VLConfig(text_config=text, vision_config=vision, **QWEN_IDS)
     if family == "qwen2_5_vl":
         vision = {
-            **QWEN_VISION, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32, "window_size": 32,
+            **QWEN_VISION,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "out_hidden_size": 32,
+            "window_size": 32,
             "fullatt_block_indexes": [1, 3],
         }
         return t.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **QWEN_IDS)
     vision = {
-        **QWEN_VISION, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32, "num_position_embeddings": 64,
+        **QWEN_VISION,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "out_hidden_size": 32,
+        "num_position_embeddings": 64,
         "deepstack_visual_indexes": [0, 1, 2],
     }
     text = {**text, "head_dim": 8, "rope_parameters": {**MROPE, "mrope_interleaved": True}}
@@ -123,7 +145,9 @@ def picture(family: str, seed: int, shape: tuple[int, ...] | None = None) -> Pic
         return Picture("image", torch.randn(3, SIDE, SIDE, generator=g), torch.tensor([SIDE, SIDE]), 16)
     if family.startswith("llava"):
         if shape is not None and len(shape) == 3:
-            return Picture("video", torch.randn(shape[0], 3, SIDE, SIDE, generator=g), torch.tensor([0]), shape[0] * 4 + 1)
+            return Picture(
+                "video", torch.randn(shape[0], 3, SIDE, SIDE, generator=g), torch.tensor([0]), shape[0] * 4 + 1
+            )
         height, width = shape or (60, 40)
         return _anyres(height, width, g)
     frames, rows, cols = shape if shape is not None and len(shape) == 3 else (1, *(shape or (4, 5)))
@@ -162,7 +186,9 @@ def inputs(family: str, samples: list[list[Picture | int]], seed: int = 0, pad_l
     longest = max(map(len, rows))
     pad = [[PAD] * (longest - len(ids)) for ids in rows]
     ids = torch.tensor([p + r if pad_left else r + p for p, r in zip(pad, rows)])
-    mask = torch.tensor([[0] * len(p) + [1] * len(r) if pad_left else [1] * len(r) + [0] * len(p) for p, r in zip(pad, rows)])
+    mask = torch.tensor(
+        [[0] * len(p) + [1] * len(r) if pad_left else [1] * len(r) + [0] * len(p) for p, r in zip(pad, rows)]
+    )
     made: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
     images = [p for p in pictures if p.kind == "image"]
     videos = [p for p in pictures if p.kind == "video"]

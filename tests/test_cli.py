@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import types
@@ -95,6 +96,22 @@ def test_list_has_a_line_for_every_method(capsys):
 def test_list_as_json_is_complete(capsys):
     assert main(["list", "--json"]) == 0
     assert [card["name"] for card in json.loads(capsys.readouterr().out)] == sorted(PRUNERS)
+
+
+def test_list_as_markdown_is_a_table(capsys):
+    assert main(["list", "--markdown"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + len(PRUNERS)
+    assert "| `toy-class` | A toy | arXiv 0000.00000 [not real] | `llm_input`, `llm_layer` |" in lines
+
+
+def test_readme_promises_no_method_that_does_not_exist():
+    """Fill the table from `foveate list --markdown`."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = readme.partition("<!-- methods -->")[2].partition("<!-- /methods -->")[0]
+    promised = set(re.findall(r"^\| `([\w-]+)` \|", table, re.MULTILINE))
+    assert promised
+    assert promised <= set(PRUNERS)
 
 
 @pytest.mark.parametrize("name", ["toy-class", "Toy-Class"])

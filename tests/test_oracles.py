@@ -44,9 +44,7 @@ class TopNorm(Pruner):
     def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
         stages = [Stage(Hook.LLM_INPUT, lambda tokens: self._select(tokens, self.at_input))]
         for layer, keep in self.at_layer:
-            stages.append(
-                Stage(Hook.LLM_LAYER, lambda tokens, keep=keep: self._select(tokens, keep), layer=layer)
-            )
+            stages.append(Stage(Hook.LLM_LAYER, lambda tokens, keep=keep: self._select(tokens, keep), layer=layer))
         return tuple(stages)
 
     @staticmethod
@@ -76,7 +74,10 @@ def rope_positions(model: torch.nn.Module, given: dict[str, Any]) -> Tensor:
     if "mm_token_type_ids" in given:
         grids = {k: v for k, v in given.items() if k.endswith("grid_thw")}
         return model.model.get_rope_index(
-            given["input_ids"], mm_token_type_ids=given["mm_token_type_ids"], attention_mask=given["attention_mask"], **grids
+            given["input_ids"],
+            mm_token_type_ids=given["mm_token_type_ids"],
+            attention_mask=given["attention_mask"],
+            **grids,
         )[0]
     return (given["attention_mask"].cumsum(-1) - 1).clamp(min=0)
 
@@ -137,7 +138,7 @@ def greedy_by_masking(
         margin = torch.minimum(margin, best[:, 0] - best[:, 1])
         given["input_ids"] = torch.cat([given["input_ids"], logits.argmax(-1, keepdim=True)], dim=1)
         given["attention_mask"] = torch.nn.functional.pad(given["attention_mask"], (0, 1), value=1)
-        positions = torch.cat([positions, positions.amax(-1, keepdim=True).amax(0, keepdim=positions.ndim == 3).expand_as(positions[..., -1:]) + 1], dim=-1)
+        positions = torch.cat([positions, positions[..., -1:] + 1], dim=-1)  # as generate() counts on
         if "mm_token_type_ids" in given:
             given["mm_token_type_ids"] = torch.nn.functional.pad(given["mm_token_type_ids"], (0, 1))
     return given["input_ids"][:, -steps:], margin
