@@ -297,7 +297,8 @@ class Stage:
     Attributes:
         hook: the hook point; layer: which decoder layer, for ``Hook.LLM_LAYER``.
         select: ``select(tokens, **signals) -> Selection``; at ``llm_layer`` the index runs over the tokens still there.
-            At ``Hook.PIXELS`` it is ``select(pixel_values) -> pixel_values``.
+            At ``Hook.PIXELS`` it is ``select(pixel_values) -> pixel_values``; the fewer features of smaller pictures then
+            come first among the tokens at ``llm_input``, zeros fill up.
         signals: argument name -> what to read.
         positions: ``"keep"`` or ``"compact"`` where the method's specification demands one; None = the family's custom
             (compact for one-axis positions, keep for m-RoPE).
@@ -395,7 +396,7 @@ def budget(keep: Keep, n_tokens: int, rounding: Callable[[float], int] = round) 
         if keep > n_tokens:
             warnings.warn(f"keep={keep} exceeds the {n_tokens} visual tokens of an image; all are kept", stacklevel=2)
         return min(keep, n_tokens)
-    return max(1, min(n_tokens, int(rounding(keep * n_tokens))))
+    return min(n_tokens, max(1, int(rounding(keep * n_tokens))))
 
 
 def floor(x: float) -> int:

@@ -7,14 +7,14 @@ vision encoder. Conventions follow the harnesses that report them (UniPruneBench
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, adaptive_max_pool2d, interpolate
 
-from foveate.errors import BudgetError
+from foveate.errors import BudgetError, UnsupportedModelError
 from foveate.pruners.base import (
     Hook,
     Keep,
@@ -26,6 +26,7 @@ from foveate.pruners.base import (
     Tokens,
     budget,
     check_keep,
+    keep_all,
     one_of,
     per_view,
     seeded,
@@ -174,13 +175,13 @@ class Downsample(Pruner):
     to do inside the model: call :meth:`prepare` on every picture before the processor, whose rounding then decides the count.
 
     Attributes:
-        keep: fraction or number of tokens, as for the grid baseline, alike for all views of an image. ``prepare`` needs a
-            fraction.
+        keep: fraction or number of tokens, as for the grid baseline. ``prepare`` needs a fraction.
     """
 
     title: ClassVar[str] = "Smaller input picture"
     paper: ClassVar[str] = "baseline"
     cost: ClassVar[str] = "none; the vision encoder gets cheaper too"
+    families: ClassVar[tuple[str, ...]] = ("llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
     needs_grid: ClassVar[bool] = True
 
     keep: Keep = 0.25
@@ -189,32 +190,35 @@ class Downsample(Pruner):
         check_keep(self.keep)
 
     def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
+        if model.family not in self.families:
+            raise UnsupportedModelError(
+                f"downsample knows families with one fixed-size view ({self.families[0]}) and of any resolution "
+                f"({', '.join(self.families[1:])}), not {model.family}; use avgpool or grid"
+            )
         if model.family.startswith("qwen"):
             return ()
 
         def shrink(pixel_values: Tensor) -> Tensor:
-            views, _, height, width = pixel_values.shape
-            grid = height // model.patch_size, width // model.patch_size
-            rows, cols = lattice(grid, self._per_view(grid[0] * grid[1], views))
-            size = rows * model.patch_size, cols * model.patch_size
-            small = interpolate(pixel_values.float(), size, mode="bilinear", antialias=True, align_corners=False)
+            patch = model.patch_size
+            grid = pixel_values.shape[2] // patch, pixel_values.shape[3] // patch
+            rows, cols = lattice(grid, budget(self.keep, grid[0] * grid[1]))
+            small = interpolate(pixel_values.float(), (rows * patch, cols * patch), mode="bilinear", antialias=True)
             return small.to(pixel_values.dtype)
 
         return Stage(Hook.PIXELS, shrink), Stage(Hook.LLM_INPUT, self.select)
 
-    def _per_view(self, size: int, views: int) -> int:
-        if isinstance(self.keep, float):
-            return budget(self.keep, size)
-        if self.keep < views:
-            raise BudgetError(f"keep={self.keep} is less than one token for each of the {views} views of an image")
-        return min(size, self.keep // views)
-
     def budgets(self, layout: Layout) -> tuple[int, ...]:
-        return tuple(lattice_size(v.grid, self._per_view(v.size, len(layout.views))) for v in layout.views)
+        if len(layout.views) > 1:
+            raise UnsupportedModelError(f"downsample takes pictures of one view, not {len(layout.views)}")
+        (view,) = layout.views
+        return (lattice_size(view.grid, budget(self.keep, view.size)),)
 
     def select(self, tokens: Tokens) -> Selection:
-        """The slots where the smaller tower's patches stand."""
-        return per_view(tokens, self.budgets(tokens.layout), Grid()._select_view)
+        """Put the smaller tower's patches, which come first, where they belong on the picture."""
+        (k,) = self.budgets(tokens.layout)
+        if k >= tokens.count:
+            return keep_all(tokens)
+        return replace(Grid(keep=k).select(tokens), values=tokens.embeds[:, :k])
 
     def prepare(self, image: Image) -> Image:
         """A picture for a family of any resolution, each side times ``sqrt(keep)``.

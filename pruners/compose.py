@@ -26,6 +26,7 @@ class Then(Pruner):
         ParameterError: from ``stages``, when the order does not fit the model.
     """
 
+    name: ClassVar[str] = "then"
     title: ClassVar[str] = "Several methods in sequence"
     paper: ClassVar[str] = "composition"
     cost: ClassVar[str] = "that of its parts"
