@@ -6,6 +6,7 @@ BIN := .venv/bin
 
 BENCH := --model shapes-llava --suite shapes --pruners all --keep 0.5,0.25,0.11 --limit 200
 
+.DELETE_ON_ERROR:
 .PHONY: bench test lint format clean
 
 bench: .venv/core.stamp
@@ -46,5 +47,5 @@ clean:
 $(BIN)/python:
 	@$(PYTHON) -c "import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 10) and \
 	f'foveate needs Python >= 3.10; $(PYTHON) is {v}: make PYTHON=python3.12 ...')"
-	$(PYTHON) -m venv .venv || { $(PYTHON) -m venv --clear --without-pip .venv && \
+	$(PYTHON) -m venv --clear .venv || { $(PYTHON) -m venv --clear --without-pip .venv && \
 	$(PYTHON) -m pip --python .venv/bin/python install pip; }
