@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, adaptive_max_pool2d, interpolate
 
-from foveate.errors import BudgetError, UnsupportedModelError
+from foveate.errors import BudgetError, InputError, UnsupportedModelError
 from foveate.pruners.base import (
     Hook,
     Keep,
@@ -214,10 +214,17 @@ class Downsample(Pruner):
         return (lattice_size(view.grid, budget(self.keep, view.size)),)
 
     def select(self, tokens: Tokens) -> Selection:
-        """Put the smaller tower's patches, which come first, where they belong on the picture."""
+        """Put the smaller tower's patches, which come first, where they belong on the picture.
+
+        Raises:
+            InputError: the tower returned another number of patches.
+        """
         (k,) = self.budgets(tokens.layout)
         if k >= tokens.count:
             return keep_all(tokens)
+        filled = int(tokens.embeds.ne(0).any(dim=2).any(dim=0).sum())
+        if filled != k:
+            raise InputError(f"downsample asked the vision tower for {k} patches, and it returned {filled}")
         return replace(Grid(keep=k).select(tokens), values=tokens.embeds[:, :k])
 
     def prepare(self, image: Image) -> Image:

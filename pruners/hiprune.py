@@ -115,10 +115,7 @@ class HiPrune(Pruner):
         return min(model.full_attention or (block,), key=lambda full: abs(full - block))
 
     def budgets(self, layout: Layout) -> tuple[int, ...]:
-        total, views = budget(self.keep, layout.size), len(layout.views)
-        if total < views:
-            return split_budget(total, (1,) * views)
-        return tuple(min(total // views, view.size) for view in layout.views)
+        return per_view_budget(budget(self.keep, layout.size), tuple(view.size for view in layout.views))
 
     def select(self, tokens: Tokens, anchor: Tensor, deep: Tensor) -> Selection:
         return per_view(tokens, self.budgets(tokens.layout), self._select_view, anchor=anchor, deep=deep)
@@ -132,6 +129,24 @@ class HiPrune(Pruner):
             border=self.border,
         )
         return Selection(kept_tokens(core | registers(deep, core, k, self.exclude)), scores=deep)
+
+
+def per_view_budget(total: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """``int(total / V)`` for each of V views; what does not fit into a small view goes to the others.
+
+    Fewer tokens than views: one for each of the first views.
+    """
+    if total >= sum(sizes):
+        return sizes
+    if total < len(sizes):
+        return split_budget(total, tuple(min(size, 1) for size in sizes))
+    left, views = total, len(sizes)
+    for size in sorted(sizes):
+        share = left // views
+        if size >= share:
+            break
+        left, views = left - size, views - 1
+    return tuple(min(share, size) for size in sizes)
 
 
 def anchor_count(k: int, alpha: float, buffer: str = "cross") -> int:
