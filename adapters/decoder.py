@@ -241,13 +241,13 @@ class Decoder:
         )
         choice = self.selector.at_input(embeds) if prompt else None
         self.frame = frame
-        if choice is None and state is None:
-            return None  # nothing pruned here: the caller's own arguments go on
         kwargs = dict(kwargs)
         if choice is not None:
             kwargs["inputs_embeds"] = self._narrow(0, choice, embeds)
-            if kwargs.get("deepstack_visual_embeds") is not None:
-                self._follow_deepstack(kwargs)
+        if prompt and kwargs.get("deepstack_visual_embeds") is not None:
+            self._follow_deepstack(kwargs)
+        if choice is None and state is None:
+            return args, kwargs  # nothing pruned here: the caller's own mask and positions go on
         kwargs["attention_mask"] = frame.span.mask.long()
         kwargs["position_ids"] = frame.span.positions
         if text_row:

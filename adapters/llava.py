@@ -70,6 +70,7 @@ class LlavaAdapter(Adapter):
             feature_layer=blocks + state if state < 0 else state - 1,
             class_token=self.prefix > 0,
             decoder_layers=len(self.text_model.layers),
+            patch_size=config.vision_config.patch_size,
         )
 
     def tap(self, signals: Iterable[Signal]) -> SplitProjectionTap:

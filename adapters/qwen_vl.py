@@ -43,6 +43,7 @@ class Qwen2VLAdapter(Adapter):
             decoder_layers=len(self.text_model.layers),
             mrope=True,
             full_attention=self.full_attention(),
+            patch_size=self.inner.config.vision_config.patch_size,
         )
 
     def full_attention(self) -> tuple[int, ...] | None:

@@ -164,6 +164,8 @@ class Session:
 
         @functools.wraps(encode)
         def watched(*args: Any, **kwargs: Any) -> Any:
+            if session._tower_tap.open:  # Qwen3-VL encodes videos through its image encoder
+                return encode(*args, **kwargs)
             call = bind(encode, args, kwargs)
             pixels = call[modality.pixels]
             if not bool(torch.isfinite(pixels).all()):
