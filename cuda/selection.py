@@ -7,6 +7,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 _TINY = 1e-12
+_ROUND_OFF = (
+    1e-5  # of a determinantal gain, relative to the token's own kernel entry, after hundreds of float32 updates
+)
 
 
 def diverse_subset(features: Tensor, k: int, start: Tensor | None = None, *, objective: str = "max_min") -> Tensor:
@@ -46,7 +49,8 @@ def conditional_dpp(features: Tensor, relevance: Tensor, k: int) -> Tensor:
 
     Args:
         features: ``(B, N, D)``, normalised here; relevance: ``(B, N)`` non-negative.
-        k: tokens to pick. Beyond the kernel's rank all gains are zero: the lowest free indices follow.
+        k: tokens to pick. Gains within float32 round-off of zero count as zero, and beyond the kernel's rank all are: the
+            lowest free indices follow.
 
     Returns:
         ``(B, k)`` int64 in order of selection, without repetition. O(N^2 D + k^2 N).
@@ -57,17 +61,18 @@ def conditional_dpp(features: Tensor, relevance: Tensor, k: int) -> Tensor:
     batch, n = relevance.shape
     rows = torch.arange(batch, device=x.device)
     gain = kernel.diagonal(dim1=1, dim2=2).clone()  # (B, N)
+    noise = _ROUND_OFF * gain
     taken = torch.zeros_like(gain, dtype=torch.bool)
     factors = kernel.new_zeros(batch, k, n)
     picks = []
     for step in range(k):
-        pick = gain.clamp(min=0).masked_fill(taken, -torch.inf).argmax(dim=1)
+        pick = gain.where(gain > noise, 0.0).masked_fill(taken, -torch.inf).argmax(dim=1)
         picks.append(pick)
         taken[rows, pick] = True
-        left = gain[rows, pick]
+        left, adds = gain[rows, pick], (gain > noise)[rows, pick]
         projected = (factors[rows, :step, pick][:, None] @ factors[:, :step]).squeeze(1) if step else 0.0
-        factor = (kernel[rows, pick] - projected) / left.clamp(min=_TINY).sqrt()[:, None]
-        factor = factor * (left > _TINY)[:, None]  # exhausted rank: adds nothing more
+        factor = (kernel[rows, pick] - projected) / left.where(adds, 1.0).sqrt()[:, None]
+        factor = factor.where(adds[:, None], 0.0)
         factors[:, step] = factor
         gain = gain - factor.square()
     return torch.stack(picks, dim=1)

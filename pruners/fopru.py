@@ -129,7 +129,7 @@ def significance(received: Tensor | None, given: Tensor | None) -> Tensor:
 
 def rank(score: Tensor, k: int) -> Tensor:
     """The ``k`` most significant tokens, best first (ties: lower index): ``(B, N) -> (B, k)``."""
-    return score.argsort(dim=1, descending=True, stable=True)[:, :k]
+    return score.argsort(dim=1, descending=True, stable=True)[:, :k].contiguous()
 
 
 def best_rows(score: Tensor, grid: tuple[int, int], rows: int) -> Tensor:
