@@ -1,0 +1,83 @@
+"""A small visual question suite that ships with a model which was really trained on it.
+
+Six tasks on synthetic pictures (`scenes.py`), each scored exactly, and `shapes-llava`, a LLaVA-style model in the
+ordinary transformers format (`MODEL_PATH`; its data card is the README beside the weights). Importing this module
+loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from . import scenes
+from .scenes import TASKS
+
+__all__ = ["CHANCE", "HELD_OUT_SEED", "MODEL_PATH", "TASKS", "Sample", "prompt", "samples", "score"]
+
+MODEL_PATH = pathlib.Path(__file__).parent / "shapes-llava"
+HELD_OUT_SEED = 20_260
+CHANCE: dict[str, float] = {
+    "presence": 1 / 2,
+    "colour": 1 / len(scenes.COLOURS),
+    "shape": 1 / len(scenes.SHAPES),
+    "count": 1 / scenes.MAX_OBJECTS,
+    "location": 1 / 9,
+    "code": 1 / len(scenes.ALPHABET) ** scenes.CODE_LENGTH,
+}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One held-out question: a picture, plain question text without the image marker, and the only right answer."""
+
+    id: str
+    task: str
+    image: Image.Image
+    question: str
+    answer: str
+
+
+def samples(limit: int | None = None, seed: int = HELD_OUT_SEED) -> Iterator[Sample]:
+    """Held-out questions, the tasks in turn, one picture each; endless when `limit` is None.
+
+    Training can reach none of these scenes: the CRC-32 of a scene's layout decides its split (`Scene.held_out`), and
+    the generators are seeded by different streams besides. Sample `i` depends on `seed` and `i` only.
+    """
+    index = 0
+    while limit is None or index < limit:
+        rng = np.random.default_rng((_HELD_OUT_STREAM, seed, index))
+        task = TASKS[index % len(TASKS)]
+        question = None
+        while question is None:
+            scene = scenes.draw_scene(rng, held_out=True, code=True if task == "code" else None)
+            question = scenes.ask(scene, task, rng)
+        image = Image.fromarray(scenes.render(scene, rng).pixels)
+        yield Sample(f"{seed}-{index}", task, image, question.text, question.answer)
+        index += 1
+
+
+_HELD_OUT_STREAM = 1  # train.py uses stream 0
+
+
+def normalise(text: str) -> str:
+    """Lower case, letters and digits only, one space between words."""
+    return " ".join(re.findall(r"[a-z0-9]+", text.lower()))
+
+
+def score(sample: Sample, prediction: str) -> bool:
+    """Whether a prediction is exactly the answer after normalisation; spaces within a code do not count."""
+    said, right = normalise(prediction), normalise(sample.answer)
+    if sample.task == "code":
+        return said.replace(" ", "") == right.replace(" ", "")
+    return said == right
+
+
+def prompt(question: str) -> str:
+    """The full text for the processor: LLaVA-1.5's turn form with the image marker."""
+    return f"USER: <image>\n{question} ASSISTANT:"
