@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import types
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -139,16 +140,6 @@ class Selector(Protocol):
 
 
 @dataclass
-class _DeepStack:
-    """Visual features that the model adds behind its first layers."""
-
-    rows: Tensor  # (B, L) row of each new place in the levels, -1 for text
-    source: list[Tensor]  # unpruned levels (n_visual, D)
-    mask: Tensor  # (B, K) handed to the model
-    levels: list[Tensor] = field(default_factory=list)  # handed to the model
-
-
-@dataclass
 class _Frame:
     """One forward pass of the decoder."""
 
@@ -158,8 +149,8 @@ class _Frame:
     held: list[Held]
     prompt: bool
     cache: Any
+    pruned: bool = False  # a stage has taken something away, or put something else in its place
     spans: list[Span] = field(default_factory=list)
-    deepstack: _DeepStack | None = None
 
     @property
     def span(self) -> Span:
@@ -196,12 +187,15 @@ class Decoder:
                 return self._before_layer(i, args, kwargs)
 
             self._handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
+        if hasattr(text_model, "_deepstack_process"):  # a plain method between layers, out of any hook's reach
+            text_model._deepstack_process = self._following(text_model._deepstack_process)
         _LIVE.add(text_model)
 
     def remove(self) -> None:
         """Take the hooks away."""
         for handle in self._handles:
             handle.remove()
+        vars(self.text_model).pop("_deepstack_process", None)
         _LIVE.discard(self.text_model)
         self.frame = None
 
@@ -241,13 +235,11 @@ class Decoder:
         )
         choice = self.selector.at_input(embeds) if prompt else None
         self.frame = frame
+        if choice is None and state is None:
+            return None  # nothing pruned here: the caller's own arguments go on
         kwargs = dict(kwargs)
         if choice is not None:
             kwargs["inputs_embeds"] = self._narrow(0, choice, embeds)
-        if prompt and kwargs.get("deepstack_visual_embeds") is not None:
-            self._follow_deepstack(kwargs)
-        if choice is None and state is None:
-            return args, kwargs  # nothing pruned here: the caller's own mask and positions go on
         kwargs["attention_mask"] = frame.span.mask.long()
         kwargs["position_ids"] = frame.span.positions
         if text_row:
@@ -260,7 +252,7 @@ class Decoder:
         """The caller's rotary positions as ``(B, L)`` or ``(3, B, L)``, and whether a row of text positions led them."""
         if given is None:
             given = torch.arange(past, past + length, device=device)[None]
-        given = given.expand(*given.shape[:-2], batch, length)
+        given = given[..., -length:].expand(*given.shape[:-2], batch, length)  # Qwen may count the cached ones in
         text_row = given.ndim == 3 and len(given) == 4
         if text_row:
             given = given[1:]
@@ -284,8 +276,6 @@ class Decoder:
             choice = self.selector.at_layer(i, hidden, frame.span)
             if choice is not None:
                 hidden = self._narrow(i, choice, hidden)
-                if frame.deepstack is not None:
-                    self._refresh_deepstack()
         if len(frame.spans) == 1:
             return None
         kwargs = {**kwargs, **self._layer_kwargs(i, hidden, kwargs)}
@@ -335,6 +325,7 @@ class Decoder:
     def _narrow(self, layer: int, choice: Choice, hidden: Tensor) -> Tensor:
         """Start the span of the places that ``choice`` leaves; returns what they carry, ``(B, width, D)``."""
         frame = self.frame
+        frame.pruned = True
         before = frame.span
         rank = before.rank if choice.rank is None else choice.rank
         places = torch.arange(frame.length, device=hidden.device).expand_as(choice.alive)
@@ -378,22 +369,21 @@ class Decoder:
 
     # --------------------------------------------------------------------------------------------------- deepstack
 
-    def _follow_deepstack(self, kwargs: dict[str, Any]) -> None:
-        frame = self.frame
-        mask = kwargs["visual_pos_masks"]
-        rows = (mask.flatten().long().cumsum(0) - 1).view_as(mask).masked_fill(~mask, -1)
-        frame.deepstack = _DeepStack(rows, list(kwargs["deepstack_visual_embeds"]), mask.clone())
-        self._refresh_deepstack()
-        kwargs["visual_pos_masks"] = frame.deepstack.mask
-        kwargs["deepstack_visual_embeds"] = frame.deepstack.levels
+    def _following(self, add: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Qwen3-VL's ``_deepstack_process``, which adds visual features behind early layers, on what is left of the prompt."""
 
-    def _refresh_deepstack(self) -> None:
-        """Bring mask and levels down to the current span, in place: the model's loop holds on to both objects."""
-        deepstack, index = self.frame.deepstack, self.frame.span.index
-        rows = deepstack.rows.gather(1, index.clamp(max=self.frame.length - 1))
-        rows = rows.masked_fill(index >= self.frame.length, -1)
-        deepstack.mask.data = rows >= 0
-        deepstack.levels[:] = [level[rows[rows >= 0]] for level in deepstack.source]
+        def process(hidden: Tensor, visual_pos_masks: Tensor, visual_embeds: Tensor) -> Tensor:
+            frame = self.frame
+            if frame is None or not frame.pruned:
+                return add(hidden, visual_pos_masks, visual_embeds)
+            index = frame.span.index
+            # (B, L) row of every place in visual_embeds, -1 for text
+            rows = (visual_pos_masks.flatten().long().cumsum(0) - 1).view_as(visual_pos_masks)
+            rows = rows.masked_fill(~visual_pos_masks, -1)
+            rows = rows.gather(1, index.clamp(max=frame.length - 1)).masked_fill(index >= frame.length, -1)
+            return add(hidden, rows >= 0, visual_embeds[rows[rows >= 0].to(visual_embeds.device)])
+
+        return process
 
     # -------------------------------------------------------------------------------------------------------- exit
 
@@ -402,10 +392,9 @@ class Decoder:
         if frame is None:
             return None
         cache = getattr(output, "past_key_values", None)
-        pruned = len(frame.spans) > 1 or frame.span.index.shape[1] < frame.length or hasattr(cache, "foveate")
-        if cache is not None and pruned:
+        if cache is not None and (frame.pruned or hasattr(cache, "foveate")):
             self._remember(cache)
-        if frame.prompt and pruned:
+        if frame.pruned:
             output.last_hidden_state = _restore(output.last_hidden_state, frame.span)
             if getattr(output, "hidden_states", None) is not None:
                 output.hidden_states = tuple(

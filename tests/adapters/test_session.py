@@ -1,0 +1,466 @@
+"""What an attached model must go on doing, and what attaching must never do."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+import warnings
+import weakref
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import foveate
+from foveate.pruners.base import Hook, ModelInfo, Selection, Stage, Tokens
+from tests.models import FAMILIES, IMAGE, TEXT, inputs, picture, tiny
+from tests.test_oracles import TopNorm, dropped_places, masked_logits, rope_positions, scene_inputs
+
+STAGED = TopNorm(at_input=0.6, at_layer=((2, 0.5),))
+GREEDY = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Any:
+    with torch.no_grad():
+        yield
+
+
+# ------------------------------------------------------------------------------------------------------- generation
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_manual_decoding_with_the_cache_equals_generate(family: str) -> None:
+    model, given = tiny(family), scene_inputs(family, "padded")
+    with foveate.attach(model, STAGED):
+        expected = model.generate(**given, **GREEDY)
+        grown = model.generate(
+            **given, **{**GREEDY, "max_new_tokens": 3, "min_new_tokens": 3}, return_dict_in_generate=True
+        )
+        assert torch.equal(grown.sequences, expected[:, :-3])
+        continued = dict(given, input_ids=grown.sequences, attention_mask=_ones_behind(given, grown.sequences))
+        for name in ("pixel_values", "image_sizes", "image_grid_thw", "batch_num_images"):
+            continued.pop(name, None)
+        if "mm_token_type_ids" in continued:
+            width = grown.sequences.shape[1] - continued["mm_token_type_ids"].shape[1]
+            continued["mm_token_type_ids"] = torch.nn.functional.pad(continued["mm_token_type_ids"], (0, width))
+        rest = model.generate(
+            **continued, past_key_values=grown.past_key_values, **{**GREEDY, "max_new_tokens": 3, "min_new_tokens": 3}
+        )
+        assert torch.equal(rest, expected)
+
+
+def _ones_behind(given: dict[str, Any], sequences: torch.Tensor) -> torch.Tensor:
+    mask = given["attention_mask"]
+    return torch.nn.functional.pad(mask, (0, sequences.shape[1] - mask.shape[1]), value=1)
+
+
+@pytest.mark.parametrize("positions", ["keep", "compact"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_several_tokens_behind_a_returned_cache_equal_one_call(family: str, positions: str) -> None:
+    """Multi-token continuation: logits of the tail are those of a single prefill of head and tail."""
+    model, given = tiny(family), scene_inputs(family, "single")
+    length = given["input_ids"].shape[1]
+    tail = torch.tensor([[11, 12, 13, 14]])
+    with foveate.attach(model, STAGED, positions=positions):
+        whole_given = dict(given, input_ids=torch.cat([given["input_ids"], tail], 1))
+        whole_given["attention_mask"] = torch.ones_like(whole_given["input_ids"])
+        if "mm_token_type_ids" in given:
+            whole_given["mm_token_type_ids"] = torch.nn.functional.pad(given["mm_token_type_ids"], (0, 4))
+        whole = model(**whole_given).logits[:, length:]
+        cache = model(**given, use_cache=True).past_key_values
+        assert cache.get_seq_length() == length
+        part = model(input_ids=tail, past_key_values=cache, attention_mask=whole_given["attention_mask"]).logits
+        assert cache.get_seq_length() == length + 4
+    assert (part - whole).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_a_second_picture_behind_a_pruned_cache(family: str) -> None:
+    """A later turn may bring another picture; only that one is pruned anew."""
+    model = tiny(family)
+    first, second = inputs(family, [[3, picture(family, 1), 4]]), inputs(family, [[2, picture(family, 2), 3]], seed=1)
+    with foveate.attach(model, TopNorm(at_input=0.5), positions="keep") as session:
+        cache = model(**first, use_cache=True).past_key_values
+        width = first["input_ids"].shape[1] + second["input_ids"].shape[1]
+        positions = torch.arange(first["input_ids"].shape[1], width)[None]
+        second["attention_mask"] = torch.ones(1, width, dtype=torch.long)
+        out = model(**second, position_ids=positions, past_key_values=cache)
+        kept = session.trace.images[0].tokens_per_layer[0]
+        assert cache.get_seq_length() == width
+    visual = int((first["input_ids"] == IMAGE).sum())
+    assert kept == visual // 2
+    assert out.logits.shape[1] == second["input_ids"].shape[1]
+    assert cache.layers[0].keys.shape[2] == width - visual  # half of two pictures
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_beams_equal_masked_beams(family: str) -> None:
+    """Beam search on the pruned model returns what beam search over masked logits would: its score is theirs."""
+    model, given = tiny(family), scene_inputs(family, "single")
+    with foveate.attach(model, TopNorm(at_input=0.6, at_layer=((2, 0.5),)), positions="keep") as session:
+        out = model.generate(
+            **given, num_beams=3, do_sample=False, max_new_tokens=4, min_new_tokens=4, length_penalty=0.0,
+            return_dict_in_generate=True, output_scores=True,
+        )  # fmt: skip
+        trace = session.trace
+    assert len(trace.images) == 1
+    gone = dropped_places(given, trace, 4)
+    positions = rope_positions(model, given)
+    score, known = 0.0, dict(given)
+    for token in out.sequences[0, -4:]:
+        score += masked_logits(model, known, positions, gone)[0, -1].log_softmax(-1)[token].item()
+        known["input_ids"] = torch.cat([known["input_ids"], token.view(1, 1)], 1)
+        known["attention_mask"] = torch.ones_like(known["input_ids"])
+        positions = torch.cat([positions, positions[..., -1:] + 1], -1)
+        if "mm_token_type_ids" in known:
+            known["mm_token_type_ids"] = torch.nn.functional.pad(known["mm_token_type_ids"], (0, 1))
+    assert abs(out.sequences_scores[0].item() - score) < 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sampling_is_reproducible_and_returns_several(family: str) -> None:
+    model, given = tiny(family), scene_inputs(family, "padded")
+    with foveate.attach(model, STAGED):
+        draws = []
+        for _ in range(2):
+            torch.manual_seed(5)
+            draws.append(model.generate(**given, do_sample=True, num_return_sequences=2, max_new_tokens=4))
+        assert torch.equal(*draws)
+        assert len(draws[0]) == 4
+
+
+# -------------------------------------------------------------------------------------------------------- one forward
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_runs_over_the_original_length(family: str) -> None:
+    """Labels line up with the user's input: the loss is that of the masked model on the text."""
+    model, given = tiny(family), scene_inputs(family, "single")
+    labels = given["input_ids"].clone()
+    visual_end = int((labels == IMAGE).nonzero()[:, 1].max()) + 2
+    labels[:, :visual_end] = -100
+    with foveate.attach(model, STAGED, positions="keep") as session:
+        loss = model(**given, labels=labels).loss
+    positions = rope_positions(model, given)
+    logits = masked_logits(model, given, positions, dropped_places(given, session.trace, 4))
+    expected = torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:])
+    assert (loss - expected).abs() < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_states_keep_the_original_length(family: str) -> None:
+    model, given = tiny(family), scene_inputs(family, "padded")
+    plain = model(**given, output_hidden_states=True).hidden_states
+    with foveate.attach(model, STAGED):
+        pruned = model(**given, output_hidden_states=True).hidden_states
+    assert [h.shape for h in pruned] == [h.shape for h in plain]
+    text = (given["input_ids"] != IMAGE) & given["attention_mask"].bool()
+    assert torch.equal(pruned[0][text], plain[0][text])  # embeddings of text are untouched
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_flow_through_pruned_models(family: str) -> None:
+    model, given = tiny(family), scene_inputs(family, "single")
+    with torch.enable_grad(), foveate.attach(model.train(), STAGED):
+        model(**given, labels=given["input_ids"]).loss.backward()
+    assert all(p.grad is not None for p in model.model.language_model.layers.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_stays_bfloat16(family: str) -> None:
+    model, given = tiny(family).to(torch.bfloat16), scene_inputs(family, "padded")
+    with foveate.attach(model, foveate.FoPru(keep=0.5)):
+        logits = model(**given).logits
+        model.generate(**given, **GREEDY)
+    assert logits.dtype == torch.bfloat16
+    assert torch.isfinite(logits.float()).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_text_only_prompts_are_left_alone(family: str) -> None:
+    model = tiny(family)
+    given = {"input_ids": torch.randint(3, 80, (2, 9)), "attention_mask": torch.ones(2, 9, dtype=torch.long)}
+    plain, tokens = model(**given).logits, model.generate(**given, **GREEDY)
+    with foveate.attach(model, STAGED) as session:
+        assert torch.equal(model(**given).logits, plain)
+        assert torch.equal(model.generate(**given, **GREEDY), tokens)
+        assert session.trace is None
+
+
+@pytest.mark.parametrize("text", [6, 60])
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl"])
+def test_a_mixed_batch_prunes_only_where_there_is_a_picture(family: str, text: int) -> None:
+    """Also where the row without a picture is the longest, so that the batch does not get narrower."""
+    model = tiny(family)
+    given = inputs(family, [[3, picture(family, 1), 4], [text]])
+    positions = rope_positions(model, given)
+    extra = {} if positions.ndim == 3 else {"position_ids": positions}
+    plain = model(**given, **extra).logits
+    with foveate.attach(model, TopNorm(at_input=0.6), positions="keep") as session:
+        out = model(**given, **extra, use_cache=True)
+    attended = given["attention_mask"][1].bool()
+    assert (out.logits - plain)[1][attended].abs().max() < 1e-5
+    gone = dropped_places(given, session.trace, 4)
+    reference = masked_logits(model, given, positions, gone)
+    alive = given["attention_mask"][0].bool() & ~gone[0][0]
+    assert (out.logits - reference)[0][alive].abs().max() < 1e-5
+    with foveate.attach(model, "random"):
+        assert out.past_key_values.get_seq_length() == given["input_ids"].shape[1]
+
+
+def test_right_padding_in_training_batches() -> None:
+    model = tiny("llava")
+    given = inputs("llava", [[2, picture("llava", 1), 4], [5, picture("llava", 2), 9]], pad_left=False)
+    positions = rope_positions(model, given)
+    with foveate.attach(model, STAGED, positions="keep") as session:
+        pruned = model(**given, position_ids=positions).logits
+    gone = dropped_places(given, session.trace, 4)
+    reference = masked_logits(model, given, positions, gone)
+    alive = given["attention_mask"].bool() & ~gone[-1]
+    assert (pruned - reference)[alive].abs().max() < 1e-5
+
+
+# ------------------------------------------------------------------------------------------------ attach and detach
+
+
+def test_hooks_and_attributes_are_gone_after_detaching() -> None:
+    model = tiny("llava")
+    before = _hooks(model)
+    session = foveate.attach(model, STAGED)
+    assert _hooks(model) > before
+    session.detach()
+    session.detach()  # idempotent
+    assert _hooks(model) == before
+    assert "get_image_features" not in vars(model.model)
+    assert not session.attached
+
+
+def _hooks(model: torch.nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def test_an_exception_inside_a_with_block_detaches() -> None:
+    model, given = tiny("llava"), scene_inputs("llava", "single")
+    plain = model(**given).logits
+    with pytest.raises(KeyboardInterrupt), foveate.attach(model, STAGED):
+        raise KeyboardInterrupt
+    assert torch.equal(model(**given).logits, plain)
+
+
+def test_a_failing_pruner_leaves_the_model_usable() -> None:
+    class Broken(TopNorm):
+        def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
+            def fail(tokens: Tokens) -> Selection:
+                raise ZeroDivisionError("inside a stage")
+
+            return (Stage(Hook.LLM_INPUT, fail),)
+
+    model, given = tiny("llava"), scene_inputs("llava", "single")
+    plain = model(**given).logits
+    session = foveate.attach(model, Broken())
+    with pytest.raises(ZeroDivisionError):
+        model(**given)
+    text = {"input_ids": given["input_ids"][:, :3], "attention_mask": torch.ones(1, 3)}
+    model(**text)  # still attached, still usable
+    session.detach()
+    assert torch.equal(model(**given).logits, plain)
+
+
+def test_double_attachment_is_refused_and_the_first_goes_on() -> None:
+    model = tiny("llava")
+    with foveate.attach(model, STAGED) as session:
+        with pytest.raises(foveate.AttachError, match=r"already has .*top_norm.* attached"):
+            foveate.attach(model, "random")
+        assert session.attached
+    with foveate.attach(model, "random"):
+        pass
+    with pytest.raises(foveate.AttachError, match="detached"), session:
+        pass
+
+
+def test_a_pruned_cache_cannot_be_continued_by_a_detached_model() -> None:
+    model, given = tiny("llava"), scene_inputs("llava", "single")
+    with foveate.attach(model, STAGED):
+        cache = model(**given, use_cache=True).past_key_values
+        kept = copy.deepcopy(cache)
+    mask = torch.ones(1, given["input_ids"].shape[1] + 1, dtype=torch.long)
+    with pytest.raises(foveate.AttachError, match="attach a pruner again"):
+        model(input_ids=torch.tensor([[5]]), past_key_values=cache, attention_mask=mask)
+    with foveate.attach(model, "random"):  # any pruner will do: the cache knows what it holds
+        model(input_ids=torch.tensor([[5]]), past_key_values=kept, attention_mask=mask)
+
+
+def test_bare_models_and_names_and_parameters() -> None:
+    model, given = tiny("llava"), scene_inputs("llava", "single")
+    with foveate.attach(model.model, "random", keep=3, seed=2) as session:
+        model.model(**given)
+        assert session.trace.parameters == {"keep": 3, "seed": 2, "shuffle": False}
+        assert session.trace.tokens_per_layer == [3] * 4
+
+
+def test_two_models_in_two_threads_do_not_disturb_each_other() -> None:
+    models = [tiny("llava", seed=1), tiny("qwen2_5_vl", seed=2)]
+    given = [scene_inputs("llava", "padded"), scene_inputs("qwen2_5_vl", "padded")]
+    sessions = [foveate.attach(model, STAGED) for model in models]
+    expected = [model.generate(**g, **GREEDY) for model, g in zip(models, given)]
+    results: dict[int, list[torch.Tensor]] = {0: [], 1: []}
+
+    def work(i: int) -> None:
+        with torch.no_grad():
+            for _ in range(5):
+                results[i].append(models[i].generate(**given[i], **GREEDY))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for session in sessions:
+        session.detach()
+    for i in range(2):
+        assert len(results[i]) == 5
+        assert all(torch.equal(out, expected[i]) for out in results[i])
+
+
+def test_a_dropped_model_and_its_session_are_freed() -> None:
+    model = tiny("llava")
+    session = foveate.attach(model, STAGED)
+    model(**scene_inputs("llava", "single"))
+    gone = weakref.ref(model), weakref.ref(session)
+    del model, session
+    gc.collect()
+    assert [ref() for ref in gone] == [None, None]
+
+
+# ------------------------------------------------------------------------------------------------------------- trace
+
+
+def test_the_trace_says_what_happened() -> None:
+    model, given = tiny("llava"), scene_inputs("llava", "several")
+    with foveate.attach(model, foveate.Then(foveate.AvgPool(keep=4), foveate.FastV(k=2, keep=0.5))) as session:
+        model.generate(**given, **GREEDY)
+        trace = session.trace
+    assert [image.grid for image in trace.images] == [(4, 4), (4, 4)]
+    assert trace.tokens_per_layer == [8, 8, 4, 4]
+    image = trace.images[1]
+    assert len(image.kept_at(0)) == 4
+    assert len(image.kept) == 2
+    assert set(image.kept.tolist()) < set(image.kept_at(0).tolist())
+    assert image.owner.shape == (16,)
+    assert set(image.owner.tolist()) == set(image.kept_at(0).tolist())
+    assert image.stages[1].scores.isfinite().sum() == 4  # FastV ranked the four that were left
+    assert set(trace.seconds) == {"encoder", "llm_input", "llm_layer(2)"}
+    assert all(seconds > 0 for seconds in trace.seconds.values())
+    assert "8 from layer 0" not in str(trace)
+    assert "4 from layer 0, 2 from layer 2" in str(trace)
+
+
+def test_random_choice_follows_sample_ids_not_batches() -> None:
+    model = tiny("llava")
+    samples = [[2, picture("llava", 1), 3], [4, picture("llava", 2), 3]]
+    with foveate.attach(model, "random", keep=5) as session:
+        model(**inputs("llava", samples))
+        together = [image.kept for image in session.trace.images]
+        session.sample_ids = [1]
+        model(**inputs("llava", samples[1:]))
+        alone = session.trace.images[0].kept
+        assert torch.equal(alone, together[1])
+        assert not torch.equal(*together)
+        session.sample_ids = [1, 2, 3]
+        with pytest.raises(foveate.ParameterError, match="3 images"):
+            model(**inputs("llava", samples))
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("keep", [0, -1, 1.5, 0.0, float("nan"), True, "half", None])
+def test_bad_budgets_are_refused(keep: Any) -> None:
+    model, given = tiny("llava"), scene_inputs("llava", "single")
+    plain = model(**given).logits
+    with pytest.raises(foveate.BudgetError, match="keep"):
+        foveate.attach(model, "random", keep=keep)
+    assert torch.equal(model(**given).logits, plain)
+
+
+def test_a_budget_beyond_the_picture_keeps_all_and_says_so_once() -> None:
+    model, given = tiny("llava"), scene_inputs("llava", "single")
+    plain = model(**given).logits
+    with foveate.attach(model, "random", keep=1000), warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("default")
+        assert torch.equal(model(**given).logits, plain)
+        model(**given)
+    assert len([w for w in seen if "exceeds the 16 visual tokens" in str(w.message)]) == 1
+
+
+def test_unknown_names_suggest_the_nearest() -> None:
+    model = tiny("llava")
+    with pytest.raises(foveate.UnknownNameError, match="did you mean 'hiprune'"):
+        foveate.attach(model, "hipprune")
+    with pytest.raises(foveate.UnknownNameError, match="did you mean 'alpha'"):
+        foveate.attach(model, "hiprune", alhpa=0.2)
+    with pytest.raises(foveate.ParameterError, match="positions='left'"):
+        foveate.attach(model, "random", positions="left")
+    with pytest.raises(foveate.ParameterError, match="Pruner"):
+        foveate.attach(model, 7)
+
+
+def test_models_without_a_vision_tower_are_refused() -> None:
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT))
+    with pytest.raises(
+        foveate.UnsupportedModelError, match=r"LlamaForCausalLM.*no vision tower.*LlavaForConditionalGeneration"
+    ):
+        foveate.attach(model, "random")
+    with pytest.raises(foveate.UnsupportedModelError, match="known families"):
+        foveate.attach(object(), "random")
+
+
+def test_missing_signals_name_the_tower_and_what_would_work() -> None:
+    model = tiny("qwen2_5_vl")
+    with pytest.raises(foveate.MissingSignalError, match=r"class token.*Qwen2_5_VisionTransformer.*query_rows='all'"):
+        foveate.attach(model, "hiprune", query_rows="cls")
+    foveate.attach(model, "hiprune").detach()
+
+
+def test_layers_that_do_not_exist_are_refused() -> None:
+    with pytest.raises(foveate.ParameterError, match=r"1 \.\. 3"):
+        foveate.attach(tiny("llava"), "fastv", k=9)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nan_pixels_are_refused_and_the_model_goes_on(family: str) -> None:
+    model, given = tiny(family), scene_inputs(family, "single")
+    with foveate.attach(model, STAGED):
+        good = model(**given).logits
+        bad = dict(given, pixel_values=given["pixel_values"].clone())
+        bad["pixel_values"].view(-1)[0] = torch.nan
+        with pytest.raises(foveate.InputError, match="NaN"):
+            model(**bad)
+        assert torch.equal(model(**given).logits, good)
+
+
+def test_calls_that_cannot_be_pruned_are_refused() -> None:
+    model, given = tiny("llava"), scene_inputs("llava", "single")
+    length = given["input_ids"].shape[1]
+    with foveate.attach(model, STAGED):
+        good = model(**given).logits
+        with pytest.raises(foveate.InputError, match="2-D"):
+            model(**{**given, "attention_mask": torch.zeros(1, 1, length, length)})
+        with pytest.raises(foveate.InputError, match="static"):
+            model.generate(**given, **GREEDY, cache_implementation="static")
+        with pytest.raises(foveate.InputError, match="chunked prefill"):
+            model.generate(**given, **GREEDY, prefill_chunk_size=8)
+        cache = model(**given, use_cache=True).past_key_values
+        with pytest.raises(foveate.InputError, match="unpruned sequence"):
+            model(input_ids=torch.tensor([[5]]), past_key_values=cache, attention_mask=torch.ones(1, 4))
+        assert torch.equal(model(**given).logits, good)
+
+
+def test_sliding_window_decoders_are_refused() -> None:
+    model = tiny("llava_onevision")
+    model.model.language_model.config.layer_types = ["full_attention", "sliding_attention"] * 2
+    with pytest.raises(foveate.UnsupportedModelError, match="sliding"):
+        foveate.attach(model, "random")
