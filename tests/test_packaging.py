@@ -110,9 +110,9 @@ def test_wheel_provides_one_top_level_name(wheel):
     assert {path.name for path in wheel.iterdir()} == {"foveate", f"foveate-{foveate.__version__}.dist-info"}
 
 
-def test_wheel_holds_all_source_and_data(wheel, packages):
+def test_wheel_holds_all_source_and_data(wheel, checkout, packages):
     expected = set()
-    for file in files():
+    for file in files(checkout):
         owner = next((name for name, folder in reversed(packages.items()) if folder in file.parents), None)
         if owner and file.suffix in DATA | {".py"}:
             expected.add(pathlib.Path(*owner.split(".")) / file.relative_to(packages[owner]))
