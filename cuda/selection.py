@@ -60,7 +60,8 @@ def conditional_dpp(features: Tensor, relevance: Tensor, k: int) -> Tensor:
     kernel = relevance[:, :, None] * (x @ x.mT) * relevance[:, None]
     batch, n = relevance.shape
     rows = torch.arange(batch, device=x.device)
-    gain = kernel.diagonal(dim1=1, dim2=2).clone()  # (B, N)
+    # the diagonal free of round-off, which would break the ties of equally relevant tokens
+    gain = relevance.square() * x.any(dim=-1)  # (B, N)
     noise = _ROUND_OFF * gain
     taken = torch.zeros_like(gain, dtype=torch.bool)
     factors = kernel.new_zeros(batch, k, n)

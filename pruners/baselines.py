@@ -264,8 +264,12 @@ def host_slots(grid: tuple[int, int], small: tuple[int, int]) -> Tensor:
 
 
 def nearest_host(grid: tuple[int, int], small: tuple[int, int]) -> Tensor:
-    """For every token of ``grid`` the nearest of the :func:`host_slots`, ``(rows * cols,)`` int64; its bin holds the token."""
-    row, col = (
-        middles(n, m)[(torch.arange(n)[:, None] - middles(n, m)).abs().argmin(dim=1)] for n, m in zip(grid, small)
-    )
+    """For every token of ``grid`` the :func:`host_slots` of the nearest bin, ``(rows * cols,)`` int64."""
+    row, col = (middles(n, m)[_nearest_bin(n, m)] for n, m in zip(grid, small))
     return (row[:, None] * grid[1] + col).flatten()
+
+
+def _nearest_bin(n: int, m: int) -> Tensor:
+    """Of m bins over n places the one whose centre is nearest to each place, ``(n,)`` int64; it holds the place."""
+    places, bins = 2 * torch.arange(n) + 1, 2 * torch.arange(m) + 1
+    return (places[:, None] * m - bins * n).abs().argmin(dim=1)
