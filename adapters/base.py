@@ -101,8 +101,7 @@ class Adapter:
         info = self.info
         if isinstance(signal, CLASS_TOKEN) and not info.class_token:
             raise MissingSignalError(
-                f"{signal} needs a class token, and {info.tower} of {type(self.model).__name__} has none; "
-                "methods that work here: fopru, hiprune, todre(pivot='farthest'), divprune, cdpruner, fastv"
+                f"{signal} needs a class token, and the {info.tower} tower of {type(self.model).__name__} has none"
             )
         decoder = isinstance(signal, DECODER)
         depth = info.decoder_layers if decoder else info.encoder_layers

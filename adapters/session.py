@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import weakref
 from collections.abc import Sequence
@@ -16,9 +17,9 @@ from foveate.adapters.base import Adapter, Encoded, Modality, adapter_for, bind
 from foveate.adapters.decoder import Choice, Decoder, Span
 from foveate.adapters.signals import DECODER, DecoderTap, Tap
 from foveate.adapters.trace import ImageTrace, StageTrace, Trace
-from foveate.errors import AttachError, InputError, ParameterError
+from foveate.errors import AttachError, FoveateError, InputError, MissingSignalError, ParameterError
 from foveate.pruners.base import CrossModalAttention, Hook, Layout, Pruner, Selection, Signal, Stage, Tokens, one_of
-from foveate.pruners.registry import create
+from foveate.pruners.registry import PRUNERS, create
 
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Session]] = weakref.WeakKeyDictionary()
 
@@ -82,7 +83,10 @@ class Session:
                 f"{type(model).__name__} already has {attached.pruner.name!r} attached; call detach() on that session first, "
                 "or combine methods with foveate.Then"
             )
-        self._stages = self._checked(pruner.stages(self._adapter.info))
+        try:
+            self._stages = self._checked(pruner)
+        except MissingSignalError as error:
+            raise MissingSignalError(f"{error}; methods that work here: {', '.join(self._usable())}") from None
         self.layers = frozenset(stage.layer for stage in self._stages if stage.hook is Hook.LLM_LAYER)
         self._pending: Trace | None = None
         self._encoded: dict[str, Encoded] = {}
@@ -132,19 +136,30 @@ class Session:
 
     # ----------------------------------------------------------------------------------------------------- assembly
 
-    def _checked(self, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+    def _usable(self) -> list[str]:
+        """Names of the registered methods that, at their defaults, find all they read in this model."""
+        names = []
+        for name in PRUNERS:
+            with contextlib.suppress(FoveateError):
+                self._checked(create(name))
+                names.append(name)
+        return names
+
+    def _checked(self, pruner: Pruner) -> tuple[Stage, ...]:
+        """The method's stages on this model, if the model can serve them."""
+        stages = pruner.stages(self._adapter.info)
         depth = self._adapter.info.decoder_layers
         for stage in stages:
             if stage.hook is Hook.LLM_LAYER and not 1 <= stage.layer < depth:
                 raise ParameterError(
-                    f"{self.pruner.name} acts in front of decoder layer {stage.layer}, but {type(self.model).__name__} "
+                    f"{pruner.name} acts in front of decoder layer {stage.layer}, but {type(self.model).__name__} "
                     f"has {depth} layers (1 .. {depth - 1} are possible)"
                 )
             for signal in stage.signals.values():
                 self._adapter.check(signal)
         places = [(stage.hook, stage.layer) for stage in stages]
         if len(set(places)) < len(places):
-            raise ParameterError(f"{self.pruner.name} has two stages at one hook point: {places}")
+            raise ParameterError(f"{pruner.name} has two stages at one hook point: {places}")
         return stages
 
     def _install(self, inner: nn.Module) -> None:

@@ -420,7 +420,7 @@ def test_models_without_a_vision_tower_are_refused() -> None:
 
 def test_missing_signals_name_the_tower_and_what_would_work() -> None:
     model = tiny("qwen2_5_vl")
-    with pytest.raises(foveate.MissingSignalError, match=r"class token.*Qwen2_5_VisionTransformer.*query_rows='all'"):
+    with pytest.raises(foveate.MissingSignalError, match=r"class token.*Qwen2_5_Vision.*work here: .*fopru"):
         foveate.attach(model, "hiprune", query_rows="cls")
     foveate.attach(model, "hiprune").detach()
 
