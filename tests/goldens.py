@@ -135,7 +135,7 @@ def fopru(params: Params, inputs: Tensors) -> Tensors:
         signals = {pruner.direction: signals[pruner.direction]}
     model = ModelInfo(class_token=prefix > 0)
     selection = select(pruner, model, placeholders(layout.size, layout, len(scores)), **signals)
-    if chosen is not None:
+    if chosen is not None and selection.scores is not None:
         for b, name in enumerate(chosen):
             torch.testing.assert_close(selection.scores[b], {"received": received, "given": given}[name][b])
     return {"indices": selection.index, "received": received, "given": given}
@@ -179,7 +179,7 @@ def hiprune_llava(params: Params, inputs: Tensors) -> Tensors:
         return torch.empty(1, layout.size).index_copy(1, where.flatten(), scores.reshape(1, -1))
 
     anchor, deep = score("obj"), score("deep")
-    model = ModelInfo(class_token=prefix > 0, encoder_layers=24, feature_layer=22)
+    model = ModelInfo(class_token=prefix > 0, encoder_layers=max(24, pruner.object_layer))
     tokens = placeholders(layout.size, layout)
     index = select(pruner, model, tokens, anchor=by_token(anchor), deep=by_token(deep)).index[0]
     kept = torch.zeros(layout.size, dtype=torch.uint8).index_fill(0, index[index >= 0], 1)[where]  # (V, n)
@@ -201,7 +201,7 @@ def anyres_layout(rows: int, cols: int, views: int, image_size_wh: list[int] | N
         return Layout.grid(rows, cols)
     down, across = views - 1, 1
     if image_size_wh is not None:
-        canvases = [(336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)]
+        canvases = [(672, 336), (336, 672), (672, 672), (336, 1008), (1008, 336)]  # height, width; ties: the first
         down, across = (side // 336 for side in select_best_resolution(tuple(reversed(image_size_wh)), canvases))
         if down * across != views - 1:
             raise UnknownParameter(f"hiprune: {views} views do not fit a canvas of {down} x {across} crops")
