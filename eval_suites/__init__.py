@@ -1,0 +1,1 @@
+"""Suites of questions, the runner that puts methods through them, and the leaderboard."""

@@ -1,0 +1,77 @@
+"""Suites by name. A suite is a list of questions about pictures with a rule that scores an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from foveate.errors import UnknownNameError, nearest
+
+__all__ = ["SUITES", "Sample", "Suite", "find"]
+
+
+class Sample(Protocol):
+    """One question about one picture."""
+
+    id: str
+    task: str
+    image: Any  # PIL.Image.Image
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A suite.
+
+    Attributes:
+        name: its name; title: what it asks, in a line.
+        tasks: names of its tasks, in the order in which tables show them; chance: what guessing gets, by task.
+        seed: which samples are drawn if nobody says otherwise.
+        samples: ``samples(limit, seed)`` gives the same samples on every machine.
+        score: ``score(sample, answer)``, right or wrong.
+        prompt: ``prompt(question)``, the full text for models whose processor has no chat template.
+        max_new_tokens: no right answer is longer.
+    """
+
+    name: str
+    title: str
+    tasks: tuple[str, ...]
+    chance: Mapping[str, float]
+    seed: int
+    samples: Callable[[int, int], Iterator[Sample]]
+    score: Callable[[Any, str], bool]
+    prompt: Callable[[str], str]
+    max_new_tokens: int
+
+
+def _shapes() -> Suite:
+    from foveate.eval_suites import shapes
+
+    return Suite(
+        name="shapes",
+        title="six tasks on synthetic pictures",
+        tasks=tuple(shapes.TASKS),
+        chance=shapes.CHANCE,
+        seed=shapes.HELD_OUT_SEED,
+        samples=shapes.samples,
+        score=shapes.score,
+        prompt=shapes.prompt,
+        max_new_tokens=8,
+    )
+
+
+SUITES: dict[str, Callable[[], Suite]] = {"shapes": _shapes}
+"""Name -> what builds the suite, so that none is loaded before it is asked for."""
+
+
+def find(name: str) -> Suite:
+    """The suite called ``name``.
+
+    Raises:
+        UnknownNameError: there is none; the message suggests the nearest.
+    """
+    if name not in SUITES:
+        raise UnknownNameError(f"unknown suite {name!r}; {nearest(name, SUITES)}")
+    return SUITES[name]()
