@@ -107,7 +107,11 @@ class CDPruner(Pruner):
     def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
         signals: dict[str, Signal] = {}
         if self.clip is not None:
-            model.require_class_token("clip relevance", "no clip (relevance='embeddings')")
+            if not model.class_token:
+                raise MissingSignalError(
+                    f"clip compares patches of a CLIP tower with text, and the {model.tower} tower of this {model.family} "
+                    "model is none; leave clip out (relevance='embeddings')"
+                )
             signals["features"] = EncoderFeatures(model.block("feature_layer", None))
         return (Stage(Hook.LLM_INPUT, self.select, signals),)
 
