@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from foveate.errors import BudgetError, ParameterError
+from foveate.errors import BudgetError, MissingSignalError, ParameterError
 from foveate.pruners.base import (
     ClassAttention,
     ClassFeatures,
@@ -122,6 +122,11 @@ class VisionZip(Pruner):
         if n_contextual:
             values.append(project(merge(features, rest, targets, assigned).to(features.dtype)))
         if has_class:
+            if tokens.project is None and class_features.shape[-1] != tokens.embeds.shape[-1]:
+                raise MissingSignalError(
+                    "visionzip sends the class token to the decoder, and this model has no projector that could take it "
+                    "there; use hiprune or fopru"
+                )
             values.insert(0, project(class_features)[:, None])
             places.insert(0, complement(torch.cat([dominant, targets], dim=1), tokens.count)[:, :1])
         index, order, values = hosted(places, values, tokens.embeds.dtype)

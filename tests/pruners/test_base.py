@@ -72,6 +72,12 @@ def test_full_views_are_left_alone() -> None:
     assert joined.index.gather(1, joined.order).tolist() == [[0, 1, 4]]
 
 
+def test_views_enter_in_their_own_sequence() -> None:
+    """Statement: views that are selected as one batch still enter where they stand among the others."""
+    joined = per_view(make_tokens(Layout.video(3, 1, 3), 1, 0), (1, 2, 1), first, mark=torch.zeros(1, 9))
+    assert joined.index.gather(1, joined.order).tolist() == [[0, 4, 3, 6]]
+
+
 def test_views_of_one_shape_share_a_batch() -> None:
     """Statement: views are not processed one at a time."""
     calls = []

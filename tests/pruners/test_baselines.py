@@ -135,6 +135,14 @@ def test_visionzip_merges_in_front_of_the_decoder_without_projector() -> None:
     torch.testing.assert_close(chosen.values.gather(1, chosen.order[..., None].expand(-1, -1, 6))[0, 3:], merged)
 
 
+def test_visionzip_needs_a_way_for_the_class_token() -> None:
+    """Statement: a class token that no projector takes to the decoder is an error that names other methods."""
+    tokens = make_tokens(Layout.grid(4, 4), 1, 0)
+    tokens.project = None
+    with pytest.raises(MissingSignalError, match="no projector.*hiprune"):
+        run(VisionZip(keep=4), tokens)
+
+
 def test_visionzip_order_of_crops() -> None:
     """Statement: thumbnail first; then the crops' dominant patches in raster order of the canvas; then class and merged tokens."""
     layout = anyres((3, 3), [3], [3, 3])
