@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -191,7 +192,7 @@ class DecoderTap(Tap):
 
     def _tap_attention(self, attention: nn.Module, signals: list[Signal]) -> None:
         seen: dict[str, Tensor] = {}
-        rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+        rotate = _rotation(attention)
 
         def reduce(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             q, k = (seen.pop(name) for name in ("q", "k"))
@@ -218,6 +219,17 @@ class DecoderTap(Tap):
         to_visual = _rows(q, k, None, text, mask, past, scale)[:, past:]
         to_text = _rows(q, k, None, visual, mask, past, scale)[:, past:]
         return torch.stack([(to_visual * visual).sum(-1), (to_text * text).sum(-1)], dim=-1)
+
+
+def _rotation(attention: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
+    """``rotate(q, k, cos, sin)`` as the attention module itself does it."""
+    home = sys.modules[type(attention).__module__]
+    if hasattr(home, "apply_rotary_pos_emb"):
+        return home.apply_rotary_pos_emb
+    # Qwen2-VL and Qwen2.5-VL before transformers 5.20
+    return partial(
+        home.apply_multimodal_rotary_pos_emb, mrope_section=attention.config.rope_parameters["mrope_section"]
+    )
 
 
 def _rows(
