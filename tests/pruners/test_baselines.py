@@ -139,7 +139,7 @@ def test_visionzip_needs_a_way_for_the_class_token() -> None:
     """Statement: a class token that no projector takes to the decoder is an error that names other methods."""
     tokens = make_tokens(Layout.grid(4, 4), 1, 0)
     tokens.project = None
-    with pytest.raises(MissingSignalError, match="no projector.*hiprune"):
+    with pytest.raises(MissingSignalError, match=r"no projector.*hiprune"):
         run(VisionZip(keep=4), tokens)
 
 
