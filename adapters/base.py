@@ -116,14 +116,17 @@ class Adapter:
         layouts = self.layouts(kind, call, output)
         features = [f.flatten(0, -2) for f in output.pooler_output]
         for layout, feature in zip(layouts, features, strict=True):
-            if layout.length != len(feature):
+            if len(feature) not in (layout.length, layout.size):
                 raise UnsupportedModelError(
                     f"{type(self.model).__name__} returned {len(feature)} visual tokens where its layout "
                     f"{[view.grid for view in layout.views]} with {len(layout.newlines)} separators has {layout.length}"
                 )
         return Encoded(
             layouts,
-            [feature[layout.places(feature.device)] for layout, feature in zip(layouts, features)],
+            [
+                feature if len(feature) == layout.size else feature[layout.places(feature.device)]
+                for layout, feature in zip(layouts, features)
+            ],
             {
                 signal: list(values.split([len(layout.views) for layout in layouts]))
                 if isinstance(signal, ClassFeatures)

@@ -34,8 +34,9 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
     def layouts(self, kind: str, call: dict[str, Any], output: Any) -> list[Layout]:
         if kind == "image":
             return super().layouts(kind, call, output)
-        videos, frames = call["pixel_values_videos"].shape[:2]
+        videos = len(output.pooler_output)
         pooled = math.ceil(self.side / 2)
+        frames = output.pooler_output.shape[1] // pooled**2  # the newline may still be missing
         layout = Layout.video(frames, pooled, pooled)
         return [Layout(layout.views, (Newline(layout.size, 0, layout.size),))] * videos
 

@@ -182,7 +182,7 @@ class Session:
             if session._tower_tap.open:  # Qwen3-VL encodes videos through its image encoder
                 return encode(*args, **kwargs)
             call = bind(encode, args, kwargs)
-            pixels = call[modality.pixels]
+            pixels = call[_pixel_argument(modality, call)]
             if not bool(torch.isfinite(pixels).all()):
                 raise InputError(
                     f"{modality.pixels} holds NaN or infinite values; check the image and its preprocessing"
@@ -193,11 +193,12 @@ class Session:
 
     def _encode(self, encode: Any, modality: Modality, call: dict[str, Any]) -> Any:
         self._pending = self._pending or Trace(self.pruner.name, self.pruner.parameters())
-        pixels = call[modality.pixels]
+        name = _pixel_argument(modality, call)
+        pixels = call[name]
         smaller = next((stage.select(pixels) for stage in self._stages if stage.hook is Hook.PIXELS), pixels)
         shrunk = smaller.shape != pixels.shape
         if shrunk:
-            call = {**call, modality.pixels: smaller, "interpolate_pos_encoding": True}
+            call = {**call, name: smaller, "interpolate_pos_encoding": True}
         self._tower_tap.open = True
         try:
             with self._pending.timed("encoder", pixels.device):
@@ -485,6 +486,11 @@ class Session:
         for item in self._items:
             if item.trace is not None:
                 item.trace.tokens_per_layer[layer:] = [item.width] * (depth - layer)
+
+
+def _pixel_argument(modality: Modality, call: dict[str, Any]) -> str:
+    """What the encoder calls its pixels: older LLaVA-OneVision code says ``pixel_values`` for videos too."""
+    return modality.pixels if modality.pixels in call else "pixel_values"
 
 
 def _rows(selection: Selection) -> list[Selection]:

@@ -19,6 +19,8 @@ from tests.models import FAMILIES, IMAGE, TEXT, inputs, picture, tiny
 from tests.test_oracles import TopNorm, dropped_places, masked_logits, rope_positions, scene_inputs
 
 STAGED = TopNorm(at_input=0.6, at_layer=((2, 0.5),))
+# newer transformers encode a picture before generating, older ones once per beam
+ENCODES_ONCE = hasattr(transformers.GenerationMixin, "_prepare_multimodal_encoder_kwargs_for_generation")
 GREEDY = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
 
 
@@ -106,7 +108,7 @@ def test_beams_equal_masked_beams(family: str) -> None:
             return_dict_in_generate=True, output_scores=True,
         )  # fmt: skip
         trace = session.trace
-    assert len(trace.images) == 1
+    assert len(trace.images) == (1 if ENCODES_ONCE else 3)
     gone = dropped_places(given, trace, 4)
     positions = rope_positions(model, given)
     score, known = 0.0, dict(given)
@@ -451,8 +453,9 @@ def test_calls_that_cannot_be_pruned_are_refused() -> None:
             model(**{**given, "attention_mask": torch.zeros(1, 1, length, length)})
         with pytest.raises(foveate.InputError, match="static"):
             model.generate(**given, **GREEDY, cache_implementation="static")
-        with pytest.raises(foveate.InputError, match="chunked prefill"):
-            model.generate(**given, **GREEDY, prefill_chunk_size=8)
+        if ENCODES_ONCE:  # elsewhere transformers loses the picture in chunks, attached or not
+            with pytest.raises(foveate.InputError, match="chunked prefill"):
+                model.generate(**given, **GREEDY, prefill_chunk_size=8)
         cache = model(**given, use_cache=True).past_key_values
         with pytest.raises(foveate.InputError, match="unpruned sequence"):
             model(input_ids=torch.tensor([[5]]), past_key_values=cache, attention_mask=torch.ones(1, 4))
