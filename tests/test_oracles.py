@@ -1,11 +1,10 @@
-"""Four statements that fix what pruning means, for every family and attention implementation (see DESIGN in README).
+"""The statements that fix what pruning means, for every family and attention implementation (README, *How it works*).
 
 1. Dropping tokens at the entry, positions kept, equals the unpruned model with those tokens masked out.
 2. Dropping tokens in front of decoder layer i equals masking their columns from layer i on.
 3. Batched, left-padded generation equals generation sample by sample, token for token.
 4. Keeping everything is bit-equal to no attachment, and so is the model after detaching.
-
-A fifth pins compact positions: the pruned model equals the decoder run on the shortened sequence.
+5. With compact positions, the pruned model equals the decoder run on the shortened sequence.
 """
 
 from __future__ import annotations
