@@ -141,7 +141,8 @@ class Line:
 
     @property
     def name(self) -> str:
-        return f"{self.first.label} ×{len(self.rows)}" if len(self.rows) > 1 else self.first.label
+        label = self.first.label if len(self.first.label) <= 32 else f"{self.first.label[:31]}…"
+        return f"{label} ×{len(self.rows)}" if len(self.rows) > 1 else label
 
 
 @dataclass
@@ -299,7 +300,9 @@ def _budget_title(lines: list[Line]) -> str:
     keep = lines[0].first.keep
     if keep is None:
         return "fixed budget"
-    return f"keep {keep} token{'s' * (keep != 1)}" if isinstance(keep, int) else f"keep {keep:.4g}"
+    if isinstance(keep, int):
+        return f"keep {keep} token{'s' * (keep != 1)}"
+    return "keep 1.0" if keep == 1 else f"keep {keep:.4g}"
 
 
 def _cells(line: Line, tasks: Sequence[str]) -> list[str]:

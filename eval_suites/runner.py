@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import dataclasses
 import datetime
 import itertools
 import math
@@ -16,9 +17,10 @@ import platform
 import re
 import subprocess
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -36,7 +38,7 @@ from foveate.eval_suites import models, suites
 from foveate.eval_suites.leaderboard import Leaderboard, Row, Status, agreement, share, wilson
 from foveate.eval_suites.suites import Sample, Suite
 from foveate.pruners.base import Hook, Keep, Pruner, Stage, budget, check_keep, one_of
-from foveate.pruners.registry import PRUNERS, create, find
+from foveate.pruners.registry import PRUNERS, create
 
 __all__ = ["BASELINES", "add_arguments", "bench", "main"]
 
@@ -216,13 +218,17 @@ def bench(
         model = models.load(model, device, dtype)
     seed = suite.seed if seed is None else seed
     samples = list(suite.samples(limit, seed))
+    meter = _Meter(model, suite, samples, batch_size, positions)
     environment = _environment(model, suite, seed, limit, batch_size)
     environment["chance"] = fmean(suite.chance[sample.task] for sample in samples)
-    meter = _Meter(model, suite, samples, batch_size, positions)
     rows: list[Row] = []
-    with _bar(progress, len(runs) * len(samples)) as step:
+    with warnings.catch_warnings(), _bar(progress, len(runs) * len(samples)) as step:
+        warnings.filterwarnings("ignore", message="keep=.* exceeds")  # every method says it; see below
         for run in runs:
             rows.append(meter.row(run, rows[0] if rows else None, step))
+    most = max(meter.unpruned_counts)
+    for large in (k for k in budgets if isinstance(k, int) and k > most):
+        warnings.warn(f"keep={large} exceeds the {most} visual tokens of an image; all are kept", stacklevel=2)
     return Leaderboard(rows, environment, suite.tasks)
 
 
@@ -245,54 +251,59 @@ class _Run:
 
 
 def _plan(methods: Any, budgets: Sequence[Keep], seeds: int) -> list[_Run]:
-    """All runs in order: bare model, then per budget the baselines and the methods, then what has a budget of its own."""
-    if isinstance(methods, str):
-        methods = parse_methods(methods)
-    elif isinstance(methods, (Pruner, type)):
-        methods = [methods]
-    makers: dict[str, Callable[..., Pruner]] = {name: find(name) for name in BASELINES}
-    fixed: dict[str, Pruner] = {}
-    for method in methods:
-        parsed = parse_methods(method) if isinstance(method, str) else [method]
-        for one in parsed:
-            if one == ("all", {}):
-                makers |= {name: cls for name, cls in sorted(PRUNERS.items()) if _runs_by_itself(cls)}
-                continue
-            name, parameters = one if isinstance(one, tuple) else (one, {})
-            example = create(name, **parameters)
-            label = _label(example, None if isinstance(name, Pruner) else parameters)
-            if isinstance(name, Pruner) or "keep" in parameters or not hasattr(example, "keep"):
-                fixed[label] = example
-            else:
-                makers[label] = lambda name=name, parameters=parameters, **k: create(name, **parameters, **k)
-    for label in [label for label, maker in makers.items() if not hasattr(maker(), "keep")]:
-        fixed[label] = makers.pop(label)()
+    """All runs in order: the bare model, then per budget the baselines and the methods, then what has its own budget."""
+    swept, fixed = {name: create(name) for name in BASELINES}, []
+    for pruner, given in _methods(methods):
+        label = _label(pruner, given)
+        if given is None or "keep" in given or not hasattr(pruner, "keep"):
+            fixed.append((label, pruner))
+        else:
+            swept[label] = pruner
     runs = [_Run("unpruned", None), _Run("no-image", None, baseline=True)]
-    for keep, (label, maker) in itertools.product(budgets, makers.items()):
+    for keep, (label, pruner) in itertools.product(budgets, swept.items()):
         for seed in range(seeds) if label == "random" else (None,):
-            pruner = maker(keep=keep) if seed is None else maker(keep=keep, seed=seed)
-            runs.append(_Run(label, pruner, seed, pruner.name in BASELINES))
-    return runs + [_Run(label, pruner, None, pruner.name in BASELINES) for label, pruner in fixed.items()]
+            drawn = {} if seed is None else {"seed": seed}
+            runs.append(_Run(label, replace(pruner, keep=keep, **drawn), seed, pruner.name in BASELINES))
+    runs += [_Run(label, pruner, None, pruner.name in BASELINES) for label, pruner in fixed]
+    distinct: dict[Any, _Run] = {}
+    for run in runs:
+        distinct.setdefault((run.label, type(run.keep), run.keep, run.seed), run)
+    return list(distinct.values())
+
+
+def _methods(methods: Any) -> Iterator[tuple[Pruner, dict[str, Any] | None]]:
+    """Methods, with the parameters that were given by name (None: a ready instance)."""
+    if isinstance(methods, str):
+        for name, given in parse_methods(methods):
+            if name == "all" and not given:
+                yield from ((cls(), {}) for _, cls in sorted(PRUNERS.items()) if _runs_by_itself(cls))
+                continue
+            try:
+                yield create(name, **given), given
+            except TypeError as error:  # a value of another type, or a parameter that has no default
+                raise ParameterError(f"{name} with parameters {given} cannot be built: {error}") from None
+    elif isinstance(methods, Sequence):
+        for method in methods:
+            yield from _methods(method)
+    else:
+        yield create(methods), None if isinstance(methods, Pruner) else {}
 
 
 def _runs_by_itself(cls: type[Pruner]) -> bool:
-    """Methods that are built around others need parameters and are not part of ``all``."""
-    try:
-        cls()
-    except (TypeError, FoveateError):
-        return False
-    return True
+    """Methods that are built around others need parameters, so they are not part of ``all``."""
+    return all(
+        f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
+        for f in dataclasses.fields(cls)
+        if f.init
+    )
 
 
-def _label(pruner: Pruner, parameters: dict[str, Any] | None) -> str:
-    """Name and parameters as given; of an instance, those that are not the default (but ``keep``, which has a column)."""
-    if parameters is None:
-        try:
-            usual = type(pruner)().parameters()
-        except (TypeError, FoveateError):
-            usual = {}
-        parameters = {k: v for k, v in pruner.parameters().items() if k != "keep" and (k not in usual or usual[k] != v)}
-    shown = ", ".join(f"{k}={v!r}" for k, v in parameters.items() if k != "keep")
+def _label(pruner: Pruner, given: dict[str, Any] | None) -> str:
+    """Name and parameters as given; of an instance, those that are not the default. ``keep`` has its own column."""
+    if given is None:
+        usual = {f.name: f.default for f in dataclasses.fields(pruner)}
+        given = {name: value for name, value in pruner.parameters().items() if usual.get(name) != value}
+    shown = ", ".join(f"{name}={value!r}" for name, value in given.items() if name != "keep")
     return f"{pruner.name}({shown})" if shown else pruner.name
 
 
@@ -343,7 +354,8 @@ class _Meter:
         if reference is None:
             if row.status is not Status.OK:
                 raise FoveateError(
-                    f"{type(self.model).__name__} cannot answer {self.suite.name} even without a pruner: {row.reason}"
+                    f"{type(self.model).__name__} cannot answer {self.suite.name} even without a pruner ({row.reason}); "
+                    "check that model and processor belong together, or give a smaller batch size"
                 )
             reference = row
         step(run.label, len(self.samples) - done)
