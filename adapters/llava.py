@@ -35,8 +35,9 @@ class LlavaAdapter(Adapter):
         return (Modality("image", "get_image_features", "pixel_values", self.inner.config.image_token_id),)
 
     @property
-    def project(self) -> Callable[[Tensor], Tensor]:
-        return self.inner.multi_modal_projector
+    def project(self) -> Callable[[Tensor], Tensor] | None:
+        several = not isinstance(self.inner.config.vision_feature_layer, int)
+        return None if several else self.inner.multi_modal_projector
 
     @property
     def side(self) -> int:
