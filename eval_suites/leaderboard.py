@@ -269,7 +269,7 @@ class Leaderboard:
         notes = [
             "Accuracy in % with its 95 % interval, or ± standard deviation over seeds; rel.: % of the unpruned accuracy; "
             "loyal: % of answers equal to the unpruned model's.",
-            "Tokens: visual tokens that the decoder saw, mean over its layers and in the last one; ~ varies from image to image.",
+            "Tokens: visual tokens that the decoder saw, mean over its layers and in the last one; ~ not fixed by the budget alone.",
             "Italic: baselines that read no content. The best method of each budget stands out.",
             f"Guessing would get {_percent(e.get('chance'))} %. The JSON file has all rows, seeds and tasks.",
             f"s/sample: processing and generation in batches of {e.get('batch_size')}, {e.get('dtype')}, on {e.get('hardware')}.",

@@ -87,6 +87,7 @@ def main(args: argparse.Namespace) -> int:
         if path is not None:
             _check_writable(option, path)
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # what is wrong with a checkpoint is one line of ours
     board = bench(
         model=args.model,
         suite=args.suite,
