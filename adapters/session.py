@@ -221,7 +221,7 @@ class Session:
         ]
 
     def _note_ids(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        call = bind(module.forward, args, kwargs)
+        call = bind(module.forward, args, kwargs) if args else kwargs
         encoded = call.get("mm_encoder_outputs") or {}
         # placeholder tokens that come without features (a model may generate one) are ordinary text
         self._brought = [
@@ -245,7 +245,7 @@ class Session:
         self._decoder_tap.close()
         ids, self._input_ids = self._input_ids, None
         self._items = []
-        if ids is None or ids.shape != embeds.shape[:2]:
+        if ids is None or not self._brought or ids.shape != embeds.shape[:2]:
             return False
         visual = torch.zeros_like(ids, dtype=torch.bool)
         for modality in self._brought:
