@@ -9,35 +9,24 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
-import datetime
 import itertools
-import math
 import os
-import platform
 import re
-import subprocess
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
-from PIL import Image
-from torch import Tensor
-
-import foveate
-from foveate.adapters import Session, attach
-from foveate.adapters.base import Adapter, adapter_for
-from foveate.adapters.trace import ImageTrace, Trace
-from foveate.errors import BudgetError, FoveateError, ParameterError, UnsupportedModelError
+from foveate.errors import BudgetError, ParameterError
 from foveate.eval_suites import models, suites
-from foveate.eval_suites.leaderboard import Leaderboard, Row, Status, agreement, share, wilson
-from foveate.eval_suites.suites import Sample, Suite
-from foveate.pruners.base import Hook, Keep, Pruner, Stage, budget, check_keep, one_of
+from foveate.eval_suites.environment import environment
+from foveate.eval_suites.leaderboard import Leaderboard, Row
+from foveate.eval_suites.meter import Meter, Run
+from foveate.eval_suites.suites import Suite
+from foveate.pruners.base import Keep, Pruner, check_keep, one_of
 from foveate.pruners.registry import PRUNERS, create
 
 __all__ = ["BASELINES", "add_arguments", "bench", "main"]
@@ -45,11 +34,7 @@ __all__ = ["BASELINES", "add_arguments", "bench", "main"]
 BASELINES = ("random", "grid", "avgpool", "downsample")
 """Methods that every bench runs at every budget."""
 
-GREY = (128, 128, 128)
-"""What ``no-image`` shows in place of each picture: the same for all samples, so that nothing of a sample leaks."""
-
 _POSITIONS = ("auto", "keep", "compact")
-_NO_SAMPLING = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
 
 
 # ------------------------------------------------------------------------------------------------------ command line
@@ -58,14 +43,25 @@ _NO_SAMPLING = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``foveate bench``."""
     add = parser.add_argument
-    add("--model", default="shapes-llava", help="shapes-llava (embedded), a folder, or a name on the hub")
-    add("--suite", default="shapes", help=f"one of: {', '.join(suites.SUITES)}")
-    add("--pruners", default="all", help="all, or methods like fastv,'todre(stage2=False)'; baselines always run")
-    add("--keep", default="0.5,0.25,0.11", help="budgets: fractions like 0.25, or whole numbers of tokens like 64")
-    add("--limit", type=int, default=200, help="number of samples (default: 200)")
-    add("--seed", type=int, help="which samples are drawn (default: the suite's own)")
-    add("--seeds", type=int, default=5, help="how often the random choice is repeated (default: 5)")
-    add("--batch-size", type=int, default=32, help="samples per call of the model (default: 32)")
+    add(
+        "--model",
+        metavar="NAME",
+        default="shapes-llava",
+        help="shapes-llava (embedded), a folder, or a name on the hub",
+    )
+    add("--suite", metavar="NAME", default="shapes", help=f"one of: {', '.join(suites.SUITES)}")
+    methods = 'all, or methods like "fastv,todre(stage2=False)"; the baselines always run'
+    add("--pruners", metavar="NAMES", default="all", help=methods)
+    add(
+        "--keep",
+        metavar="BUDGETS",
+        default="0.5,0.25,0.11",
+        help="fractions like 0.25, or whole numbers of tokens like 64",
+    )
+    add("--limit", metavar="N", type=int, default=200, help="number of samples (default: 200)")
+    add("--seed", metavar="N", type=int, help="which samples are drawn (default: the suite's own)")
+    add("--seeds", metavar="N", type=int, default=5, help="how often the random choice is repeated (default: 5)")
+    add("--batch-size", metavar="N", type=int, default=32, help="samples per call of the model (default: 32)")
     add("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
     add("--dtype", choices=models.DTYPES, help="default: float32 on a CPU, that of the checkpoint elsewhere")
     add("--positions", default="auto", choices=_POSITIONS, help="of the tokens that stay (default: auto)")
@@ -219,9 +215,16 @@ def bench(
         model = models.load(model, device, dtype)
     seed = suite.seed if seed is None else seed
     samples = list(suite.samples(limit, seed))
-    meter = _Meter(model, suite, samples, batch_size, positions)
-    environment = _environment(model, suite, seed, limit, batch_size)
-    environment["chance"] = fmean(suite.chance[sample.task] for sample in samples)
+    meter = Meter(model, suite, samples, batch_size, positions)
+    facts = environment(model.model) | {
+        "model": model.name,
+        "weights_sha256": model.weights_sha256,
+        "suite": suite.name,
+        "suite_seed": seed,
+        "limit": limit,
+        "chance": fmean(suite.chance[sample.task] for sample in samples),
+        "batch_size": batch_size,
+    }
     rows: list[Row] = []
     with warnings.catch_warnings(), _bar(progress, len(runs) * len(samples)) as step:
         warnings.filterwarnings("ignore", message="keep=.* exceeds")  # every method says it; see below
@@ -230,28 +233,10 @@ def bench(
     most = max(meter.unpruned_counts)
     for large in (k for k in budgets if isinstance(k, int) and k > most):
         warnings.warn(f"keep={large} exceeds the {most} visual tokens of an image; all are kept", stacklevel=2)
-    return Leaderboard(rows, environment, suite.tasks)
+    return Leaderboard(rows, facts, suite.tasks)
 
 
-@dataclass(frozen=True)
-class _Run:
-    """One line of the plan: a method, ready to attach (None: the bare model)."""
-
-    label: str
-    pruner: Pruner | None
-    seed: int | None = None
-    baseline: bool = False
-
-    @property
-    def method(self) -> str:
-        return self.pruner.name if self.pruner else self.label
-
-    @property
-    def keep(self) -> Keep | None:
-        return getattr(self.pruner, "keep", None)
-
-
-def _plan(methods: Any, budgets: Sequence[Keep], seeds: int) -> list[_Run]:
+def _plan(methods: Any, budgets: Sequence[Keep], seeds: int) -> list[Run]:
     """All runs in order: the bare model, then per budget the baselines and the methods, then what has its own budget."""
     swept, fixed = {name: create(name) for name in BASELINES}, []
     for pruner, given in _methods(methods):
@@ -260,13 +245,13 @@ def _plan(methods: Any, budgets: Sequence[Keep], seeds: int) -> list[_Run]:
             fixed.append((label, pruner))
         else:
             swept[label] = pruner
-    runs = [_Run("unpruned", None), _Run("no-image", None, baseline=True)]
+    runs = [Run("unpruned", None), Run("no-image", None, baseline=True)]
     for keep, (label, pruner) in itertools.product(budgets, swept.items()):
         for seed in range(seeds) if label == "random" else (None,):
             drawn = {} if seed is None else {"seed": seed}
-            runs.append(_Run(label, replace(pruner, keep=keep, **drawn), seed, pruner.name in BASELINES))
-    runs += [_Run(label, pruner, None, pruner.name in BASELINES) for label, pruner in fixed]
-    distinct: dict[Any, _Run] = {}
+            runs.append(Run(label, replace(pruner, keep=keep, **drawn), seed, pruner.name in BASELINES))
+    runs += [Run(label, pruner, None, pruner.name in BASELINES) for label, pruner in fixed]
+    distinct: dict[Any, Run] = {}
     for run in runs:
         distinct.setdefault((run.label, type(run.keep), run.keep, run.seed), run)
     return list(distinct.values())
@@ -310,296 +295,6 @@ def _label(pruner: Pruner, given: dict[str, Any] | None) -> str:
 
 def _distinct(budgets: Sequence[Keep]) -> list[Keep]:
     return list({(type(k), k): k for k in budgets}.values())  # 1 token is not the fraction 1.0
-
-
-# --------------------------------------------------------------------------------------------------------- measuring
-
-
-class BudgetMismatch(FoveateError):
-    """A method kept another number of tokens than it was asked for, or than it says."""
-
-
-class _Meter:
-    """Runs methods over the samples and counts what the decoder's layers see."""
-
-    def __init__(
-        self, loaded: models.Loaded, suite: Suite, samples: Sequence[Sample], batch_size: int, positions: str
-    ) -> None:
-        self.model, self.processor, self.suite, self.samples = loaded.model, loaded.processor, suite, samples
-        self.batch_size, self.positions = batch_size, positions
-        self.adapter: Adapter = adapter_for(self.model)
-        self.unpruned_counts: list[int] = []  # visual tokens of every sample
-        self._warm: set[str] = set()
-
-    def row(self, run: _Run, reference: Row | None, step: Callable[[str, int], None]) -> Row:
-        """Measure one run against the unpruned row (None: this is it)."""
-        step(run.label, 0)
-        row = Row(run.method, run.label, run.keep, run.seed, run.baseline)
-        if run.pruner is not None:
-            row.parameters, row.adaptive = run.pruner.parameters(), bool(run.pruner.adaptive)
-        done = 0
-
-        def count(n: int) -> None:
-            nonlocal done
-            done += n
-            step(run.label, n)
-
-        try:
-            self._measure(run, row, count)
-        except (UnsupportedModelError, BudgetError) as error:
-            row.status, row.reason = Status.NOT_APPLICABLE, str(error)
-        except BudgetMismatch as error:
-            row.status, row.reason = Status.FAILED, str(error)
-        except Exception as error:
-            row.status, row.reason = Status.FAILED, f"{type(error).__name__}: {error}"
-        if reference is None:
-            if row.status is not Status.OK:
-                raise FoveateError(
-                    f"{type(self.model).__name__} cannot answer {self.suite.name} even without a pruner ({row.reason}); "
-                    "check that model and processor belong together, or give a smaller batch size"
-                )
-            reference = row
-        step(run.label, len(self.samples) - done)
-        if row.status is Status.OK:
-            row.loyalty = agreement(row.answers, reference.answers)
-            row.relative_accuracy = share(row.correct, reference.correct)
-        return row
-
-    def _measure(self, run: _Run, row: Row, count: Callable[[int], None]) -> None:
-        seconds, seen, asked = 0.0, [], []
-        warm = run.label in self._warm
-        with self._attached(run) as (session, widths):
-            for first in range(0, len(self.samples), self.batch_size):
-                batch = self.samples[first : first + self.batch_size]
-                for counted in (True,) if warm else (False, True):  # the first batch of a method runs twice
-                    widths.clear()
-                    if session is not None:
-                        session.trace, session.sample_ids = None, range(first, first + len(batch))
-                    began = time.perf_counter()
-                    answers, ids = self._answer(run, batch)
-                    elapsed = time.perf_counter() - began
-                    if not counted:
-                        continue
-                    seconds += elapsed
-                    row.answers += answers
-                    if session is None:
-                        seen += self._unpruned(ids, widths)
-                    else:
-                        checked = self._pruned(run.pruner, session.trace, ids, widths, first)
-                        seen += checked[0]
-                        asked += checked[1]
-                        row.positions = dict(session.trace.positions)
-                        row.adaptive |= not run.pruner.stages(self.adapter.info)  # the processor's rounding decides
-                    count(len(batch))
-                warm = True
-        self._warm.add(run.label)
-        row.kept_requested = fmean(asked) if asked else None
-        row.tokens_per_layer = [fmean(layer) for layer in zip(*seen)]
-        row.tokens_mean, row.tokens_last = fmean(row.tokens_per_layer), row.tokens_per_layer[-1]
-        row.seconds_per_sample = seconds / len(self.samples)
-        right = [bool(self.suite.score(sample, answer)) for sample, answer in zip(self.samples, row.answers)]
-        row.n, row.correct = len(right), sum(right)
-        row.accuracy, row.interval = share(row.correct, row.n), wilson(row.correct, row.n)
-        for task in self.suite.tasks:
-            hits = [hit for hit, sample in zip(right, self.samples) if sample.task == task]
-            row.tasks[task] = share(sum(hits), len(hits))
-
-    @contextmanager
-    def _attached(self, run: _Run) -> Iterator[tuple[Session | None, list[int]]]:
-        """The session, and the width of the sequence that each decoder layer works on in prefill."""
-        if run.pruner is None:
-            with _widths(self.adapter) as widths:
-                yield None, widths
-        else:  # hooks run in order, so those that count come behind the session's
-            with attach(self.model, run.pruner, positions=self.positions) as session, _widths(self.adapter) as widths:
-                yield session, widths
-
-    @torch.no_grad()
-    def _answer(self, run: _Run, batch: Sequence[Sample]) -> tuple[list[str], Tensor]:
-        """The answers, and the prompt's token ids ``(B, L)``."""
-        images = [sample.image for sample in batch]
-        if run.method == "no-image":
-            images = [Image.new("RGB", image.size, GREY) for image in images]
-        elif run.pruner is not None and not self._works_on_pixels(run.pruner):
-            images = [run.pruner.prepare(image) for image in images]
-        texts = [self._prompt(sample.question) for sample in batch]
-        inputs = self.processor(images=images, text=texts, padding=True, return_tensors="pt")
-        inputs = inputs.to(self.model.device, self.model.dtype)
-        output = self.model.generate(**inputs, max_new_tokens=self.suite.max_new_tokens, **_NO_SAMPLING)
-        ids = inputs["input_ids"]
-        new = self.processor.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
-        return [text.strip() for text in new], ids
-
-    def _prompt(self, question: str) -> str:
-        if not getattr(self.processor, "chat_template", None):
-            return self.suite.prompt(question)
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-
-    def _works_on_pixels(self, pruner: Pruner) -> bool:
-        """Does it shrink the pictures inside the model? Then preparing them as well would shrink them twice."""
-        return any(stage.hook is Hook.PIXELS for stage in pruner.stages(self.adapter.info))
-
-    # ------------------------------------------------------------------------------------------------------ counting
-
-    def _unpruned(self, ids: Tensor, widths: list[int]) -> list[list[int]]:
-        """Visual tokens seen by each layer, per picture."""
-        depth, length = self.adapter.info.decoder_layers, ids.shape[1]
-        if widths != [length] * depth:
-            raise BudgetMismatch(f"the prompt has {length} tokens, but the decoder's layers saw {widths}")
-        counts = self._placeholders(ids)
-        self.unpruned_counts += counts
-        return [[n] * depth for n in counts]
-
-    def _placeholders(self, ids: Tensor) -> list[int]:
-        tokens = [modality.token_id for modality in self.adapter.modalities]
-        return torch.isin(ids, torch.tensor(tokens, device=ids.device)).sum(dim=1).tolist()
-
-    def _pruned(
-        self, pruner: Pruner, trace: Trace | None, ids: Tensor, widths: list[int], first: int
-    ) -> tuple[list[list[int]], list[int]]:
-        """Visual tokens seen by each layer, and the number asked for, per picture.
-
-        Raises:
-            BudgetMismatch: what the layers saw is not what the trace says, or not what was asked for.
-        """
-        counts = self._placeholders(ids)
-        if trace is None or [image.layout.length for image in trace.images] != counts:
-            raise BudgetMismatch(f"{pruner.name} was attached, but did not see the pictures' {sum(counts)} tokens")
-        dropped = [
-            min(n - image.tokens_per_layer[i] for n, image in zip(counts, trace.images)) for i in range(len(widths))
-        ]
-        claimed = [ids.shape[1] - n for n in dropped]
-        if widths != claimed:
-            raise BudgetMismatch(
-                f"the decoder's layers saw {widths} tokens of the longest prompt, the trace says {claimed}"
-            )
-        stages = pruner.stages(self.adapter.info)
-        asked = []
-        for sample, image in enumerate(trace.images, first):
-            if stages:
-                asked.append(pruner.kept_in(image.layout))
-                check_image(pruner, stages, image, asked[-1])
-            else:
-                asked.append(budget(pruner.keep, self.unpruned_counts[sample]))
-                check_resized(pruner, image.layout.size, asked[-1])
-        return [image.tokens_per_layer for image in trace.images], asked
-
-
-def check_image(pruner: Pruner, stages: Sequence[Stage], image: ImageTrace, asked: int) -> None:
-    """Hold what happened to a picture against the budget.
-
-    Raises:
-        BudgetMismatch: tokens counted twice, other tokens in a layer than the trace's, or not ``asked`` at the end.
-    """
-    layout, keep = image.layout, getattr(pruner, "keep", None)
-    most = layout.size if keep is None else budget(keep, layout.size, math.ceil) + len(layout.views) - 1
-    if not pruner.adaptive and asked > most:
-        raise BudgetMismatch(f"{pruner.name} announces {asked} tokens where keep={keep} of {layout.size} allows {most}")
-    acting = [stage.layer for stage in stages]
-    for layer, seen in enumerate(image.tokens_per_layer):
-        kept = image.kept_at(layer)
-        if not bool((kept.diff() > 0).all()):
-            raise BudgetMismatch(f"{pruner.name} kept some token twice, so that fewer than {len(kept)} are left")
-        if not 0 <= seen - len(kept) <= len(layout.newlines):
-            raise BudgetMismatch(f"{pruner.name}: layer {layer} saw {seen} tokens where {len(kept)} were kept")
-        want = layout.size if layer < min(acting) else asked if layer >= max(acting) else None
-        if not pruner.adaptive and want is not None and len(kept) != want:
-            raise BudgetMismatch(
-                f"{pruner.name} kept {len(kept)} of {layout.size} tokens at decoder layer {layer} where its budget is {want}"
-            )
-
-
-def check_resized(pruner: Pruner, counted: int, asked: int) -> None:
-    """A picture that was made smaller in front of the processor, whose rounding of both sides decides the count.
-
-    Raises:
-        BudgetMismatch: the difference is more than such a rounding.
-    """
-    if abs(counted - asked) > 2 * math.sqrt(asked) + 1:
-        raise BudgetMismatch(
-            f"{pruner.name}: pictures were resized to {asked} tokens, but the processor made {counted} of them; "
-            "see its smallest and largest number of pixels"
-        )
-
-
-@contextmanager
-def _widths(adapter: Adapter) -> Iterator[list[int]]:
-    """A list that fills with the sequence length at each decoder layer during prefill; clear it before every call."""
-    layers = list(adapter.text_model.layers)
-    widths: list[int] = []
-
-    def watch(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if len(widths) < len(layers):  # later calls decode
-            widths.append((args[0] if args else kwargs["hidden_states"]).shape[1])
-
-    handles = [layer.register_forward_pre_hook(watch, with_kwargs=True) for layer in layers]
-    try:
-        yield widths
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-# ------------------------------------------------------------------------------------------------------- environment
-
-
-def _environment(loaded: models.Loaded, suite: Suite, seed: int, limit: int, batch_size: int) -> dict[str, Any]:
-    """All it takes to repeat the run, and to judge its times."""
-    import transformers
-
-    device = loaded.model.device
-    cpu = _cpu()
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {
-        "model": loaded.name,
-        "model_class": type(loaded.model).__name__,
-        "weights_sha256": loaded.weights_sha256,
-        "suite": suite.name,
-        "suite_seed": seed,
-        "limit": limit,
-        "batch_size": batch_size,
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "attention": getattr(loaded.model.config, "_attn_implementation", None),
-        "device": str(device),
-        "hardware": gpu or f"{cpu}, {torch.get_num_threads()} threads",
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": gpu,
-        "foveate": foveate.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        **_commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def _cpu() -> str:
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
-
-
-def _commit() -> dict[str, Any]:
-    """The commit of a source checkout, and whether files differ from it; None where foveate is installed otherwise."""
-    root = Path(foveate.__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return {"commit": None, "modified": None}
-    try:
-        head, changes = (
-            subprocess.run(
-                ["git", "-C", str(root), *command], capture_output=True, text=True, check=True
-            ).stdout.strip()
-            for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return {"commit": None, "modified": None}
-    return {"commit": head, "modified": bool(changes)}
 
 
 @contextmanager

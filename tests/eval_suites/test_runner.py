@@ -22,7 +22,8 @@ from foveate.cli import main
 from foveate.errors import BudgetError, FoveateError, MissingSignalError, ParameterError, UnknownNameError
 from foveate.eval_suites import models, suites
 from foveate.eval_suites.leaderboard import Leaderboard, Row, Status
-from foveate.eval_suites.runner import BASELINES, GREY, BudgetMismatch, bench, check_image, parse_keep, parse_methods
+from foveate.eval_suites.meter import GREY, BudgetMismatch, check_image
+from foveate.eval_suites.runner import BASELINES, bench, parse_keep, parse_methods
 from foveate.pruners import PRUNERS, Downsample, FastV, Hook, Layout, ModelInfo, Pruner, Random, Selection, Stage
 from foveate.pruners.base import keep_all
 from tests.eval_suites.conftest import qwen_processor

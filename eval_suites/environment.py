@@ -1,0 +1,67 @@
+"""What a result needs beside it to be repeated, and its times to be judged."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import foveate
+
+__all__ = ["environment"]
+
+
+def environment(model: torch.nn.Module) -> dict[str, Any]:
+    """Versions, commit, hardware, and how ``model`` was loaded."""
+    cpu, threads = _cpu(), torch.get_num_threads()
+    gpu = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else None
+    return {
+        "foveate": foveate.__version__,
+        **_commit(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "hardware": gpu or f"{cpu}, {threads} thread{'s' * (threads != 1)}",
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": threads,
+        "gpu": gpu,
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "model_class": type(model).__name__,
+        "attention": getattr(model.config, "_attn_implementation", None),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _cpu() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def _commit() -> dict[str, Any]:
+    """The commit of a source checkout, and whether files differ from it; None where foveate is installed otherwise."""
+    root = Path(foveate.__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return {"commit": None, "modified": None}
+    try:
+        head, changes = (
+            subprocess.run(
+                ["git", "-C", str(root), *command], capture_output=True, text=True, check=True
+            ).stdout.strip()
+            for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "modified": None}
+    return {"commit": head, "modified": bool(changes)}
