@@ -4,8 +4,7 @@
    class token is trained contrastively against captions and to name the colour-shape pairs present.
 2. *decoder*: a small Llama learns the questions on text only: each patch is the sum of the embeddings of the words for
    what it shows, so that no picture is needed.
-3. *align*: the projector alone learns to turn the tower's patches into those word sums and to answer through the frozen
-   decoder.
+3. *align*: the projector alone learns to turn the frozen tower's patches into those word sums.
 4. *vqa*: everything is trained together on pictures and questions.
 
 All data is drawn on line from `scenes.py`, batch by batch from (seed, stage, step), so that a run can be resumed and
@@ -24,7 +23,7 @@ import contextlib
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -214,16 +213,16 @@ def question_blocks(questions: list[scenes.Question]) -> tuple[np.ndarray, np.nd
 
 
 def make_batch(
-    seed: tuple[int, ...], size: int, held_out: bool, pictures: bool, most: int = 5, captions: bool = False
+    seed: tuple[int, ...], size: int, held_out: bool, pictures: bool, most: int = 5, captions: float = 0.0
 ) -> dict[str, Tensor]:
-    """One batch, a pure function of its arguments; `most` bounds the objects, `captions` asks for one now and then."""
+    """One batch, a pure function of its arguments; `most` bounds the objects, `captions` is how often one is asked for."""
     rng = np.random.default_rng(seed)
     rows: list[dict[str, np.ndarray]] = []
     for _ in range(size):
         scene = scenes.draw_scene(rng, held_out, count=int(rng.integers(1, most + 1)))
         picture = scenes.render(scene, rng)
         questions = scenes.ask_all(scene, rng)
-        if captions and rng.random() < 0.5:
+        if rng.random() < captions:
             questions = [scenes.Question("caption", DESCRIBE, scenes.caption(scene)), *questions]
         ids, targets, block, offset = question_blocks(questions)
         tasks = np.full(7, -1)
@@ -244,15 +243,15 @@ class Batches(IterableDataset):
 
     def __init__(self, options: argparse.Namespace, stage: str, start: int, total: int) -> None:
         self.seed, self.stage, self.start, self.total = options.seed, stage, start, total
-        self.size = options.batch
+        self.size = getattr(options, f"{stage}_batch")
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for step in range(self.start, self.total):
             # the decoder meets few objects first: presence and place leave the guessing line much sooner
-            most = min(scenes.MAX_OBJECTS, 2 + step // 150) if self.stage == "decoder" else scenes.MAX_OBJECTS
+            most = min(scenes.MAX_OBJECTS, 2 + step // 300) if self.stage == "decoder" else scenes.MAX_OBJECTS
             seed = (TRAIN_STREAM, self.seed, STAGES.index(self.stage), step)
             pictures = self.stage != "decoder"
-            yield make_batch(seed, self.size, False, pictures, most, captions=self.stage in ("decoder", "align"))
+            yield make_batch(seed, self.size, False, pictures, most, captions=0.1 if self.stage == "decoder" else 0.0)
 
 
 # -------------------------------------------------------------------------------------------------------------- losses
@@ -333,22 +332,37 @@ def corrupt(labels: Tensor, share: float, generator: torch.Generator) -> Tensor:
     return torch.where(swap[:, None], other, flat).view_as(labels)
 
 
+def some_patches(labels: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Ascending places (B, count) of most objects' patches and some of the background's: shorter, so faster."""
+    draw = torch.rand(labels.shape[:2], generator=generator).to(labels.device)
+    order = torch.where(labels[..., 2] == CELL_COUNT, draw + 0.8, draw)  # an object's patch nearly always first
+    return order.argsort(1)[:, :count].sort(1).values
+
+
 def answer_loss(
-    decode: nn.Module, model: LlavaForConditionalGeneration, patches: Tensor, batch: dict[str, Tensor]
+    decode: nn.Module,
+    model: LlavaForConditionalGeneration,
+    patches: Tensor,
+    batch: dict[str, Tensor],
+    where: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss on the answers and exact-match accuracy per task (teacher-forced, which for exact match is greedy decoding).
 
     Args:
         decode: the language model, possibly compiled.
-        patches: visual tokens in the decoder's width, (B, 144, text width).
+        patches: visual tokens in the decoder's width, (B, M, text width).
+        where: their places among the 144, (B, M); None when all are there.
     """
     device, size = patches.device, len(patches)
     embed = model.get_input_embeddings()
     opening = torch.tensor([TOKENS["<s>"], TOKENS["user"], TOKENS[":"]], device=device).expand(size, -1)
     hidden = torch.cat([embed(opening), patches, embed(batch["ids"])], dim=1)
-    prefix = opening.shape[1] + IMAGE_TOKENS
+    prefix, end = opening.shape[1] + patches.shape[1], opening.shape[1] + IMAGE_TOKENS
+    if where is None:
+        where = torch.arange(IMAGE_TOKENS, device=device).expand(size, -1)
+    opened = torch.arange(opening.shape[1], device=device).expand(size, -1)
     block = F.pad(batch["block"], (prefix, 0), value=-2)  # -2 the shared prefix, -1 padding
-    positions = torch.cat([torch.arange(prefix, device=device).expand(size, -1), prefix + batch["offset"]], dim=1)
+    positions = torch.cat([opened, opening.shape[1] + where, end + batch["offset"]], dim=1)
     length = block.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     seen = causal & ((block[:, :, None] == block[:, None, :]) | (block[:, None, :] == -2))
@@ -387,12 +401,22 @@ class Trainer:
         self.work = self.out / "checkpoints"
         self.work.mkdir(parents=True, exist_ok=True)
         self.compiled = torch.compile if options.compile else lambda function, **_: function
-        self.see = self.compiled(self._see, dynamic=False)
-        self.decode = self.compiled(self.model.model.language_model, dynamic=False)
+        self.compiled_see = self.compiled(self._see, dynamic=False)
+        self.compiled_decode = self.compiled(self.model.model.language_model, dynamic=False)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """bfloat16 matrix products, float32 weights."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.bf16)
+
+    @property
+    def see(self) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """The tower, compiled while training only: the few held-out checks are not worth a second compilation."""
+        return self.compiled_see if self.model.training else self._see
+
+    @property
+    def decode(self) -> nn.Module:
+        """The language model, compiled while training only."""
+        return self.compiled_decode if self.model.training else self.model.model.language_model
 
     def _see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Patches of the layer that the decoder reads, (B, 144, D), and the class token's output, (B, D)."""
@@ -408,15 +432,20 @@ class Trainer:
         embed = self.model.get_input_embeddings()
         if stage == "decoder":
             generator = torch.Generator().manual_seed(self.options.seed + step)
-            labels = corrupt(batch["labels"], 0.05, generator) if self.model.training else batch["labels"]
-            return answer_loss(self.decode, self.model, patch_words(labels, embed), batch)
+            labels, where = batch["labels"], None
+            if self.model.training:
+                where = some_patches(labels, self.options.decoder_patches, generator)
+                labels = corrupt(labels, 0.05, generator).gather(1, where[..., None].expand(-1, -1, 3))
+            return answer_loss(self.decode, self.model, patch_words(labels, embed), batch, where)
         with torch.set_grad_enabled(stage == "vqa" and torch.is_grad_enabled()):
             patches, pooled = self.see(batch["pixels"])
         tokens = self.model.model.multi_modal_projector(patches)
+        if stage == "align" and self.model.training:
+            words = patch_words(batch["labels"], embed).detach()
+            return F.mse_loss(tokens.float(), words) / words.var(), {}
         loss, figures = answer_loss(self.decode, self.model, tokens, batch)
         if stage == "align":
-            words = patch_words(batch["labels"], embed).detach()
-            return loss + 0.3 * F.mse_loss(tokens, words) / words.var(), figures
+            return loss, figures
         dense, dense_figures = self.heads(patches, pooled, batch)
         return loss + 0.3 * dense, figures | dense_figures
 
@@ -448,7 +477,7 @@ class Trainer:
         figures: dict[str, list[float]] = {}
         for number in range(4):
             seed = (CHECK_STREAM, self.options.seed, number)
-            batch = make_batch(seed, self.options.batch, True, stage != "decoder")
+            batch = make_batch(seed, 64, True, stage != "decoder")
             with torch.no_grad(), self.autocast():
                 loss, found = self.loss(stage, {k: v.to(self.device) for k, v in batch.items()}, 0)
             for name, value in {"loss": loss, **found}.items():
@@ -493,7 +522,7 @@ class Trainer:
             self.heads.load_state_dict(state["heads"])
 
     def run(self, stage: str) -> None:
-        """Train one stage: warm-up, constant rate, then linear decay over the last fifth."""
+        """Train one stage: warm-up, then a constant rate; the last stage decays linearly over its last two fifths."""
         options = self.options
         total, peak = getattr(options, f"{stage}_steps"), getattr(options, f"{stage}_lr")
         self.start_from(stage)
@@ -508,7 +537,8 @@ class Trainer:
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         loader = DataLoader(Batches(options, stage, first, total), batch_size=None, num_workers=1, prefetch_factor=4)
         start = saved = time.monotonic()
-        warmup, decay = min(200, total // 10 + 1), max(1, total // 5)
+        warmup = 20 if stage == "align" else 200
+        decay = max(1, 2 * total // 5) if stage == "vqa" else 1
         running: list[float] = []
         for step, batch in enumerate(loader, first):
             rate = peak * min(1.0, (step + 1) / warmup, (total - step) / decay)
@@ -525,7 +555,7 @@ class Trainer:
             minutes = before + (now - start) / 60
             if done % options.check_every == 0 or done == total:
                 record = {"stage": stage, "step": done, "minutes": round(minutes, 2), "lr": round(rate, 6)}
-                record["pictures"] = done * options.batch
+                record["pictures"] = done * loader.dataset.size
                 record["train_loss"] = round(float(np.mean(running)), 4)
                 self.log(record | {f"held_out_{k}": v for k, v in self.check(stage).items()})
                 running.clear()
@@ -552,15 +582,21 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoints in --out")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch", type=int, default=64, help="pictures a step")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of torch, 0 for its own choice")
     parser.add_argument("--check-every", type=int, default=200, help="steps between held-out checks")
+    parser.add_argument("--decoder-patches", type=int, default=36, help="patches a picture in the decoder stage")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 autocast")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="needs a C++ compiler")
     for name, value in vars(Sizes()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
-    for stage, steps, rate in zip(STAGES, (4000, 2500, 200, 2400), (1e-3, 1e-3, 2e-3, 5e-4)):
+    for stage, steps, batch, rate in (
+        ("tower", 657, 64, 1e-3),
+        ("decoder", 1600, 32, 1e-3),
+        ("align", 250, 64, 2e-3),
+        ("vqa", 1200, 32, 5e-4),
+    ):
         parser.add_argument(f"--{stage}-steps", type=int, default=steps)
+        parser.add_argument(f"--{stage}-batch", type=int, default=batch, help="pictures a step")
         parser.add_argument(f"--{stage}-lr", type=float, default=rate)
     return parser.parse_args()
 
