@@ -260,7 +260,8 @@ class Leaderboard:
     @property
     def title(self) -> str:
         e = self.environment
-        return f"{e.get('model')} on {e.get('suite')}, {e.get('limit')} samples (seed {e.get('suite_seed')})"
+        drawn = f"{e.get('limit')} samples (seed {e.get('suite_seed')})"
+        return f"{e.get('model')} on {e.get('suite')}, {drawn}, positions: {e.get('positions')}"
 
     @property
     def notes(self) -> list[str]:

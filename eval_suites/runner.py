@@ -224,6 +224,7 @@ def bench(
         "limit": limit,
         "chance": fmean(suite.chance[sample.task] for sample in samples),
         "batch_size": batch_size,
+        "positions": positions,
     }
     rows: list[Row] = []
     with warnings.catch_warnings(), _bar(progress, len(runs) * len(samples)) as step:

@@ -135,6 +135,13 @@ def test_wrong_answers_everywhere_leave_the_relative_accuracy_open(loaded):
     assert {row.relative_accuracy for row in board.rows} == {None}
 
 
+def test_positions_are_those_that_were_asked_for(loaded):
+    for policy in ("keep", "compact"):
+        board = quick(loaded, "divprune", positions=policy, limit=2)
+        assert {tuple(row.positions.items()) for row in board.rows[2:]} == {(("llm_input", policy),)}
+        assert board.environment["positions"] == policy
+
+
 def test_answers_do_not_depend_on_the_batches(board, loaded):
     alone = quick(loaded, "fastv,divprune", 0.25, batch_size=1, seeds=3)
     for row in alone.rows:
@@ -400,7 +407,7 @@ def test_command_writes_json_markdown_and_a_table(checkpoint, tmp_path, capsys):
     assert environment["foveate"] == foveate.__version__
     assert environment["torch"] == torch.__version__
     assert (environment["dtype"], environment["device"], environment["batch_size"]) == ("float32", "cpu", 32)
-    assert (environment["suite"], environment["limit"]) == ("shapes", 3)
+    assert (environment["suite"], environment["limit"], environment["positions"]) == ("shapes", 3, "auto")
     assert environment["suite_seed"] == suites.find("shapes").seed
     assert len(environment["weights_sha256"]) == 64
     assert "| **fastv** |" in markdown_path.read_text(encoding="utf-8")
