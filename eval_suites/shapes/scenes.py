@@ -108,13 +108,22 @@ def place(cell: int) -> str:
     return f"{ROWS[cell // 3]} {COLUMNS[cell % 3]}"
 
 
-def draw_scene(rng: np.random.Generator, held_out: bool, count: int | None = None, code: bool | None = None) -> Scene:
-    """Draw one layout of the given split; colours, shapes and cells are uniform and no colour-shape pair repeats."""
+def draw_scene(
+    rng: np.random.Generator, held_out: bool, count: int | None = None, code: bool | None = None, alike: bool = False
+) -> Scene:
+    """Draw one layout of the given split; colours, shapes and cells are uniform and no colour-shape pair repeats.
+
+    With `alike`, the objects share three colours and two shapes, so that only both together tell them apart.
+    """
     while True:
         n = count if count is not None else int(rng.integers(1, MAX_OBJECTS + 1))
         with_code = code if code is not None else rng.random() < 0.6
         cells = rng.permutation(9)[: n + 1].tolist()
-        pairs = rng.permutation(len(COLOURS) * len(SHAPES))[:n].tolist()
+        if alike:
+            few = (rng.permutation(6)[:3, None] * 6 + rng.permutation(6)[None, :2]).flatten()
+            pairs = rng.permutation(few)[:n].tolist()
+        else:
+            pairs = rng.permutation(len(COLOURS) * len(SHAPES))[:n].tolist()
         names = tuple(COLOURS)
         things = [Thing(SHAPES[p % 6], names[p // 6], c) for p, c in zip(pairs, cells)]
         scene = Scene(

@@ -53,6 +53,7 @@ GRID = scenes.IMAGE_SIZE // PATCH
 IMAGE_TOKENS = GRID * GRID
 BLOCK_LENGTH = 72  # tokens of all the questions on one picture, padded
 MEAN, STD = [0.4, 0.4, 0.4], [0.25, 0.25, 0.25]
+ALIKE_FROM = 284  # step of the last stage from which scenes are made hard
 DESCRIBE = "Describe the picture."
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | upper }}: "
@@ -213,24 +214,38 @@ def question_blocks(questions: list[scenes.Question]) -> tuple[np.ndarray, np.nd
 
 
 def make_batch(
-    seed: tuple[int, ...], size: int, held_out: bool, pictures: bool, most: int = 5, captions: float = 0.0
+    seed: tuple[int, ...],
+    size: int,
+    held_out: bool,
+    pictures: bool,
+    most: int = 5,
+    captions: float = 0.0,
+    alike: float = 0.0,
 ) -> dict[str, Tensor]:
-    """One batch, a pure function of its arguments; `most` bounds the objects, `captions` is how often one is asked for."""
+    """One batch, a pure function of its arguments.
+
+    Args:
+        most: bound on the objects of a scene.
+        captions: how often a caption is asked for.
+        alike: share of scenes whose objects are hard to tell apart; if any, every scene is asked for more places.
+    """
+    tasks = (*scenes.TASKS, "location", "location") if alike else scenes.TASKS
     rng = np.random.default_rng(seed)
     rows: list[dict[str, np.ndarray]] = []
     for _ in range(size):
-        scene = scenes.draw_scene(rng, held_out, count=int(rng.integers(1, most + 1)))
+        count = int(rng.integers(1, most + 1))
+        scene = scenes.draw_scene(rng, held_out, count, alike=alike > 0 and rng.random() < alike)
         picture = scenes.render(scene, rng)
-        questions = scenes.ask_all(scene, rng)
+        questions = scenes.ask_all(scene, rng, tasks)
         if rng.random() < captions:
             questions = [scenes.Question("caption", DESCRIBE, scenes.caption(scene)), *questions]
         ids, targets, block, offset = question_blocks(questions)
-        tasks = np.full(7, -1)
-        tasks[: len(questions)] = [scenes.TASKS.index(q.task) if q.task in scenes.TASKS else -1 for q in questions]
+        asked = np.full(len(scenes.TASKS) + 2, -1)
+        asked[: len(questions)] = [scenes.TASKS.index(q.task) if q.task in scenes.TASKS else -1 for q in questions]
         pairs = np.zeros(PAIRS, np.float32)
         for thing in scene.things:
             pairs[list(scenes.COLOURS).index(thing.colour) * 6 + scenes.SHAPES.index(thing.shape)] = 1
-        row = {"labels": patch_labels(scene, picture.owner), "bag": caption_bag(scene), "pairs": pairs, "tasks": tasks}
+        row = {"labels": patch_labels(scene, picture.owner), "bag": caption_bag(scene), "pairs": pairs, "tasks": asked}
         row |= {"ids": ids, "targets": targets, "block": block, "offset": offset}
         if pictures:
             row["pixels"] = picture.pixels
@@ -251,7 +266,10 @@ class Batches(IterableDataset):
             most = min(scenes.MAX_OBJECTS, 2 + step // 300) if self.stage == "decoder" else scenes.MAX_OBJECTS
             seed = (TRAIN_STREAM, self.seed, STAGES.index(self.stage), step)
             pictures = self.stage != "decoder"
-            yield make_batch(seed, self.size, False, pictures, most, captions=0.1 if self.stage == "decoder" else 0.0)
+            captions = 0.1 if self.stage == "decoder" else 0.0
+            # once pictures are read, half of the scenes need colour and shape together to find the object asked about
+            alike = 0.5 if self.stage == "vqa" and step >= ALIKE_FROM else 0.0
+            yield make_batch(seed, self.size, False, pictures, most, captions, alike)
 
 
 # -------------------------------------------------------------------------------------------------------------- losses
@@ -591,9 +609,9 @@ def parse() -> argparse.Namespace:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     for stage, steps, batch, rate in (
         ("tower", 657, 64, 1e-3),
-        ("decoder", 1600, 32, 1e-3),
-        ("align", 250, 64, 2e-3),
-        ("vqa", 1200, 32, 5e-4),
+        ("decoder", 2665, 32, 1e-3),
+        ("align", 150, 64, 2e-3),
+        ("vqa", 720, 32, 5e-4),
     ):
         parser.add_argument(f"--{stage}-steps", type=int, default=steps)
         parser.add_argument(f"--{stage}-batch", type=int, default=batch, help="pictures a step")

@@ -1,0 +1,217 @@
+"""The shapes suite: seeded scenes, answers right by construction, disjoint splits, and the model that ships with it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+
+from foveate.eval_suites import shapes
+from foveate.eval_suites.shapes import scenes
+
+FLOOR = 0.80
+MODEL_BYTES = 12 * 2**20
+
+
+def drawn(count: int, held_out: bool, seed: int = 3) -> list[scenes.Scene]:
+    rng = np.random.default_rng(seed)
+    return [scenes.draw_scene(rng, held_out) for _ in range(count)]
+
+
+def truth(scene: scenes.Scene, question: str) -> str:
+    """The answer read off a scene's own description, independently of how questions are drawn."""
+    if question.startswith("How many"):
+        return str(len(scene.things))
+    if question.startswith("What does the code"):
+        return scene.code
+    words = re.findall(r"\w+", question.lower())
+    colour = [word for word in words if word in scenes.COLOURS]
+    shape = [word for word in words if word in scenes.SHAPES]
+    found = [t for t in scene.things if (not colour or t.colour in colour) and (not shape or t.shape in shape)]
+    if words[0] == "is":
+        return "yes" if found else "no"
+    (thing,) = found  # the question names exactly one object
+    if words[0] == "where":
+        rows, columns = ("top", "middle", "bottom"), ("left", "centre", "right")
+        return f"{rows[thing.cell // 3]} {columns[thing.cell % 3]}"
+    return thing.colour if words[1] == "colour" else thing.shape
+
+
+def test_samples_are_a_function_of_the_seed():
+    first, again, other = (list(shapes.samples(12, seed=seed)) for seed in (5, 5, 6))
+    for a, b in zip(first, again):
+        assert (a.id, a.task, a.question, a.answer) == (b.id, b.task, b.question, b.answer)
+        assert a.image.tobytes() == b.image.tobytes()
+    assert all(a.image.tobytes() != b.image.tobytes() for a, b in zip(first, other))
+
+
+def test_samples_interleave_the_tasks():
+    assert [sample.task for sample in shapes.samples(13)] == [*shapes.TASKS, *shapes.TASKS, shapes.TASKS[0]]
+
+
+def test_no_layout_is_in_both_splits():
+    training, held_out = set(drawn(4000, held_out=False)), set(drawn(4000, held_out=True))
+    assert len(training) > 3500
+    assert not training & held_out
+
+
+def test_answers_follow_from_the_scene():
+    rng = np.random.default_rng(0)
+    asked = Counter()
+    for scene in drawn(400, held_out=False):
+        for question in scenes.ask_all(scene, rng):
+            assert question.answer == truth(scene, question.text)
+            asked[question.task] += 1
+    assert all(asked[task] > 200 for task in shapes.TASKS)
+
+
+def test_objects_are_painted_in_their_cells_and_colours():
+    rng = np.random.default_rng(1)
+    for scene in drawn(40, held_out=True):
+        picture = scenes.render(scene, rng)
+        for index, thing in enumerate(scene.things):
+            rows, columns = np.nonzero(picture.owner == index)
+            assert len(rows) >= 100
+            assert (int(rows.mean()) // 32) * 3 + int(columns.mean()) // 32 == thing.cell
+            tone = picture.pixels[rows, columns].astype(float).mean(0)
+            nearest = min(scenes.COLOURS, key=lambda name: np.abs(np.array(scenes.COLOURS[name]) - tone).sum())
+            assert nearest == thing.colour
+
+
+def test_answers_are_balanced_and_the_question_does_not_tell():
+    rng = np.random.default_rng(2)
+    answers = {task: Counter() for task in shapes.TASKS}
+    yes_by_pair: dict[str, Counter] = {}
+    for scene in drawn(6000, held_out=True):
+        for question in scenes.ask_all(scene, rng):
+            answers[question.task][question.answer] += 1
+            if question.task == "presence":
+                yes_by_pair.setdefault(question.text, Counter())[question.answer] += 1
+    for task in shapes.TASKS:
+        counts, expected = answers[task], sum(answers[task].values()) * shapes.CHANCE[task]
+        assert len(counts) == round(1 / shapes.CHANCE[task])
+        slack = 5 * np.sqrt(expected)
+        assert all(abs(count - expected) < slack for count in counts.values()), (task, counts)
+    assert len(yes_by_pair) == 36
+    assert all(0.3 < pair["yes"] / sum(pair.values()) < 0.7 for pair in yes_by_pair.values())
+
+
+@pytest.mark.parametrize(
+    ("task", "answer", "said", "right"),
+    [
+        ("colour", "red", " Red.", True),
+        ("colour", "red", "red ring", False),
+        ("location", "top left", "top  left", True),
+        ("location", "top left", "topleft", False),
+        ("code", "KT", "k t", True),
+        ("code", "KT", "k", False),
+        ("presence", "no", "", False),
+    ],
+)
+def test_score_is_exact_after_normalisation(task, answer, said, right):
+    sample = shapes.Sample("0", task, None, "", answer)
+    assert shapes.score(sample, said) is right
+
+
+def test_importing_the_suite_loads_no_torch():
+    # the top package may import torch: what the suite itself adds is measured, in a fresh interpreter
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; import {0}.scenes as s; print(s.TASKS)"
+    )
+    folder = shapes.MODEL_PATH.parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", code.format("shapes")], cwd=folder, capture_output=True, text=True, timeout=50
+    )
+    assert done.returncode == 0, done.stderr
+
+
+# ------------------------------------------------------------------------------------------------- the model that ships
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    model = LlavaForConditionalGeneration.from_pretrained(shapes.MODEL_PATH, dtype=torch.float32).eval()
+    return model, AutoProcessor.from_pretrained(shapes.MODEL_PATH)
+
+
+def test_the_folder_is_small_and_its_weights_are_safetensors():
+    files = [path for path in shapes.MODEL_PATH.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= MODEL_BYTES
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".jsonl", ".jinja", ".md"}
+    assert {"README.md", "training_log.jsonl", "config.json"} <= {path.name for path in files}
+
+
+def test_the_processor_expands_the_image_marker(shipped):
+    model, processor = shipped
+    (sample,) = shapes.samples(1)
+    inputs = processor(images=sample.image, text=shapes.prompt(sample.question), return_tensors="pt")
+    assert int((inputs["input_ids"] == model.config.image_token_id).sum()) == 144
+    assert processor.tokenizer.unk_token_id not in inputs["input_ids"]
+    content = [{"type": "image"}, {"type": "text", "text": sample.question}]
+    chat = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    assert chat == shapes.prompt(sample.question)
+
+
+def test_training_tokens_are_the_tokenizers(shipped):
+    from foveate.eval_suites.shapes import train
+
+    _, processor = shipped
+    rng = np.random.default_rng(4)
+    for scene in drawn(30, held_out=False):
+        for text in [scenes.caption(scene), *(question.text for question in scenes.ask_all(scene, rng))]:
+            assert [train.TOKENS["<s>"], *train.encode(text)] == processor.tokenizer(text)["input_ids"]
+
+
+def test_the_model_sees(shipped):
+    from foveate.eval_suites.shapes import evaluate
+
+    model, processor = shipped
+    seen = evaluate.accuracy(model, processor, shapes.samples(120))
+    assert seen["overall"] >= FLOOR
+    blind = evaluate.accuracy(model, processor, shapes.samples(120), blanked=True)
+    chance = float(np.mean(list(shapes.CHANCE.values())))
+    assert blind["overall"] <= chance + 0.10
+    sparse = evaluate.accuracy(model, processor, shapes.samples(120), keep=0.05)
+    assert sparse["overall"] <= seen["overall"] - 0.20
+
+
+def test_packed_training_gives_the_served_logits(shipped):
+    """Several questions in one sequence train each exactly as `generate` serves it alone."""
+    from foveate.eval_suites.shapes import train
+
+    model, processor = shipped
+    rng = np.random.default_rng(7)
+    scene = next(s for s in drawn(50, held_out=True) if s.code)
+    picture = scenes.render(scene, rng)
+    questions = list(islice(scenes.ask_all(scene, rng), 4))
+    ids, targets, block, offset = (torch.from_numpy(a)[None] for a in train.question_blocks(questions))
+    batch = {"ids": ids, "targets": targets, "block": block, "offset": offset}
+    batch["tasks"] = torch.tensor([[scenes.TASKS.index(q.task) for q in questions]])
+    alone = []
+    for question in questions:
+        inputs = processor(
+            images=picture.pixels,
+            text=shapes.prompt(question.text),
+            return_tensors="pt",
+            input_data_format="channels_last",
+        )
+        with torch.no_grad():
+            alone.append(model(**inputs).logits[0, -1])
+    packed = {}
+    head = model.lm_head.register_forward_hook(lambda _m, _i, out: packed.update(logits=out[0]))
+    try:
+        with torch.no_grad():
+            patches = torch.stack(list(model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output))
+            train.answer_loss(model.model.language_model, model, patches, batch)
+    finally:
+        head.remove()
+    first = [int(((block[0] == k) & (targets[0] != -100)).nonzero()[0]) for k in range(len(questions))]
+    torch.testing.assert_close(packed["logits"][first], torch.stack(alone), rtol=1e-3, atol=1e-3)
