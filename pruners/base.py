@@ -413,13 +413,18 @@ def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
 # -------------------------------------------------------------------------------------------------------- selecting
 
 
-def top_k(scores: Tensor, k: int) -> Tensor:
-    """Indices of the ``k`` largest scores along the last axis, ascending: ``(…, N) -> (…, k)`` int64.
+def ranked(scores: Tensor) -> Tensor:
+    """Indices from the largest to the smallest score along the last axis: ``(…, N) -> (…, N)`` int64.
 
     Ties go to the lower index, NaN counts as lowest; arithmetic in float32.
     """
     scores = scores.float().nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
-    return scores.argsort(dim=-1, descending=True, stable=True)[..., :k].sort(dim=-1).values
+    return scores.argsort(dim=-1, descending=True, stable=True)
+
+
+def top_k(scores: Tensor, k: int) -> Tensor:
+    """Indices of the ``k`` largest scores along the last axis, :func:`ranked`, but ascending: ``(…, N) -> (…, k)`` int64."""
+    return ranked(scores)[..., :k].sort(dim=-1).values
 
 
 def gather(values: Tensor, index: Tensor) -> Tensor:

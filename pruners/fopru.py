@@ -36,6 +36,7 @@ from foveate.pruners.base import (
     floor,
     one_of,
     per_view,
+    ranked,
     split_budget,
     view_budgets,
 )
@@ -109,9 +110,9 @@ class FoPru(Pruner):
     ) -> Selection:
         score = significance(received, given)
         grid = tokens.layout.views[0].grid
-        ranked = rank(score, k) if self.strategy == "rank" else best_rows(score, grid, k // grid[1])
-        index = ranked.sort(dim=1).values
-        order = None if self.reorder else torch.searchsorted(index, ranked)
+        best = rank(score, k) if self.strategy == "rank" else best_rows(score, grid, k // grid[1])
+        index = best.sort(dim=1).values
+        order = None if self.reorder else torch.searchsorted(index, best)
         return Selection(index, scores=score, order=order)
 
 
@@ -128,8 +129,8 @@ def significance(received: Tensor | None, given: Tensor | None) -> Tensor:
 
 
 def rank(score: Tensor, k: int) -> Tensor:
-    """The ``k`` most significant tokens, best first (ties: lower index): ``(B, N) -> (B, k)``."""
-    return score.argsort(dim=1, descending=True, stable=True)[:, :k].contiguous()
+    """The ``k`` most significant tokens, best first: ``(B, N) -> (B, k)``."""
+    return ranked(score)[:, :k].contiguous()
 
 
 def best_rows(score: Tensor, grid: tuple[int, int], rows: int) -> Tensor:

@@ -34,6 +34,7 @@ from foveate.pruners.base import (
     check_keep,
     one_of,
     per_view,
+    ranked,
     split_budget,
 )
 from foveate.pruners.registry import register
@@ -128,7 +129,8 @@ class HiPrune(Pruner):
             buffer=self.buffer,
             border=self.border,
         )
-        return Selection(kept_tokens(core | registers(deep, core, k, self.exclude)), scores=deep)
+        kept = core | registers(deep, core, k, self.exclude)
+        return Selection(kept_tokens(kept, None if self.adaptive else k), scores=deep)
 
 
 def per_view_budget(total: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
@@ -156,7 +158,7 @@ def anchor_count(k: int, alpha: float, buffer: str = "cross") -> int:
 
 def anchors(scores: Tensor, count: int) -> Tensor:
     """The ``count`` most attended tokens of the object block, best first: ``(B, N) -> (B, count)``."""
-    return scores.float().argsort(dim=1, descending=True, stable=True)[:, :count]
+    return ranked(scores)[:, :count]
 
 
 def anchors_and_buffers(
@@ -183,12 +185,19 @@ def registers(deep: Tensor, core: Tensor, k: int, exclude: str = "strict") -> Te
     ``exclude="official"`` subtracts 1 from the scores of the core instead of leaving it out.
     """
     deep = deep.float()
-    left = deep.masked_fill(core, -torch.inf) if exclude == "strict" else deep - core.float()
-    place = left.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    return place < k - core.sum(dim=1, keepdim=True)
+    if exclude == "strict":
+        lowest = torch.finfo(deep.dtype).min  # of tokens without a score: still in front of the core
+        left = deep.nan_to_num(lowest, torch.inf, lowest).masked_fill(core, -torch.inf)
+    else:
+        left = deep - core.float()
+    return ranked(left).argsort(dim=1) < k - core.sum(dim=1, keepdim=True)
 
 
-def kept_tokens(kept: Tensor) -> Tensor:
-    """Ascending indices of a ``(B, N)`` bool mask, rows padded on the right with -1."""
-    order = (~kept).long().argsort(dim=1, stable=True)[:, : int(kept.sum(dim=1).max())]
+def kept_tokens(kept: Tensor, most: int | None = None) -> Tensor:
+    """Ascending indices of a ``(B, N)`` bool mask, rows padded on the right with -1.
+
+    ``most``: the largest count of a row where it is known; None counts, for which the host waits for the device.
+    """
+    most = int(kept.sum(dim=1).max()) if most is None else most
+    order = (~kept).long().argsort(dim=1, stable=True)[:, :most]
     return order.masked_fill(~kept.gather(1, order), -1)

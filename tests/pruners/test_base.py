@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from foveate.errors import MissingSignalError, ParameterError
 from foveate.pruners import Layout, ModelInfo, Selection, Tokens
-from foveate.pruners.base import budget, floor, per_view, split_budget, top_k
+from foveate.pruners.base import budget, floor, per_view, ranked, split_budget, top_k
 from tests.pruners.synthetic import QWEN, anyres, make_tokens
 
 
@@ -36,6 +36,7 @@ def test_top_k_is_stable_and_survives_nan() -> None:
     """Statement: ties go to the lower index, NaN is never preferred, the result is ascending."""
     scores = torch.tensor([float("nan"), 1.0, 2.0, 1.0, float("inf")])
     assert top_k(scores, 3).tolist() == [1, 2, 4]
+    assert ranked(scores).tolist() == [4, 2, 1, 3, 0]
 
 
 def first(tokens: Tokens, k: int, mark: torch.Tensor) -> Selection:

@@ -40,6 +40,13 @@ def test_ties_go_to_the_lower_index() -> None:
     assert best_rows(torch.ones(1, 6), (3, 2), 2).tolist() == [[0, 1, 2, 3]]
 
 
+def test_tokens_without_a_score_come_last() -> None:
+    """Statement: NaN never makes a token or its row significant."""
+    score = torch.tensor([[float("nan"), 1.0, 0.5, 2.0]])
+    assert rank(score, 3).tolist() == [[3, 1, 2]]
+    assert best_rows(score, (2, 2), 1).tolist() == [[2, 3]]
+
+
 def test_rows_are_ranked_by_their_sum() -> None:
     """Statement: ``row`` keeps whole rows with the largest summed significance, not those with the largest token."""
     score = torch.tensor([[9.0, 0.0, 0.0, 4.0, 4.0, 4.0, 1.0, 1.0, 1.0]])

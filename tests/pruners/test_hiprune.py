@@ -165,4 +165,26 @@ def test_anchors_and_masks_break_ties_by_index() -> None:
     """Statement: equal scores go to the lower index; masks list ascending tokens padded with -1."""
     assert anchors(torch.tensor([[1.0, 3.0, 3.0, 1.0]]), 3).tolist() == [[1, 2, 0]]
     mask = torch.tensor([[True, False, True], [False, True, False]])
-    assert kept_tokens(mask).tolist() == [[0, 2], [1, -1]]
+    assert kept_tokens(mask).tolist() == kept_tokens(mask, 2).tolist() == [[0, 2], [1, -1]]
+
+
+def test_tokens_without_a_score_come_last() -> None:
+    """Statement: NaN never makes an anchor or a register, and the budget is met even where only such tokens are left."""
+    nan = float("nan")
+    assert anchors(torch.tensor([[nan, 1.0, 3.0, nan]]), 2).tolist() == [[2, 1]]
+    core = torch.tensor([[True, False, False, False, False]])
+    deep = torch.tensor([[9.0, nan, 0.1, nan, 0.2]])
+    for exclude in ("strict", "official"):
+        assert registers(deep / 10, core, 3, exclude)[0].tolist() == [False, False, True, False, True]
+    assert registers(deep, core, 4)[0].tolist() == [False, True, True, False, True]
+    unknown = torch.full((1, 8), nan)
+    chosen = HiPrune(keep=4).select(make_tokens(Layout.grid(2, 4), 1, 0), unknown, unknown)
+    assert chosen.index.tolist() == [[0, 1, 2, 3]]
+
+
+def test_the_strict_count_is_not_read_from_the_device() -> None:
+    """Statement: with a known count nothing waits for a tensor's value: tensors that have none pass."""
+    scores = torch.rand(2, 16, device="meta")
+    assert HiPrune(keep=5).select(make_tokens(Layout.grid(4, 4), 2, 0), scores, scores).index.shape == (2, 5)
+    with pytest.raises(RuntimeError, match="meta"):
+        HiPrune(keep=5, exclude="official").select(make_tokens(Layout.grid(4, 4), 2, 0), scores, scores)
