@@ -443,6 +443,17 @@ def seeded(seed: int, tokens: Tokens) -> list[torch.Generator]:
     return [torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + i) % 2**63) for i in ids]
 
 
+def view_id(sample: int, view: int) -> int:
+    """An id in 0 .. 2**64 - 1 for one of several views of image ``sample``, unlike that of any other view or image.
+
+    Step ``view + 1`` of the SplitMix64 generator seeded with the image's id (Steele et al., OOPSLA 2014).
+    """
+    x = (sample + (view + 1) * 0x9E3779B97F4A7C15) % 2**64
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+    return x ^ x >> 31
+
+
 def split_budget(total: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
     """Share ``total`` among parts in proportion to ``sizes``, exactly (largest remainders, earlier part first)."""
     whole = sum(sizes)
@@ -469,6 +480,7 @@ def per_view(
     Views of equal grid and budget are stacked into one batch. ``signals`` of shape ``(B, N, …)`` are cut to the view's
     tokens, those of shape ``(B, V, …)`` with V views (V != N) to the view's row. ``budgets`` has one entry per view; a
     view with budget 0 keeps nothing, one whose budget is not below its size keeps everything without asking ``select``.
+    An only view goes by its image's id, one of several by its :func:`view_id`.
     """
     views = tokens.layout.views
     if all(k >= view.size for view, k in zip(views, budgets)):
@@ -494,7 +506,7 @@ def per_view(
         part = Tokens(
             embeds=cut(tokens.embeds),
             layout=Layout.grid(*grid),
-            sample_ids=tuple(s * len(views) + v for s in tokens.sample_ids for v in members),
+            sample_ids=tuple(view_id(s, v) for s in tokens.sample_ids or range(batch) for v in members),
             instruction=_repeat(tokens.instruction, len(members)),
             instruction_mask=_repeat(tokens.instruction_mask, len(members)),
             instruction_ids=_repeat(tokens.instruction_ids, len(members)),

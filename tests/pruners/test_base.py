@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from foveate.errors import MissingSignalError, ParameterError
 from foveate.pruners import Layout, ModelInfo, Selection, Tokens
-from foveate.pruners.base import budget, floor, per_view, ranked, split_budget, top_k
+from foveate.pruners.base import budget, floor, per_view, ranked, split_budget, top_k, view_id
 from tests.pruners.synthetic import QWEN, anyres, make_tokens
 
 
@@ -102,6 +102,35 @@ def test_per_view_signals_reach_their_view() -> None:
     names = torch.tensor([[[0.0], [1.0], [2.0]], [[10.0], [11.0], [12.0]]])
     per_view(make_tokens(Layout.video(3, 2, 2), 2, 0), (1, 2, 1), select, name=names)
     assert seen == [[0.0, 2.0, 10.0, 12.0], [1.0, 11.0]]
+
+
+def test_view_ids_are_unlike_all_others() -> None:
+    """Statement: no view of an image has the id of another view or image, also in the 32 bits that a CPU generator uses."""
+    views = [view_id(sample, view) for sample in range(200) for view in range(7)]
+    assert len({i % 2**32 for i in (*views, *range(1000))}) == len(views) + 1000
+    # SplitMix64 from seed 1234567, as its reference implementation prints it
+    assert [view_id(1234567, view) for view in range(2)] == [6457827717110365317, 3203168211198807973]
+
+
+@pytest.mark.parametrize("ids", [(7, 8), ()])
+def test_views_have_ids_of_their_own(ids: tuple[int, ...]) -> None:
+    """Statement: each view has its id in whatever group or batch it is selected; an only view goes by its image's."""
+    seen: list[tuple[int, ...]] = []
+
+    def select(tokens: Tokens, k: int) -> Selection:
+        seen.append(tokens.sample_ids)
+        return Selection(torch.arange(k).expand(len(tokens.embeds), -1))
+
+    tokens = make_tokens(anyres((1, 3), [2], [2, 2]), 2, 0)
+    tokens.sample_ids = ids
+    per_view(tokens, (2, 3, 3), select)
+    first, second = ids or (0, 1)
+    crops = tuple(view_id(sample, view) for sample in (first, second) for view in (1, 2))
+    assert seen == [(view_id(first, 0), view_id(second, 0)), crops]
+    tokens = make_tokens(Layout.grid(2, 2), 2, 0)
+    tokens.sample_ids = ids
+    per_view(tokens, (2,), select)
+    assert seen[2] == ids
 
 
 def test_padded_views_pad_the_joint_index() -> None:

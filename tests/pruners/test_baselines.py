@@ -393,6 +393,19 @@ def test_random_draws_views_apart() -> None:
     assert local[0] != local[1]
 
 
+def test_random_draws_images_of_several_views_apart() -> None:
+    """Statement: no view draws like one of another image, and a view's draw does not depend on the batch."""
+    frames, picture = Layout.video(2, 8, 8), Layout.grid(8, 8)
+
+    def draw(layout: Layout, *ids: int) -> Tensor:
+        tokens = Tokens(torch.zeros(len(ids), layout.size, 1), layout, ids)
+        return Random(keep=0.25).select(tokens).index.view(len(ids), len(layout.views), 16) % 64
+
+    drawn = torch.cat([draw(frames, *range(5)).flatten(0, 1), draw(picture, *range(12)).flatten(0, 1)])
+    assert len({tuple(row) for row in drawn.tolist()}) == len(drawn) == 22
+    assert torch.equal(draw(frames, 3), draw(frames, 0, 3)[1:])
+
+
 def test_random_shuffles_on_request() -> None:
     """Statement: the same tokens are kept, in another order."""
     tokens = make_tokens(Layout.grid(6, 6), 1, 0)
