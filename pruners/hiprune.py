@@ -7,7 +7,8 @@ filling the budget, the tokens most attended in the output block (*registers*). 
 its score with 192 of 576 tokens and 92.7 % with 64.
 
 Acts at the decoder's entry; reads the attention received by every patch in two encoder blocks. Text is never read.
-Cost: two blocks' attention reductions, O(H N^2 d), and two sorts.
+Separators (newlines) do not reach the decoder, as in the official code; but padding areas, which compete there, are no
+candidates here: the processor has already cut them off. Cost: two blocks' attention reductions, O(H N^2 d), and two sorts.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ class HiPrune(Pruner):
         exclude: ``"strict"`` never counts a token twice; ``"official"`` subtracts 1 from the scores of tokens already
             kept, which on towers without class token (summed scores) may keep fewer tokens than asked for.
         query_rows: attention from ``"all"`` tokens or from the ``"cls"`` token only.
+        newline: ``"drop"`` all separators (official), or keep those of the ``"rows"`` that keep a token; never in the budget.
     """
 
     title: ClassVar[str] = "Anchors, buffers and registers from hierarchical encoder attention"
@@ -78,6 +80,7 @@ class HiPrune(Pruner):
     border: str = "official"
     exclude: str = "strict"
     query_rows: str = "all"
+    newline: str = "drop"
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
@@ -87,6 +90,7 @@ class HiPrune(Pruner):
         one_of("border", self.border, ("official", "grid"))
         one_of("exclude", self.exclude, ("strict", "official"))
         one_of("query_rows", self.query_rows, ("all", "cls"))
+        one_of("newline", self.newline, ("drop", "rows"))
 
     @property
     def adaptive(self) -> bool:
@@ -104,7 +108,7 @@ class HiPrune(Pruner):
             summed = self.exclude == "official" and not model.class_token
             return self.select(tokens, anchor, deep / deep.mean(dim=1, keepdim=True) if summed else deep)
 
-        return (Stage(Hook.LLM_INPUT, select, signals, newlines="drop"),)
+        return (Stage(Hook.LLM_INPUT, select, signals, newlines=self.newline),)
 
     def _object_block(self, model: ModelInfo) -> int:
         if self.object_layer is not None:

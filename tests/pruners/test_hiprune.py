@@ -149,12 +149,15 @@ def test_class_rows_need_a_class_token() -> None:
         HiPrune(query_rows="cls").stages(QWEN)
 
 
-def test_separators_are_dropped() -> None:
-    """Statement: as published, no newline separators reach the decoder."""
+def test_separators_are_dropped_unless_asked_for() -> None:
+    """Statement: as published, no newline separators reach the decoder; on request those of rows that keep a token do."""
     assert first_stage(HiPrune()).newlines == "drop"
+    assert first_stage(HiPrune(newline="rows")).newlines == "rows"
 
 
-@pytest.mark.parametrize("wrong", [{"alpha": 1.5}, {"buffer": "circle"}, {"border": "wrap"}, {"exclude": "no"}])
+@pytest.mark.parametrize(
+    "wrong", [{"alpha": 1.5}, {"buffer": "circle"}, {"border": "wrap"}, {"exclude": "no"}, {"newline": "keep"}]
+)
 def test_bad_parameters_are_named(wrong: dict[str, object]) -> None:
     """Statement: an unusable value is refused by value."""
     with pytest.raises(ParameterError, match=str(next(iter(wrong.values())))):
