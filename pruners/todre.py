@@ -6,7 +6,9 @@ crops or frames form one pool. Stage 2 removes every visual token in front of a 
 hardly attend to each other. Headline: 10 % of the tokens keep 95 % of LLaVA-NeXT-7B's score.
 
 Acts at the decoder's entry (reads the class token's attention in the last encoder block) and in front of decoder layer
-``floor(7 L / 8)`` (reads cross-modal attention of the layer below). Keys and values of the layers below stay cached.
+``floor(7 L / 8)`` (reads cross-modal attention of the layer below). Stage 2 saves nothing below that layer: the keys and
+values of the layers below stay cached, and decoding reads them; there is no switch to drop them. It runs in multi-turn chat
+too, where a later turn cannot get the image's keys back in the layers that lost them: use ``stage2=False`` there.
 Cost: one N x N similarity matrix and k dependent steps of O(N); stage 2 one pass over the text rows of one layer.
 """
 
@@ -59,6 +61,8 @@ class ToDRE(Pruner):
         cls_layer: encoder block of the class attention, 0-based or counted from the end.
         tau: stage 2 removes the visual tokens when both cross-modal shares are below it.
         check_depth: where stage 2 looks, as fractions of the decoder's depth; the first place that passes wins.
+        system_tokens: how many tokens at the start of the prompt are the system prompt, which stage 2 does not count as
+            text. None: everything in front of the first picture counts as system prompt.
         stage1, stage2: switches.
         seed: of ``pivot="random"``.
     """
@@ -73,6 +77,7 @@ class ToDRE(Pruner):
     cls_layer: int = -1
     tau: float = 0.1
     check_depth: tuple[float, ...] = (7 / 8,)
+    system_tokens: int | None = None
     stage1: bool = True
     stage2: bool = True
     seed: int = 0
@@ -89,6 +94,8 @@ class ToDRE(Pruner):
         object.__setattr__(self, "check_depth", tuple(self.check_depth))
         if not self.check_depth or not all(0.0 < depth < 1.0 for depth in self.check_depth):
             raise ParameterError(f"check_depth={self.check_depth}: give fractions between 0 and 1, at least one")
+        if self.system_tokens is not None and self.system_tokens < 0:
+            raise ParameterError(f"system_tokens={self.system_tokens} is no number of tokens; give one >= 0 or None")
         if not (self.stage1 or self.stage2):
             raise ParameterError("stage1 and stage2 are both off: nothing would be pruned")
 
@@ -110,7 +117,7 @@ class ToDRE(Pruner):
         if self.stage2:
             layers = {floor(depth * model.decoder_layers) for depth in self.check_depth}
             for layer in sorted(model.decoder_layer("check_depth * layers", n) for n in layers):
-                read = {"shares": CrossModalAttention(layer - 1)}
+                read = {"shares": CrossModalAttention(layer - 1, self.system_tokens)}
                 stages.append(Stage(Hook.LLM_LAYER, self.drop_irrelevant, read, layer=layer, positions="keep"))
         return tuple(stages)
 

@@ -120,6 +120,14 @@ def test_stage_2_acts_at_seven_eighths(layers: int, n: int) -> None:
     assert dict(stage.signals) == {"shares": CrossModalAttention(n - 1)}
 
 
+def test_the_system_prompt_can_be_told_apart() -> None:
+    """Statement: stage 2 reads shares without the stated system tokens; by default all in front of the picture are."""
+    (stage,) = ToDRE(stage1=False, system_tokens=5).stages(CLIP)
+    assert dict(stage.signals) == {"shares": CrossModalAttention(27, system_tokens=5)}
+    (stage,) = ToDRE(stage1=False).stages(CLIP)
+    assert dict(stage.signals) == {"shares": CrossModalAttention(27, system_tokens=None)}
+
+
 def test_several_depths_are_tested_in_order_once() -> None:
     """Statement: check points are visited in depth order, without repetition."""
     stages = ToDRE(stage1=False, check_depth=(7 / 8, 0.5, 0.51)).stages(CLIP)
@@ -159,7 +167,15 @@ def test_budget_rounds_half_to_even() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"diversity": "k-center"}, {"pivot": "first"}, {"pivot": -1}, {"tau": 1.5}, {"check_depth": (1.0,)}]
+    "wrong",
+    [
+        {"diversity": "k-center"},
+        {"pivot": "first"},
+        {"pivot": -1},
+        {"tau": 1.5},
+        {"check_depth": (1.0,)},
+        {"system_tokens": -1},
+    ],
 )
 def test_bad_parameters_are_named(wrong: dict[str, object]) -> None:
     """Statement: an unusable value is refused, naming the parameter."""
