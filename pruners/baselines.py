@@ -1,7 +1,7 @@
 """Baselines every pruner must beat: a random choice, a regular lattice, average pooling, and a smaller picture.
 
-None reads the content. Random, Grid and AvgPool act at the decoder's entry and cost nothing; Downsample also shortens the
-vision encoder. Conventions follow the harnesses that report them (UniPruneBench, arXiv 2511.02650; Wen et al., arXiv
+None reads the content. Random, Grid and AvgPool act at the decoder's entry and cost nothing (Random also inside the
+decoder, as the control for FastV); Downsample also shortens the vision encoder. Conventions follow the harnesses that report them (UniPruneBench, arXiv 2511.02650; Wen et al., arXiv
 2502.11501), with survivors in raster order.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, adaptive_max_pool2d, interpolate
 
-from foveate.errors import BudgetError, InputError, UnsupportedModelError
+from foveate.errors import BudgetError, InputError, ParameterError, UnsupportedModelError
 from foveate.pruners.base import (
     Hook,
     Keep,
@@ -41,12 +41,14 @@ if TYPE_CHECKING:
 @register("random")
 @dataclass(frozen=True)
 class Random(Pruner):
-    """A random choice, drawn for every view by itself with the same ratio.
+    """A random choice, drawn for every view by itself with the same ratio, or once per image inside the decoder.
 
     Attributes:
-        keep: fraction (of every view) or number of tokens (shared among the views).
+        keep: fraction (of every view) or number of tokens (shared among the views); with ``layer`` of all tokens present there.
         seed: with the image's id it determines the choice, on every device and in every batch.
-        shuffle: feed the survivors in the order drawn, as one public harness does.
+        shuffle: feed the survivors in the order drawn, as one public harness does; at the decoder's entry only.
+        layer: None chooses at the decoder's entry, an integer in front of that decoder layer, positions kept: the control
+            for FastV with this ``k``.
     """
 
     title: ClassVar[str] = "Random choice"
@@ -56,19 +58,33 @@ class Random(Pruner):
     keep: Keep = 0.25
     seed: int = 0
     shuffle: bool = False
+    layer: int | None = None
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
+        if self.layer is not None and self.layer < 1:
+            raise ParameterError(f"layer={self.layer}: give a decoder layer >= 1, or None for the decoder's entry")
+        if self.layer is not None and self.shuffle:
+            raise ParameterError(
+                f"shuffle=True needs the decoder's entry; at layer={self.layer} tokens keep their positions"
+            )
 
     def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
-        return (Stage(Hook.LLM_INPUT, self.select),)
+        if self.layer is None:
+            return (Stage(Hook.LLM_INPUT, self.select),)
+        layer = model.decoder_layer("layer", self.layer)
+        return (Stage(Hook.LLM_LAYER, self.select, layer=layer, positions="keep"),)
 
     def budgets(self, layout: Layout) -> tuple[int, ...]:
+        if self.layer is not None:
+            return (budget(self.keep, layout.size),)
         if isinstance(self.keep, int):
             return view_budgets(self.keep, layout)
         return tuple(budget(self.keep, view.size) for view in layout.views)
 
     def select(self, tokens: Tokens) -> Selection:
+        if self.layer is not None:  # survivors of an earlier stage have no grid, and are counted as FastV counts them
+            return self._select_view(tokens, budget(self.keep, tokens.count))
         return per_view(tokens, self.budgets(tokens.layout), self._select_view)
 
     def _select_view(self, tokens: Tokens, k: int) -> Selection:

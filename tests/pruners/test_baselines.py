@@ -415,6 +415,44 @@ def test_random_shuffles_on_request() -> None:
     assert not torch.equal(shuffled.order, torch.arange(12)[None])
 
 
+def test_random_is_the_control_for_fastv() -> None:
+    """Statement: at a layer it acts where and on as many tokens as FastV, crops and survivors of other stages included."""
+    (control,), (fastv,) = Random(layer=3).stages(CLIP), FastV(k=3).stages(CLIP)
+    assert (control.hook, control.layer, control.positions) == (fastv.hook, fastv.layer, fastv.positions)
+    assert not control.signals
+    layout = anyres((3, 3), [3], [3, 2])
+    tokens = make_tokens(layout, 2, 0)
+    for count in (layout.size, 11):
+        tokens.embeds = tokens.embeds[:, :count]
+        for keep in (0.25, 0.5, 1.0, 7):
+            chosen = Random(keep=keep, layer=3).select(tokens)
+            assert chosen.index.shape == FastV(keep=keep, k=3).select(tokens, torch.rand(2, count)).index.shape
+            assert (chosen.index.diff(dim=1) > 0).all()
+            assert chosen.order is None
+            assert int(chosen.index.max()) < count
+    assert Random(keep=0.3, layer=3).budgets(layout) == FastV(keep=0.3, k=3).budgets(layout)
+
+
+def test_random_at_a_layer_follows_the_image() -> None:
+    """Statement: the draw depends on seed and image id there, too, and is made over all crops together."""
+    tokens = make_tokens(anyres((4, 4), [4], [4, 4]), 3, 0)
+    index = Random(keep=12, layer=2).select(tokens).index
+    swapped = Tokens(tokens.embeds, tokens.layout, tokens.sample_ids[::-1])
+    assert torch.equal(Random(keep=12, layer=2).select(swapped).index, index.flip(0))
+    assert not torch.equal(Random(keep=12, layer=2, seed=1).select(tokens).index, index)
+    assert len({tuple(row) for row in index.tolist()}) == 3
+
+
+def test_random_needs_a_layer_before_and_behind() -> None:
+    """Statement: layer 0, a layer the decoder does not have, and shuffling inside it are refused."""
+    with pytest.raises(ParameterError, match="layer=0"):
+        Random(layer=0)
+    with pytest.raises(ParameterError, match=r"layer=32.*1 \.\. 31"):
+        Random(layer=32).stages(CLIP)
+    with pytest.raises(ParameterError, match=r"shuffle.*layer=2"):
+        Random(layer=2, shuffle=True)
+
+
 # ------------------------------------------------------------------------------------------------- Grid and AvgPool
 
 

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*tokens")
 VARIANTS: list[Pruner] = [
     *(create(name) for name in sorted(PRUNERS)),
     create("random", shuffle=True),
+    create("random", layer=2),
     create("grid", variant="stride"),
     create("avgpool", pool="max"),
     create("fopru", strategy="row"),
