@@ -96,6 +96,12 @@ class Adapter:
 
     # ------------------------------------------------------------------------------------------------------- shared
 
+    @property
+    def exact_project(self) -> Callable[[Tensor], Tensor] | None:
+        """:attr:`project` for features of any float type, also under a disabled autocast."""
+        project = self.project
+        return None if project is None else lambda features: project(features.to(self.inner.dtype))
+
     def check(self, signal: Signal) -> None:
         """Raise :class:`MissingSignalError` if the model cannot provide ``signal``."""
         info = self.info

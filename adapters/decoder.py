@@ -83,6 +83,7 @@ class Span:
     held: Tensor
     mask: Tensor
     layer_kwargs: dict[str, Any] | None = field(default=None, repr=False)
+    _column: Tensor | None = field(default=None, repr=False)
 
     @property
     def past(self) -> int:
@@ -95,12 +96,29 @@ class Span:
         places = self.index.clamp(max=self.alive.shape[1] - 1)
         return self.place_positions.gather(-1, places.expand(*self.place_positions.shape[:-1], -1))
 
-    def columns(self, places: Tensor) -> Tensor:
-        """Where new ``places (B, M)`` stand in this span, ``(B, M)``; anything for places that are not alive."""
-        batch, width = self.index.shape
-        column = self.index.new_zeros(batch, self.alive.shape[1] + 1)
-        column.scatter_(1, self.index, torch.arange(width, device=self.index.device).expand(batch, -1))
-        return column.gather(1, places)
+    @property
+    def column(self) -> Tensor:
+        """``(B, L + 1)`` where every new place stands in this span; anything for places that are not alive."""
+        if self._column is None:
+            batch, width = self.index.shape
+            places = torch.arange(width, device=self.index.device).expand(batch, -1)
+            self._column = self.index.new_zeros(batch, self.alive.shape[1] + 1).scatter(1, self.index, places)
+        return self._column
+
+    def restore(self, hidden: Tensor) -> Tensor:
+        """``(B, K, D)`` back to the unpruned length ``(B, L, D)``.
+
+        A place that was dropped shows the state of the nearest survivor that entered before it, so that the token behind
+        it is still predicted from what the decoder has seen.
+        """
+        batch, length = self.alive.shape
+        places = torch.arange(length, device=self.index.device).expand(batch, -1)
+        before = torch.where(self.alive, places, -1).cummax(dim=1).values.clamp(min=0)
+        by_entry = self.column
+        if self.rank is not None:  # survivors stand in the order of their ranks, a permutation of the living places
+            by_entry = by_entry.new_zeros(by_entry.shape).scatter(1, self.rank, self.column[:, :length])
+        source = torch.where(self.alive, self.column[:, :length], by_entry.gather(1, before))
+        return _take(hidden, source)
 
 
 @dataclass
@@ -111,14 +129,15 @@ class Choice:
         alive: ``(B, L)`` bool over new places; width: the largest number of survivors in a row, known on the host.
         positions: ``"keep"`` or ``"compact"``.
         rank: ``(B, L)`` order of entry: a permutation of the living places among themselves; None = unchanged.
-        values: ``(sample, places, embeddings)`` triples of places that carry something new.
+        values: ``(rows, places, embeddings)``, ``(M,), (M,), (M, D)``: places that carry something new; None where all keep
+            their own.
     """
 
     alive: Tensor
     width: int
     positions: str
     rank: Tensor | None = None
-    values: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
+    values: tuple[Tensor, Tensor, Tensor] | None = None
 
 
 class Selector(Protocol):
@@ -138,6 +157,9 @@ class Selector(Protocol):
     def finish(self) -> None:
         """The call ended without error."""
 
+    def forget(self) -> None:
+        """The call is over, well or not: let go of its tensors."""
+
 
 @dataclass
 class _Frame:
@@ -149,6 +171,7 @@ class _Frame:
     held: list[Held]
     prompt: bool
     cache: Any
+    current: Held  # which of ``held`` the running layers have
     pruned: bool = False  # a stage has taken something away, or put something else in its place
     spans: list[Span] = field(default_factory=list)
 
@@ -188,6 +211,7 @@ class Decoder:
 
             self._handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
         if hasattr(text_model, "_deepstack_process"):  # a plain method between layers, out of any hook's reach
+            self._own = vars(text_model).get("_deepstack_process")
             text_model._deepstack_process = self._following(text_model._deepstack_process)
         _LIVE.add(text_model)
 
@@ -195,7 +219,8 @@ class Decoder:
         """Take the hooks away."""
         for handle in self._handles:
             handle.remove()
-        vars(self.text_model).pop("_deepstack_process", None)
+        if vars(self.text_model).pop("_deepstack_process", None) is not None and self._own is not None:
+            self.text_model._deepstack_process = self._own
         _LIVE.discard(self.text_model)
         self.frame = None
 
@@ -221,7 +246,7 @@ class Decoder:
         positions, text_row = self._positions(kwargs.get("position_ids"), batch, past, length, embeds.device)
         nothing = torch.zeros(batch, dtype=torch.long, device=embeds.device)
         held = state.held if state else [Held(0, torch.arange(past, device=embeds.device).expand(batch, past), nothing)]
-        frame = _Frame(length, past, mask.bool(), held, prompt, cache)
+        frame = _Frame(length, past, mask.bool(), held, prompt, cache, held[0])
         frame.spans.append(
             self._span(
                 frame,
@@ -269,9 +294,11 @@ class Decoder:
         hidden = args[0] if args else kwargs["hidden_states"]
         held = next((h for h in frame.held[1:] if h.first_layer == i), None)
         if held is not None:  # from here on the cache holds less of the past
-            span = frame.span
-            positions = span.place_positions + (span.shift - held.shift)[:, None]
-            frame.spans.append(self._span(frame, held, span.index, span.alive, span.rank, positions, held.shift))
+            span, nearer = frame.span, frame.current.shift - held.shift
+            here = Held(i, held.places, span.shift - nearer)
+            positions = span.place_positions + nearer[:, None]
+            frame.spans.append(self._span(frame, here, span.index, span.alive, span.rank, positions, here.shift))
+            frame.current = held
         if frame.prompt and i in self.selector.layers:
             choice = self.selector.at_layer(i, hidden, frame.span)
             if choice is not None:
@@ -293,12 +320,12 @@ class Decoder:
                 "attention_mask": create_causal_mask(
                     config=self.text_model.config,
                     inputs_embeds=hidden,
-                    attention_mask=span.mask.long(),
+                    attention_mask=span.mask.to(hidden.device, torch.long),
                     past_key_values=kwargs.get("past_key_values"),
                     position_ids=None,
                     layer_idx=i,
                 ),
-                "position_embeddings": self.text_model.rotary_emb(hidden, span.positions),
+                "position_embeddings": self.text_model.rotary_emb(hidden, span.positions.to(hidden.device)),
             }
             if kwargs.get("position_ids") is not None:
                 span.layer_kwargs["position_ids"] = _text_positions(span)
@@ -328,7 +355,7 @@ class Decoder:
         frame.pruned = True
         before = frame.span
         rank = before.rank if choice.rank is None else choice.rank
-        places = torch.arange(frame.length, device=hidden.device).expand_as(choice.alive)
+        places = torch.arange(frame.length, device=choice.alive.device).expand_as(choice.alive)
         key = torch.where(choice.alive, places if rank is None else rank, -1)
         # places that go sort to the front, so rows with fewer survivors are padded on the left
         key, index = key.sort(dim=1)
@@ -337,13 +364,14 @@ class Decoder:
         if choice.positions == "compact":
             positions, shift = self._compact(before, choice.alive, rank)
         after = self._span(frame, Held(layer, before.held, shift), index, choice.alive, rank, positions, shift)
-        for sample, where, values in choice.values:
-            columns = before.columns(where.expand(len(before.index), -1))[sample]
-            hidden = hidden.index_put((torch.tensor(sample, device=hidden.device), columns), values.to(hidden.dtype))
+        if choice.values is not None:
+            rows, where, values = (x.to(hidden.device) for x in choice.values)
+            columns = before.column.to(hidden.device)[rows, where]
+            hidden = hidden.index_put((rows, columns), values.to(hidden.dtype))
         if before.first_layer == layer:
             frame.spans.pop()
         frame.spans.append(after)
-        return _take(hidden, before.columns(index))
+        return _take(hidden, before.column.gather(1, index))
 
     def _compact(self, before: Span, alive: Tensor, rank: Tensor | None) -> tuple[Tensor, Tensor]:
         """Positions without gaps in order of entry, and the shift of what follows."""
@@ -359,7 +387,10 @@ class Decoder:
             # generate() counts on from the last attended token
             last = torch.where(frame.mask[:, frame.past :], torch.arange(frame.length, device=alive.device), 0).amax(-1)
             end = before.place_positions[:, torch.arange(len(last), device=last.device), last].amax(0)
-            shift = before.shift + end - torch.where(attended, compact, -1).amax(dim=(0, -1))
+            moved = end - torch.where(attended, compact, -1).amax(dim=(0, -1))
+            shorter = gone.any(dim=1)  # a row that loses nothing keeps its grid
+            compact = torch.where(shorter[:, None], compact, positions)
+            shift = before.shift + torch.where(shorter, moved, 0)
         else:
             compact = positions - gone.long().cumsum(-1)
             shift = before.shift + gone.sum(-1)
@@ -376,7 +407,7 @@ class Decoder:
             frame = self.frame
             if frame is None or not frame.pruned:
                 return add(hidden, visual_pos_masks, visual_embeds)
-            index = frame.span.index
+            index = frame.span.index.to(visual_pos_masks.device)
             # (B, L) row of every place in visual_embeds, -1 for text
             rows = (visual_pos_masks.flatten().long().cumsum(0) - 1).view_as(visual_pos_masks)
             rows = rows.masked_fill(~visual_pos_masks, -1)
@@ -395,10 +426,10 @@ class Decoder:
         if cache is not None and (frame.pruned or hasattr(cache, "foveate")):
             self._remember(cache)
         if frame.pruned:
-            output.last_hidden_state = _restore(output.last_hidden_state, frame.span)
+            output.last_hidden_state = frame.span.restore(output.last_hidden_state)
             if getattr(output, "hidden_states", None) is not None:
                 output.hidden_states = tuple(
-                    _restore(h, self._span_of(i, h.shape[1])) for i, h in enumerate(output.hidden_states)
+                    self._span_of(i).restore(hidden) for i, hidden in enumerate(output.hidden_states)
                 )
         if frame.prompt:
             self.selector.finish()
@@ -411,6 +442,7 @@ class Decoder:
             if hasattr(filled, "foveate"):
                 filled.foveate.inside = False
         self.frame = None
+        self.selector.forget()
 
     def _remember(self, cache: Any) -> None:
         frame = self.frame
@@ -421,10 +453,9 @@ class Decoder:
         cache.foveate = CacheState(weakref.ref(self.text_model), frame.past + frame.length, held)
         cache.get_seq_length = types.MethodType(_unpruned_length, cache)
 
-    def _span_of(self, layer: int, width: int) -> Span:
-        """The span that hidden state number ``layer``, recorded at the input of that layer, belongs to."""
-        started = [span for span in self.frame.spans if span.first_layer <= layer]
-        return next(span for span in reversed(started) if span.index.shape[1] == width)
+    def _span_of(self, state: int) -> Span:
+        """The span of hidden state number ``state``: what layer ``state - 1`` left, before layer ``state`` narrows it."""
+        return [span for span in self.frame.spans if span.first_layer < max(state, 1)][-1]
 
 
 def _refuse(cache: Any, state: CacheState | None, mask: Any, batch: int, total: int) -> None:
@@ -440,6 +471,14 @@ def _refuse(cache: Any, state: CacheState | None, mask: Any, batch: int, total: 
             f"the attention mask has shape {tuple(mask.shape)}, expected {(batch, total)}: "
             "it covers the whole unpruned sequence, cached places included"
         )
+    if state is not None:
+        real = [int(type(cache).get_seq_length(cache, held.first_layer)) for held in state.held]
+        known = [held.places.shape[1] for held in state.held]
+        if real != known:
+            raise InputError(
+                f"the KV cache holds {real} entries where pruning left {known}: it was cropped or reset in between; "
+                "start from an empty cache"
+            )
     if state is not None and len(state.held[0].places) != batch:
         raise InputError(
             f"the KV cache was filled with {len(state.held[0].places)} sequences, this call brings {batch}; "
@@ -449,14 +488,7 @@ def _refuse(cache: Any, state: CacheState | None, mask: Any, batch: int, total: 
 
 def _take(hidden: Tensor, columns: Tensor) -> Tensor:
     """``hidden (B, K, D)`` at ``columns (B, M)`` -> ``(B, M, D)``."""
-    return hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1]))
-
-
-def _restore(hidden: Tensor, span: Span) -> Tensor:
-    """Scatter ``(B, K, D)`` back to the unpruned length ``(B, L, D)``, zero where nothing survived."""
-    batch, length = span.alive.shape
-    full = hidden.new_zeros(batch, length + 1, hidden.shape[-1])
-    return full.scatter(1, span.index[..., None].expand_as(hidden), hidden)[:, :length]
+    return hidden.gather(1, columns.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1]))
 
 
 def _text_positions(span: Span) -> Tensor:

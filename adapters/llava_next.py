@@ -20,7 +20,8 @@ class LlavaNextAdapter(LlavaAdapter):
     classes: ClassVar = ("LlavaNextForConditionalGeneration", "LlavaNextModel")
 
     def layouts(self, kind: str, call: dict[str, Any], output: Any) -> list[Layout]:
-        return [self._layout(*size, crops) for size, crops in zip(self._sizes(call), self._cropped(call), strict=True)]
+        sizes, cropped, limit = self._sizes(call), self._cropped(call), self._limit(call)
+        return [self._layout(*size, crops, limit) for size, crops in zip(sizes, cropped, strict=True)]
 
     def arrange(self, kind: str, values: Tensor, layouts: list[Layout], call: dict[str, Any]) -> list[Tensor]:
         """The model's own packing, run on the values: unpadding and resizing follow by construction."""
@@ -36,21 +37,21 @@ class LlavaNextAdapter(LlavaAdapter):
 
     @staticmethod
     def _sizes(call: dict[str, Any]) -> list[tuple[int, int]]:
-        return [tuple(int(n) for n in size) for size in call["image_sizes"]]
+        sizes = call["image_sizes"]
+        return [tuple(size) for size in (sizes.tolist() if isinstance(sizes, Tensor) else sizes)]
 
     def _cropped(self, call: dict[str, Any]) -> list[bool]:
         """For every image whether it was cut into crops."""
         return [True] * len(call["image_sizes"])
 
-    def _layout(self, height: int, width: int, crops: bool) -> Layout:
+    def _layout(self, height: int, width: int, crops: bool, limit: int | None) -> Layout:
         config = self.inner.config
         pinpoints = tuple(tuple(p) for p in config.image_grid_pinpoints)
         if not crops:
             return _single(self.side)
-        return _anyres(height, width, pinpoints, config.vision_config.image_size, self.side, self._limit)
+        return _anyres(height, width, pinpoints, config.vision_config.image_size, self.side, limit)
 
-    @property
-    def _limit(self) -> int | None:
+    def _limit(self, call: dict[str, Any]) -> int | None:
         """The canvas is shrunk to this many views' worth of tokens; None = never."""
         return None
 

@@ -60,6 +60,5 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
     def _aspect(self, call: dict[str, Any]) -> str:
         return call.get("vision_aspect_ratio") or self.inner.config.vision_aspect_ratio
 
-    @property
-    def _limit(self) -> int:
-        return int(self.inner.config.vision_aspect_ratio.removeprefix("anyres_max_"))
+    def _limit(self, call: dict[str, Any]) -> int:
+        return int(self._aspect(call).removeprefix("anyres_max_"))

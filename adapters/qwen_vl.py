@@ -58,7 +58,9 @@ class Qwen2VLAdapter(Adapter):
         return [_layout(t, h // merge, w // merge) for t, h, w in call[f"{kind}_grid_thw"].tolist()]
 
     def arrange(self, kind: str, values: Tensor, layouts: list[Layout], call: dict[str, Any]) -> list[Tensor]:
-        return list(values[self.raster(call[f"{kind}_grid_thw"])].split([layout.size for layout in layouts]))
+        if "raster" not in call:  # alike for all values of a call
+            call["raster"] = self.raster(call[f"{kind}_grid_thw"])
+        return list(values[call["raster"]].split([layout.size for layout in layouts]))
 
     def raster(self, grid_thw: Tensor) -> Tensor | slice:
         """Index that brings merge units from tower order to raster order."""

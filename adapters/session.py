@@ -51,6 +51,7 @@ class _Item:
 
     kind: str
     number: int  # which of the encoded ones
+    id: int  # seeds what is drawn for it
     sample: int
     layout: Layout
     places: Tensor  # (length,) places in the sequence, separators included
@@ -65,7 +66,8 @@ class Session:
 
     Attributes:
         model, pruner: what was attached to what; positions: the policy asked for.
-        trace: what happened in the last call that brought visual tokens, None before.
+        trace: what happened in the last call that brought visual tokens, None before. A call whose ``inputs_embeds`` already
+            hold picture features brings none that can be told from text: it runs unpruned.
         sample_ids: set to one number per image before a call to fix what random methods draw for it; by default images are
             numbered as they come, from 0.
     """
@@ -88,7 +90,8 @@ class Session:
         except MissingSignalError as error:
             raise MissingSignalError(f"{error}; methods that work here: {', '.join(self._usable())}") from None
         self.layers = frozenset(stage.layer for stage in self._stages if stage.hook is Hook.LLM_LAYER)
-        self._pending: Trace | None = None
+        self._pending: Trace | None = None  # of an encoder call that no prompt has followed yet
+        self._running: Trace | None = None
         self._encoded: dict[str, Encoded] = {}
         self._items: list[_Item] = []
         self._seen = 0
@@ -110,10 +113,12 @@ class Session:
         self._handle.remove()
         inner = self._adapter.inner
         for modality in self._adapter.modalities:
-            inner.__dict__.pop(modality.encoder, None)
+            watched = vars(inner).pop(modality.encoder, None)
+            if watched is not None and modality.encoder in self._own:
+                setattr(inner, modality.encoder, self._own[modality.encoder])
         if _ATTACHED.get(inner, lambda: None)() is self:
             del _ATTACHED[inner]
-        self._forget()
+        self.forget()
 
     @property
     def attached(self) -> bool:
@@ -169,6 +174,7 @@ class Session:
         self._decoder_tap = DecoderTap(layers, [s for s in signals if isinstance(s, DECODER)], self._describe)
         self._handle = inner.register_forward_pre_hook(self._note_ids, with_kwargs=True)
         self._decoder = Decoder(self._adapter.text_model, self, mrope=self._adapter.info.mrope)
+        self._own = {m.encoder: vars(inner)[m.encoder] for m in self._adapter.modalities if m.encoder in vars(inner)}
         for modality in self._adapter.modalities:
             # generate() calls the encoder as a method, out of any hook's reach
             setattr(inner, modality.encoder, self._watched(getattr(inner, modality.encoder), modality))
@@ -246,6 +252,7 @@ class Session:
         ids, self._input_ids = self._input_ids, None
         self._items = []
         if ids is None or not self._brought or ids.shape != embeds.shape[:2]:
+            self._encoded, self._pending = {}, None
             return False
         visual = torch.zeros_like(ids, dtype=torch.bool)
         for modality in self._brought:
@@ -255,16 +262,16 @@ class Session:
                 visual |= here
         if not self._items:
             return False
-        self._items.sort(key=lambda item: item.sample)
+        self._number()
         attended = (
             torch.ones_like(visual) if mask is None or mask.ndim != 2 else mask[:, past:].bool().to(visual.device)
         )
         self._visual, self._ids, self._attended, self._embeds = visual, ids, attended, embeds
         self._text = {}
-        self.trace, self._pending = self._pending or Trace(self.pruner.name, self.pruner.parameters()), None
-        self.trace.length = embeds.shape[1]
-        self.trace.decoder_layers = self._adapter.info.decoder_layers
-        self.trace.images = [item.trace for item in self._items if item.trace is not None]
+        self._running, self._pending = self._pending or Trace(self.pruner.name, self.pruner.parameters()), None
+        self._running.length = embeds.shape[1]
+        self._running.decoder_layers = self._adapter.info.decoder_layers
+        self._running.images = [item.trace for item in self._items if item.trace is not None]
         self._decoder_tap.open = True
         return True
 
@@ -283,7 +290,7 @@ class Session:
         items, first = [], 0
         for row in range(0, len(counts), beams):
             stop, total = first, 0
-            while total < counts[row]:
+            while total < counts[row] and stop < len(lengths):
                 total += lengths[stop]
                 stop += 1
             for sample in range(row, row + beams):
@@ -304,7 +311,20 @@ class Session:
         tokens = places[layout.places(places.device)]
         everything = torch.arange(layout.size, device=places.device)
         trace = ImageTrace(sample, kind, layout) if first else None
-        return _Item(kind, number, sample, layout, places, tokens, everything, layout.length, trace)
+        return _Item(kind, number, 0, sample, layout, places, tokens, everything, layout.length, trace)
+
+    def _number(self) -> None:
+        """Put the pictures in prompt order and give each its id; beams share that of the first."""
+        if len(self._brought) > 1:  # pictures and videos may take turns
+            self._items.sort(key=lambda item: (item.sample, int(item.places[0])))
+        unique = [item for item in self._items if item.trace is not None]
+        ids = range(self._seen, self._seen + len(unique)) if self.sample_ids is None else list(self.sample_ids)
+        if len(ids) != len(unique):
+            raise ParameterError(f"sample_ids names {len(ids)} images, the call brings {len(unique)}")
+        self._seen, self.sample_ids = self._seen + len(unique), None
+        known = {(item.kind, item.number): i for item, i in zip(unique, ids)}
+        for item in self._items:
+            item.id = known[item.kind, item.number]
 
     def at_input(self, embeds: Tensor) -> Choice | None:
         """Run the stage at ``llm_input``, once per encoded picture."""
@@ -313,24 +333,17 @@ class Session:
         if stage is None:
             return None
         unique = [item for item in self._items if item.trace is not None]
-        ids = (
-            list(self.sample_ids) if self.sample_ids is not None else list(range(self._seen, self._seen + len(unique)))
-        )
-        if len(ids) != len(unique):
-            raise ParameterError(f"sample_ids names {len(ids)} images, the call brings {len(unique)}")
-        self._seen, self.sample_ids = self._seen + len(unique), None
         results: dict[tuple[str, int], Selection] = {}
         with self._timed(stage, embeds.device):
             for layout in dict.fromkeys(item.layout for item in unique):
-                group = [(item, ids[i]) for i, item in enumerate(unique) if item.layout == layout]
-                items = [item for item, _ in group]
+                items = [item for item in unique if item.layout == layout]
                 features = torch.stack([self._encoded[item.kind].features[item.number] for item in items])
                 signals = {
                     name: torch.stack([self._encoded[item.kind].signals[signal][item.number] for item in items])
                     for name, signal in stage.signals.items()
                 }
-                tokens = self._tokens(features, layout, items, tuple(i for _, i in group))
-                for item, row in zip(items, _rows(stage.select(tokens, **signals))):
+                tokens = self._tokens(stage, features, layout, items)
+                for item, row in zip(items, _select(stage, tokens, signals)):
                     results[item.kind, item.number] = row
         self._encoded = {}
         return self._choice(stage, embeds, [results[item.kind, item.number] for item in self._items], 0)
@@ -340,9 +353,7 @@ class Session:
         stage = next(s for s in self._stages if s.hook is Hook.LLM_LAYER and s.layer == layer)
         results: list[Selection | None] = [None] * len(self._items)
         with self._timed(stage, hidden.device):
-            columns = [
-                span.columns(item.tokens[item.alive].expand(len(hidden), -1))[item.sample] for item in self._items
-            ]
+            columns = [span.column[item.sample, item.tokens[item.alive]].to(hidden.device) for item in self._items]
             for key in dict.fromkeys((item.layout, len(item.alive)) for item in self._items):
                 members = [i for i, item in enumerate(self._items) if (item.layout, len(item.alive)) == key]
                 items = [self._items[i] for i in members]
@@ -353,39 +364,40 @@ class Session:
                     )
                     for name, signal in stage.signals.items()
                 }
-                tokens = self._tokens(states, key[0], items, (0,) * len(items))
-                for i, row in zip(members, _rows(stage.select(tokens, **signals))):
+                tokens = self._tokens(stage, states, key[0], items)
+                for i, row in zip(members, _select(stage, tokens, signals)):
                     results[i] = row
         return self._choice(stage, hidden, results, layer, span)
 
     def finish(self) -> None:
         """The prompt went through all layers."""
-        self._forget()
+        self.trace = self._running
 
     # ------------------------------------------------------------------------------------------------------ helpers
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Let go of the call's tensors."""
         self._decoder_tap.close()
-        self._items = []
-        self._encoded = {}
+        self._items, self._encoded, self._text, self._running = [], {}, {}, None
         self._embeds = self._visual = self._ids = self._attended = None
 
     def _timed(self, stage: Stage, device: torch.device) -> Any:
         at = f"{stage.hook.value}({stage.layer})" if stage.hook is Hook.LLM_LAYER else stage.hook.value
-        return self.trace.timed(at, device)
+        return self._running.timed(at, device)
 
-    def _tokens(self, embeds: Tensor, layout: Layout, items: list[_Item], ids: tuple[int, ...]) -> Tokens:
-        tokens = Tokens(embeds, layout, ids, project=self._adapter.project)
+    def _tokens(self, stage: Stage, embeds: Tensor, layout: Layout, items: list[_Item]) -> Tokens:
+        tokens = Tokens(embeds, layout, tuple(item.id for item in items), project=self._adapter.exact_project)
+        if not stage.reads_text:
+            return tokens
         rows = [item.sample for item in items]
         text = self._text_places(None)[rows]
         width = int(text.sum(dim=1).amax())
         if width:
             order = text.long().argsort(dim=1, descending=True, stable=True)[:, :width]
             valid = text.gather(1, order)
-            tokens.instruction_mask = valid
-            tokens.instruction_ids = self._ids[rows].gather(1, order).masked_fill(~valid, -1)
             words = self._embeds[rows].gather(1, order[..., None].expand(-1, -1, self._embeds.shape[-1]))
-            tokens.instruction = words * valid[..., None]
+            tokens.instruction, tokens.instruction_mask = words * valid[..., None], valid
+            tokens.instruction_ids = self._ids[rows].gather(1, order).masked_fill(~valid, -1)
         return tokens
 
     def _text_places(self, system_tokens: int | None) -> Tensor:
@@ -419,7 +431,7 @@ class Session:
         policy = self.positions if self.positions != "auto" else stage.positions
         policy = policy or ("keep" if self._adapter.info.mrope else "compact")
         before = torch.ones_like(self._visual) if span is None else span.alive
-        alive, rank, values = before.clone(), None, []
+        alive, rank, changed = before.clone(), None, []
         for item, result in zip(self._items, results):
             index = result.index[result.index >= 0] if self.pruner.adaptive else result.index
             chosen = item.alive[index]  # token numbers
@@ -427,11 +439,13 @@ class Session:
             self._record(item, stage, result, chosen)
             if not everything:
                 places = item.tokens[chosen]
-                item.width = self._separators(item, stage, chosen, alive) + len(chosen)
+                separators = "drop" if result.order is not None else stage.newlines
+                item.width = self._separators(item, separators, chosen, alive) + len(chosen)
                 alive[item.sample, item.tokens] = False
                 alive[item.sample, places] = True
             if result.values is not None:
-                values.append((item.sample, item.tokens[chosen], result.values))
+                places = item.tokens[chosen]
+                changed.append((torch.full_like(places, item.sample), places, result.values))
             if result.order is not None:
                 rank = (
                     torch.arange(alive.shape[1], device=alive.device).expand_as(alive).clone() if rank is None else rank
@@ -440,26 +454,27 @@ class Session:
                 rank[item.sample, places[result.order]] = places
             item.alive = chosen
         self._count(layer)
-        self.trace.positions[stage.hook.value] = policy
+        self._running.positions[stage.hook.value] = policy
         taken = [0] * len(alive)
         for item in self._items:
             taken[item.sample] += item.width - item.layout.length
         width = alive.shape[1] + max(taken)
         untouched = all(item.width == item.layout.length for item in self._items)
-        if untouched and not values and rank is None:
+        if untouched and not changed and rank is None:
             return None
+        values = tuple(torch.cat(parts) for parts in zip(*changed)) if changed else None
         return Choice(alive, width, policy, rank, values)
 
     @staticmethod
-    def _separators(item: _Item, stage: Stage, chosen: Tensor, alive: Tensor) -> int:
+    def _separators(item: _Item, policy: str, chosen: Tensor, alive: Tensor) -> int:
         """Decide on the picture's separators in ``alive``; returns how many stay."""
         if not item.layout.newlines:
             return 0
         where = item.places[torch.tensor([n.place for n in item.layout.newlines], device=item.places.device)]
         stay = alive[item.sample, where]
-        if stage.newlines == "drop":
+        if policy == "drop":
             stay = torch.zeros_like(stay)
-        elif stage.newlines == "rows":
+        elif policy == "rows":
             kept = torch.zeros(item.layout.size + 1, dtype=torch.long, device=chosen.device)
             upto = kept.index_fill(0, chosen + 1, 1).cumsum(0)
             edges = torch.tensor([(n.first, n.last) for n in item.layout.newlines], device=chosen.device)
@@ -486,6 +501,12 @@ class Session:
         for item in self._items:
             if item.trace is not None:
                 item.trace.tokens_per_layer[layer:] = [item.width] * (depth - layer)
+
+
+def _select(stage: Stage, tokens: Tokens, signals: dict[str, Tensor]) -> list[Selection]:
+    """Run a stage in full precision whatever autocast says; one selection per picture."""
+    with torch.autocast(tokens.embeds.device.type, enabled=False):
+        return _rows(stage.select(tokens, **signals))
 
 
 def _pixel_argument(modality: Modality, call: dict[str, Any]) -> str:

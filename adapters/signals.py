@@ -9,14 +9,14 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from foveate.cuda import class_attention, given_attention, received_attention, rows_to_columns_attention
-from foveate.errors import MissingSignalError
+from foveate.errors import InputError, MissingSignalError
 from foveate.pruners.base import (
     ClassAttention,
     ClassFeatures,
@@ -66,6 +66,19 @@ class Tap:
         self._handles.clear()
 
 
+def _exact(reduce: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Statistics only choose: no gradient is kept for them, and autocast must not coarsen them."""
+
+    @wraps(reduce)
+    def run(*args: Any, **kwargs: Any) -> Tensor:
+        device = next(arg.device for arg in args if isinstance(arg, Tensor))
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            return reduce(*args, **kwargs)
+
+    return run
+
+
+@_exact
 def statistic(signal: Signal, q: Tensor, k: Tensor, scale: float, prefix: int) -> Tensor:
     """One encoder statistic from ``q, k (V, H, L, d)`` with ``prefix`` class and register tokens in front: ``(V, n[, d])``."""
     if isinstance(signal, ReceivedAttention):
@@ -198,9 +211,7 @@ class DecoderTap(Tap):
             q, k = (seen.pop(name) for name in ("q", "k"))
             q, k = (x if x.ndim == 4 else x.unflatten(-1, (-1, module.head_dim)) for x in (q, k))
             q, k = rotate(q.transpose(1, 2), k.transpose(1, 2), *kwargs["position_embeddings"])
-            cache = kwargs.get("past_key_values")
-            if cache is not None:
-                k = cache.layers[module.layer_idx].keys  # past and new, rotated
+            k = _with_past(k, kwargs.get("past_key_values"), module.layer_idx)
             for signal in signals:
                 self.values[signal] = self._statistic(signal, q, k, module.scaling)
 
@@ -209,8 +220,9 @@ class DecoderTap(Tap):
         _remember(self, getattr(attention, "k_norm", attention.k_proj), seen, "k")
         self.hook(attention, reduce)
 
+    @_exact
     def _statistic(self, signal: Signal, q: Tensor, k: Tensor, scale: float) -> Tensor:
-        mask, text, visual = self.describe(signal)
+        mask, text, visual = (x if x is None else x.to(q.device) for x in self.describe(signal))
         past = mask.shape[1] - q.shape[2]
         if isinstance(signal, LastTokenAttention):
             places = torch.arange(q.shape[2], device=q.device)
@@ -219,6 +231,20 @@ class DecoderTap(Tap):
         to_visual = _rows(q, k, None, text, mask, past, scale)[:, past:]
         to_text = _rows(q, k, None, visual, mask, past, scale)[:, past:]
         return torch.stack([(to_visual * visual).sum(-1), (to_text * text).sum(-1)], dim=-1)
+
+
+def _with_past(k: Tensor, cache: Any, layer: int) -> Tensor:
+    """New keys ``(B, H, K, d)`` behind the cached ones of earlier calls, if there are any."""
+    past = 0 if cache is None else cache.get_seq_length(layer) - k.shape[2]  # the layer has stored the new ones already
+    if past <= 0:
+        return k
+    keys = getattr(cache.layers[layer], "keys", None)
+    if not isinstance(keys, Tensor) or keys.device != k.device or keys.shape[2] != past + k.shape[2]:
+        raise InputError(
+            f"the keys of decoder layer {layer} are offloaded or quantised in the cache; methods that read attention inside "
+            "the decoder cannot continue such a cache"
+        )
+    return keys
 
 
 def _rotation(attention: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:

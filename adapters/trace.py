@@ -55,7 +55,8 @@ class ImageTrace:
     def kept_at(self, layer: int) -> Tensor:
         """Tokens that decoder layer ``layer`` sees, ``(K,)`` int64 ascending."""
         reached = [stage for stage in self.stages if stage.layer <= layer]
-        return reached[-1].kept if reached else torch.arange(self.layout.size)
+        device = self.stages[0].kept.device if self.stages else None
+        return reached[-1].kept if reached else torch.arange(self.layout.size, device=device)
 
     @property
     def kept(self) -> Tensor:
@@ -106,10 +107,11 @@ class Trace:
         """Count the body's time under ``name`` (GPU work by events, without synchronising)."""
         spans = self._spans.setdefault(name, [])
         if device.type == "cuda":
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            yield
-            stop.record()
+            with torch.cuda.device(device):
+                start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                yield
+                stop.record()
             spans.append(lambda: (stop.synchronize(), start.elapsed_time(stop) / 1e3)[1])
         else:
             began = time.perf_counter()

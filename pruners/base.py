@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -95,10 +96,7 @@ class Layout:
 
     def places(self, device: torch.device | str | None = None) -> Tensor:
         """Place of every token among the image's places, ``(N,)`` int64."""
-        separators = torch.tensor([n.place for n in self.newlines], dtype=torch.long)
-        token = torch.ones(self.length, dtype=torch.bool)
-        token[separators] = False
-        return token.nonzero().squeeze(1).to(device)
+        return _places(self, str(device or "cpu"))
 
     @classmethod
     def grid(cls, rows: int, cols: int) -> Layout:
@@ -111,6 +109,13 @@ class Layout:
         return cls(tuple(View(rows, cols, start=t * rows * cols, kind="frame") for t in range(frames)))
 
 
+@lru_cache(maxsize=256)
+def _places(layout: Layout, device: str) -> Tensor:
+    token = torch.ones(layout.length, dtype=torch.bool)
+    token[torch.tensor([n.place for n in layout.newlines], dtype=torch.long)] = False
+    return token.nonzero().squeeze(1).to(device)
+
+
 @dataclass
 class Tokens:
     """The visual tokens of B images of equal layout at one hook point.
@@ -119,7 +124,8 @@ class Tokens:
         embeds: ``(B, N, D)`` what the decoder would see (projected embeddings, or hidden states at ``llm_layer``).
         layout: the tokens' layout; at ``llm_layer`` that of the *unpruned* image.
         sample_ids: one number per image, stable under batching; seeds everything random.
-        instruction: ``(B, T, D)`` embeddings of the non-visual tokens, zero where ``instruction_mask`` is False, or None.
+        instruction: ``(B, T, D)`` embeddings of the text behind the first picture, zero where ``instruction_mask`` is False;
+            None unless the stage says that it reads text, or where there is none.
         instruction_mask: ``(B, T)`` bool.
         instruction_ids: ``(B, T)`` token ids, -1 where masked.
         project: maps encoder features ``(..., C)`` to decoder embeddings ``(..., D)``; None where there is no projector.
@@ -197,7 +203,10 @@ class ClassAttention(Signal):
 
 @dataclass(frozen=True)
 class EncoderKeys(Signal):
-    """``(B, N, d)`` attention keys, bias included, unscaled, mean over heads."""
+    """``(B, N, d)`` attention keys, bias included, unscaled, mean over heads.
+
+    On Qwen towers they are read behind the rotary embedding and averaged over each 2 x 2 unit that becomes one token.
+    """
 
 
 @dataclass(frozen=True)
@@ -303,6 +312,8 @@ class Stage:
         positions: ``"keep"`` or ``"compact"`` where the method's specification demands one; None = the family's custom
             (compact for one-axis positions, keep for m-RoPE).
         newlines: what becomes of separators: ``"rows"`` keeps those whose row keeps a token, ``"drop"`` none, ``"keep"`` all.
+            A selection with an ``order`` of its own has no rows and loses them.
+        reads_text: fill in the instruction of :class:`Tokens`.
     """
 
     hook: Hook
@@ -311,6 +322,7 @@ class Stage:
     layer: int = 0
     positions: str | None = None
     newlines: str = "rows"
+    reads_text: bool = False
 
 
 @dataclass(frozen=True)

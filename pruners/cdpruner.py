@@ -5,7 +5,8 @@ Zhang et al., "Beyond Attention or Similarity: Maximizing Conditional Diversity 
 instruction; greedy MAP inference picks them. Headline: LLaVA-1.5-7B keeps 97 % of its score with 64 of 576 tokens.
 
 Acts at the decoder's entry; reads the projected tokens and the instruction's embeddings, or encoder features where a CLIP
-model judges relevance. Cost: an N x N kernel and k dependent steps of O(k N).
+model judges relevance. Only the latter, ``clip=ClipText(…)``, is the published relevance: negated cosine with CLIP's text
+embedding. By default it is the positive cosine with the instruction's embeddings in the decoder. Cost: an N x N kernel and k dependent steps of O(k N).
 """
 
 from __future__ import annotations
@@ -84,15 +85,21 @@ class ClipText:
 class CDPruner(Pruner):
     """CDPruner: conditional diversity by a determinantal point process.
 
+    Without ``clip`` relevance is the positive cosine with the instruction's embeddings in the decoder, not the published,
+    negated CLIP relevance.
+
     Attributes:
         keep: fraction or number of tokens of the image, shared among its views in proportion to their sizes.
         relevance: without ``clip``: cosine of tokens and instruction in the decoder's ``"embeddings"``, or ``"none"``.
         clip: judge relevance with CLIP instead, **negated** as published: patches least similar to the text count most.
     """
 
-    title: ClassVar[str] = "Determinantal point process conditioned on the instruction"
+    title: ClassVar[str] = "Determinantal point process conditioned on the instruction (as published: with clip)"
     paper: ClassVar[str] = "arXiv 2506.10967 (NeurIPS 2025)"
-    cost: ClassVar[str] = "an N x N kernel and k greedy steps of O(k N)"
+    cost: ClassVar[str] = (
+        "an N x N kernel and k greedy steps of O(k N); without clip relevance is the positive cosine with the instruction in "
+        "the decoder, not the published CLIP-negated one"
+    )
 
     keep: Keep = 1 / 9
     relevance: str = "embeddings"
@@ -113,7 +120,7 @@ class CDPruner(Pruner):
                     "model is none; leave clip out (relevance='embeddings')"
                 )
             signals["features"] = EncoderFeatures(model.block("feature_layer", None))
-        return (Stage(Hook.LLM_INPUT, self.select, signals),)
+        return (Stage(Hook.LLM_INPUT, self.select, signals, reads_text=self.relevance != "none"),)
 
     def budgets(self, layout: Layout) -> tuple[int, ...]:
         return view_budgets(self.keep, layout)

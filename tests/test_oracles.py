@@ -158,8 +158,6 @@ def check_against_masking(family: str, attention: str, scene: str, pruner: Prune
     alive = given["attention_mask"].bool() & ~gone[-1]
     assert reference[alive].abs().max() > 0.5, "the case is numerically trivial"
     assert (pruned - reference)[alive].abs().max() < TOLERANCE
-    if model.generation_config.eos_token_id is not None:
-        model.generation_config.eos_token_id = None
     expected, margin = greedy_by_masking(model, given, gone, 5)
     assert margin.min() > 10 * TOLERANCE, "greedy decoding is ambiguous in this case"
     assert torch.equal(tokens, expected)
@@ -175,19 +173,18 @@ def test_layer_pruning_equals_masking_from_that_layer_on(family: str, attention:
     check_against_masking(family, attention, scene, TopNorm(at_input=0.8, at_layer=((1, 0.7), (3, 0.5))))
 
 
+@pytest.mark.parametrize("keep", [0.5, 8])  # a share of each picture; all of the smallest pictures
 @pytest.mark.parametrize("positions", ["keep", "compact"])
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_batched_generation_equals_singles(family: str, attention: str, positions: str) -> None:
+def test_batched_generation_equals_singles(family: str, attention: str, positions: str, keep: float | int) -> None:
     model = tiny(family, attention)
     shapes = {"llava": (None, None), "llava_next": ((60, 40), (30, 60)), "llava_onevision": ((60, 40), (30, 60))}
     first, second = shapes.get(family, ((4, 5), (2, 3)))
     samples = [[2, picture(family, 1, first), 4], [5, picture(family, 2, second), 9]]
-    # integer budgets below both sizes at the entry, fractions after: the rows keep different numbers of tokens
-    pruner = TopNorm(at_input=0.5, at_layer=((2, 0.5),))
     batch = inputs(family, samples)
-    with foveate.attach(model, pruner, positions=positions):
+    with foveate.attach(model, TopNorm(at_input=keep, at_layer=((2, 0.5),)), positions=positions):
         together = model.generate(**batch, max_new_tokens=8, do_sample=False)[:, batch["input_ids"].shape[1] :]
         for row, sample in enumerate(samples):
             single = inputs(family, [sample])
@@ -212,22 +209,69 @@ def test_keeping_everything_and_detaching_are_bit_equal(family: str, attention: 
     assert torch.equal(model.generate(**given, max_new_tokens=5, do_sample=False), tokens)
 
 
+@pytest.mark.parametrize("scene", ["several", "video"])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_batched_generation_equals_singles_with_more_to_see(family: str, scene: str) -> None:
+    """Statement 3 for samples of several pictures and for videos, beside a sample of another length."""
+    if scene == "video" and family not in VIDEO_FAMILIES:
+        pytest.skip(f"{family} takes no video")
+    model, pruner = tiny(family), TopNorm(at_input=0.5, at_layer=((2, 0.5),))
+    if scene == "video":
+        samples = [[3, picture(family, 2, (4, 2, 2)), 5], [6, picture(family, 3, (4, 2, 2)), 9]]
+    else:
+        one = (lambda seed: single_view(seed)) if family == "llava_onevision" else (lambda seed: picture(family, seed))
+        samples = [[3, one(1), 4, one(2), 5], [2, one(3), 6, one(4), 8]]
+    batch = inputs(family, samples)
+    with foveate.attach(model, pruner):
+        together = model.generate(**batch, max_new_tokens=6, do_sample=False)[:, batch["input_ids"].shape[1] :]
+        for row, sample in enumerate(samples):
+            single = inputs(family, [sample])
+            width = single["input_ids"].shape[1]
+            single["input_ids"] = batch["input_ids"][row : row + 1, -width:]
+            alone = model.generate(**single, max_new_tokens=6, do_sample=False)[:, width:]
+            assert torch.equal(together[row : row + 1, : alone.shape[1]], alone)
+
+
 @pytest.mark.parametrize("attention", ATTENTION)
-@pytest.mark.parametrize("family", ["llava", "llava_next", "llava_onevision"])
+@pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_compact_positions_equal_the_shortened_sequence(family: str, attention: str) -> None:
+    """The decoder by itself on the surviving embeddings, counted 0, 1, 2, …, with DeepStack rows of the survivors."""
     model, given = tiny(family, attention), scene_inputs(family, "single")
-    seen: dict[str, Tensor] = {}
+    seen: dict[str, Any] = {}
 
     def note(module: Any, args: Any, kwargs: Any) -> None:
-        seen["embeds"] = kwargs["inputs_embeds"]
+        seen.update(kwargs)
 
     handle = model.model.language_model.register_forward_pre_hook(note, with_kwargs=True)
     model(**given)
     handle.remove()
     with foveate.attach(model, TopNorm(at_input=0.4), positions="compact") as session:
         pruned = model(**given).logits
+        tokens = model.generate(**given, max_new_tokens=5, do_sample=False)[0, given["input_ids"].shape[1] :]
     gone = dropped_places(given, session.trace, 4)[0]
-    short = seen["embeds"][~gone][None]
-    hidden = model.model.language_model(inputs_embeds=short).last_hidden_state
-    assert (model.lm_head(hidden)[0] - pruned[~gone]).abs().max() < TOLERANCE
+    short = seen["inputs_embeds"][~gone][None]
+    more = {}
+    if seen.get("deepstack_visual_embeds") is not None:
+        mask = seen["visual_pos_masks"]
+        more["visual_pos_masks"] = mask[~gone][None]
+        more["deepstack_visual_embeds"] = [level[~gone[mask]] for level in seen["deepstack_visual_embeds"]]
+    positions = torch.arange(short.shape[1])[None]
+    if family.startswith("qwen"):
+        positions = positions.expand(3, 1, -1)
+    everything = torch.ones(short.shape[:2], dtype=torch.long)
+    hidden = model.model.language_model(inputs_embeds=short, attention_mask=everything, position_ids=positions, **more)
+    reference = model.lm_head(hidden.last_hidden_state)[0]
+    assert (reference - pruned[~gone]).abs().max() < TOLERANCE
+    for token in tokens:  # and decoding counts on from there
+        assert reference[-1].argmax() == token
+        short = torch.cat([short, model.get_input_embeddings()(token.view(1, 1))], dim=1)
+        positions = torch.cat([positions, positions[..., -1:] + 1], dim=-1)
+        everything = torch.ones(short.shape[:2], dtype=torch.long)
+        if more:
+            more["visual_pos_masks"] = torch.nn.functional.pad(more["visual_pos_masks"], (0, 1))
+        hidden = model.model.language_model(
+            inputs_embeds=short, attention_mask=everything, position_ids=positions, **more
+        )
+        reference = model.lm_head(hidden.last_hidden_state)[0]

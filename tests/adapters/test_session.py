@@ -79,23 +79,26 @@ def test_several_tokens_behind_a_returned_cache_equal_one_call(family: str, posi
     assert (part - whole).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
-def test_a_second_picture_behind_a_pruned_cache(family: str) -> None:
-    """A later turn may bring another picture; only that one is pruned anew."""
-    model = tiny(family)
-    first, second = inputs(family, [[3, picture(family, 1), 4]]), inputs(family, [[2, picture(family, 2), 3]], seed=1)
-    with foveate.attach(model, TopNorm(at_input=0.5), positions="keep") as session:
-        cache = model(**first, use_cache=True).past_key_values
-        width = first["input_ids"].shape[1] + second["input_ids"].shape[1]
-        positions = torch.arange(first["input_ids"].shape[1], width)[None]
-        second["attention_mask"] = torch.ones(1, width, dtype=torch.long)
-        out = model(**second, position_ids=positions, past_key_values=cache)
-        kept = session.trace.images[0].tokens_per_layer[0]
-        assert cache.get_seq_length() == width
-    visual = int((first["input_ids"] == IMAGE).sum())
-    assert kept == visual // 2
-    assert out.logits.shape[1] == second["input_ids"].shape[1]
-    assert cache.layers[0].keys.shape[2] == width - visual  # half of two pictures
+@pytest.mark.parametrize("positions", ["keep", "compact"])
+@pytest.mark.parametrize(
+    "pruner", [TopNorm(at_input=0.5), STAGED, TopNorm(at_input=0.5, at_layer=((1, 0.5), (3, 0.5)))]
+)
+def test_two_turns_with_a_picture_each_equal_one_call(pruner: TopNorm, positions: str) -> None:
+    """A later turn's picture is pruned behind a pruned cache, and counts on at every layer where that one left off."""
+    model = tiny("llava")
+    first, second = picture("llava", 1), picture("llava", 2)
+    whole = inputs("llava", [[3, first, 4, second, 3]])
+    width, total = 3 + 16 + 4, whole["input_ids"].shape[1]
+    with foveate.attach(model, pruner, positions=positions) as session:
+        expected = model(**whole).logits[0, width:]
+        alive = ~dropped_places(whole, session.trace, 4)[3][0, width:]
+        head = {"input_ids": whole["input_ids"][:, :width], "pixel_values": first.pixels[None]}
+        cache = model(**head, attention_mask=torch.ones(1, width), use_cache=True).past_key_values
+        tail = {"input_ids": whole["input_ids"][:, width:], "pixel_values": second.pixels[None]}
+        found = model(**tail, attention_mask=torch.ones(1, total), past_key_values=cache).logits[0]
+        assert cache.get_seq_length() == total
+        assert len(session.trace.images) == 1
+    assert (found - expected)[alive].abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -163,6 +166,61 @@ def test_hidden_states_keep_the_original_length(family: str) -> None:
     assert torch.equal(pruned[0][text], plain[0][text])  # embeddings of text are untouched
 
 
+@pytest.mark.parametrize("text", [5, 60])  # in the second case the batch does not get narrower
+def test_hidden_states_show_every_layer_in_its_place(text: int) -> None:
+    """With keep positions, the state at layer i is that of the model in which only earlier columns are masked."""
+    model, pruner = tiny("llava"), TopNorm(at_layer=((2, 0.4),))
+    given = inputs("llava", [[3, picture("llava", 1), 4], [text]])
+    given["position_ids"] = rope_positions(model, given)
+    plain = model(**given, output_hidden_states=True).hidden_states
+    with foveate.attach(model, pruner, positions="keep") as session:
+        pruned = model(**given, output_hidden_states=True).hidden_states
+    attended = given["attention_mask"].bool()
+    for i in range(3):  # nothing is gone in front of layer 2
+        assert (pruned[i] - plain[i])[attended].abs().max() < 1e-5
+    gone = dropped_places(given, session.trace, 4)[3]
+    alive = attended & ~gone
+    final = model.model.language_model.norm(pruned[3])  # a state after layer 2 differs, and stands in its own place
+    assert torch.isfinite(final[alive]).all()
+    assert (pruned[3] - plain[3])[alive].abs().max() > 1e-3
+    assert (pruned[3] - plain[3])[1][attended[1]].abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prompt_may_end_in_a_picture(family: str) -> None:
+    """The next token is predicted by the last survivor, wherever the last place went."""
+    model, pruner = tiny(family), TopNorm(at_input=0.3)
+    given = inputs(family, [[5, picture(family, 3)]])
+    positions = rope_positions(model, given)
+    extra = {} if positions.ndim == 3 else {"position_ids": positions}
+    with foveate.attach(model, pruner, positions="keep") as session:
+        logits = model(**given, **extra).logits
+    gone = dropped_places(given, session.trace, 4)
+    reference = masked_logits(model, given, positions, gone)
+    last = (~gone[0][0]).nonzero()[-1, 0]
+    assert (logits[0, -1] - reference[0, last]).abs().max() < 1e-5
+    assert (logits[0] - logits[0, 5:6]).abs().max() > 1e-3
+
+
+def test_the_first_word_behind_a_picture_is_learnt_from_the_last_survivor() -> None:
+    model = tiny("llava")
+    for seed in range(8):
+        given = inputs("llava", [[3, picture("llava", seed), 4]])
+        with foveate.attach(model, TopNorm(at_input=0.3), positions="keep") as session:
+            labels = torch.full_like(given["input_ids"], -100)
+            labels[0, 19] = given["input_ids"][0, 19]
+            loss = model(**given, labels=labels).loss
+        gone = dropped_places(given, session.trace, 4)
+        if not gone[0][0, 18]:
+            continue
+        positions = rope_positions(model, given)
+        last = (~gone[0][0, :19]).nonzero()[-1, 0]
+        reference = masked_logits(model, given, positions, gone)[0, last]
+        assert (loss - torch.nn.functional.cross_entropy(reference, labels[0, 19])).abs() < 1e-5
+        return
+    pytest.fail("no picture lost its last token")
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_flow_through_pruned_models(family: str) -> None:
     model, given = tiny(family), scene_inputs(family, "single")
@@ -171,14 +229,69 @@ def test_gradients_flow_through_pruned_models(family: str) -> None:
     assert all(p.grad is not None for p in model.model.language_model.layers.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_bfloat16_stays_bfloat16(family: str) -> None:
-    model, given = tiny(family).to(torch.bfloat16), scene_inputs(family, "padded")
-    with foveate.attach(model, foveate.FoPru(keep=0.5)):
-        logits = model(**given).logits
-        model.generate(**given, **GREEDY)
-    assert logits.dtype == torch.bfloat16
-    assert torch.isfinite(logits.float()).all()
+def test_half_precision_stays_what_it_is(family: str, dtype: torch.dtype) -> None:
+    """Every method, and selections made in float32 from the half-precision model's own signals."""
+    model, given = tiny(family).to(dtype), scene_inputs(family, "padded")
+    for name in foveate.pruners.PRUNERS:
+        try:
+            session = foveate.attach(model, name, keep=0.5)
+        except foveate.UnsupportedModelError:
+            assert name == "downsample"
+            continue
+        with session:
+            logits = model(**given).logits
+            model.generate(**given, **{**GREEDY, "max_new_tokens": 2, "min_new_tokens": 2})
+        assert logits.dtype == dtype
+        assert torch.isfinite(logits.float()).all(), name
+
+
+@pytest.mark.parametrize("name", ["divprune", "fopru", "cdpruner", "fastv", "todre"])
+def test_autocast_does_not_coarsen_selections(name: str) -> None:
+    """Given the same embeddings and queries, what is chosen does not depend on autocast."""
+    from foveate.adapters.signals import statistic
+    from foveate.pruners.base import ReceivedAttention
+
+    q, k = torch.randn(2, 1, 4, 300, 16).unbind(0)
+    plain = statistic(ReceivedAttention(0), q, k, 0.25, 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(statistic(ReceivedAttention(0), q, k, 0.25, 0), plain)
+    seen: list[torch.dtype] = []
+
+    class Watch(TopNorm):
+        def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
+            def select(tokens: Tokens) -> Selection:
+                seen.append((tokens.embeds.float() @ tokens.embeds.float().mT).dtype)
+                return Selection(torch.arange(4).expand(len(tokens.embeds), -1))
+
+            return (Stage(Hook.LLM_INPUT, select),)
+
+    model, given = tiny("llava"), scene_inputs("llava", "single")
+    with foveate.attach(model, Watch()), torch.autocast("cpu", torch.bfloat16):
+        model(**given)
+    assert seen == [torch.float32]
+    with foveate.attach(model, name, keep=0.5), torch.autocast("cpu", torch.bfloat16):
+        model(**given)
+
+
+def test_statistics_keep_nothing_for_backward() -> None:
+    model, given = tiny("llava"), scene_inputs("llava", "single")
+    seen: list[bool] = []
+
+    class Watch(TopNorm):
+        def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
+            def select(tokens: Tokens, received: torch.Tensor) -> Selection:
+                seen.append(received.requires_grad)
+                return Selection(torch.arange(4).expand(len(tokens.embeds), -1))
+
+            from foveate.pruners.base import ReceivedAttention
+
+            return (Stage(Hook.LLM_INPUT, select, {"received": ReceivedAttention(2)}),)
+
+    with torch.enable_grad(), foveate.attach(model.train(), Watch()):
+        model(**given, labels=given["input_ids"]).loss.backward()
+    assert seen == [False]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -265,6 +378,9 @@ def test_a_failing_pruner_leaves_the_model_usable() -> None:
     session = foveate.attach(model, Broken())
     with pytest.raises(ZeroDivisionError):
         model(**given)
+    assert session.trace is None
+    assert session._embeds is session._visual is None  # nothing is held on to
+    assert not session._encoded
     text = {"input_ids": given["input_ids"][:, :3], "attention_mask": torch.ones(1, 3)}
     model(**text)  # still attached, still usable
     session.detach()
@@ -376,6 +492,34 @@ def test_random_choice_follows_sample_ids_not_batches() -> None:
             model(**inputs("llava", samples))
 
 
+def test_pictures_and_videos_are_traced_in_prompt_order() -> None:
+    family = "qwen2_5_vl"
+    model = tiny(family)
+    given = inputs(family, [[3, picture(family, 1, (2, 2, 2)), 4, picture(family, 2, (2, 3)), 5]])
+    with foveate.attach(model, "random", keep=0.5) as session:
+        model(**given)
+    assert [(image.kind, image.layout.size) for image in session.trace.images] == [("video", 8), ("image", 6)]
+
+
+def test_random_choice_inside_the_decoder_differs_between_images() -> None:
+    model, given = tiny("llava"), scene_inputs("llava", "several")
+    seen: list[tuple[int, ...]] = []
+
+    class Watch(TopNorm):
+        def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
+            def select(tokens: Tokens) -> Selection:
+                seen.append(tokens.sample_ids)
+                return Selection(torch.arange(4).expand(len(tokens.embeds), -1))
+
+            return (Stage(Hook.LLM_LAYER, select, layer=1),)
+
+    with foveate.attach(model, Watch()) as session:
+        model(**given)
+        session.sample_ids = [7, 9]
+        model(**given)
+    assert seen == [(0, 1), (7, 9)]
+
+
 # ---------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -457,6 +601,10 @@ def test_calls_that_cannot_be_pruned_are_refused() -> None:
             with pytest.raises(foveate.InputError, match="chunked prefill"):
                 model.generate(**given, **GREEDY, prefill_chunk_size=8)
         cache = model(**given, use_cache=True).past_key_values
+        cropped = model(**given, use_cache=True).past_key_values
+        type(cropped).crop(cropped, -2)
+        with pytest.raises(foveate.InputError, match="cropped or reset"):
+            model(input_ids=torch.tensor([[5]]), past_key_values=cropped)
         with pytest.raises(foveate.InputError, match="unpruned sequence"):
             model(input_ids=torch.tensor([[5]]), past_key_values=cache, attention_mask=torch.ones(1, 4))
         assert torch.equal(model(**given).logits, good)

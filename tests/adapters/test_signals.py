@@ -55,7 +55,7 @@ class Probe(Pruner):
             everything = torch.arange(tokens.count).expand(len(tokens.embeds), -1)
             return Selection(everything)
 
-        return (Stage(self.hook, select, self.signals, layer=self.layer),)
+        return (Stage(self.hook, select, self.signals, layer=self.layer, reads_text=True),)
 
 
 def read(model: torch.nn.Module, batch: dict[str, Any], /, **signals: Signal) -> list[tuple[Tokens, dict[str, Tensor]]]:
