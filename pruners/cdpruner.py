@@ -94,12 +94,9 @@ class CDPruner(Pruner):
         clip: judge relevance with CLIP instead, **negated** as published: patches least similar to the text count most.
     """
 
-    title: ClassVar[str] = "Determinantal point process conditioned on the instruction (as published: with clip)"
+    title: ClassVar[str] = "Determinantal point process, relevance by decoder embeddings (published: negated CLIP)"
     paper: ClassVar[str] = "arXiv 2506.10967 (NeurIPS 2025)"
-    cost: ClassVar[str] = (
-        "an N x N kernel and k greedy steps of O(k N); without clip relevance is the positive cosine with the instruction in "
-        "the decoder, not the published CLIP-negated one"
-    )
+    cost: ClassVar[str] = "an N x N kernel and k greedy steps of O(k N)"
 
     keep: Keep = 1 / 9
     relevance: str = "embeddings"
