@@ -49,9 +49,13 @@ from foveate.pruners.registry import register
 class VisionZip(Pruner):
     """VisionZip: dominant and contextual tokens.
 
+    The class token has no place on the picture: it travels in the lowest slot that no kept patch takes, and that slot's
+    ``owner`` entry says itself.
+
     Attributes:
         keep: fraction or number of tokens of the image, the class token counted; split 54 : 10 into dominant and contextual.
         dominant, contextual: tokens **per view**, instead of ``keep`` (both or none); ``dominant`` counts the class token.
+            Together at most the tokens of the smallest view, the class token included: else :class:`BudgetError`.
     """
 
     title: ClassVar[str] = "Dominant tokens by class attention, the rest merged by key similarity"
@@ -79,9 +83,26 @@ class VisionZip(Pruner):
         return (Stage(Hook.LLM_INPUT, self.select, signals),)
 
     def budgets(self, layout: Layout) -> tuple[int, ...]:
+        """Tokens kept of each view.
+
+        Raises:
+            BudgetError: a view has fewer tokens than ``dominant + contextual``, even with a class token.
+        """
         if self.dominant is None:
             return view_budgets(self.keep, layout)
+        self._require_room(layout, class_token=True)
         return tuple(min(self.dominant + self.contextual, view.size) for view in layout.views)
+
+    def _require_room(self, layout: Layout, class_token: bool) -> None:
+        """Raise if ``dominant + contextual`` is more than a view has; views that are all padding have nothing to keep."""
+        asked = (self.dominant or 0) + (self.contextual or 0)
+        for view in layout.views:
+            if view.size and asked > view.size + class_token:
+                raise BudgetError(
+                    f"dominant={self.dominant} and contextual={self.contextual} ask for {asked} tokens per view, and a view "
+                    f"of {view.rows} x {view.cols} has {view.size}{' and a class token' if class_token else ''}; ask for "
+                    "fewer, or give keep, which is shared among the views by their sizes"
+                )
 
     def split(self, k: int) -> tuple[int, int]:
         """Dominant and contextual share of a view's ``k`` tokens."""
@@ -94,6 +115,7 @@ class VisionZip(Pruner):
         signals = {"attention": attention, "keys": keys, "features": features}
         if class_features is not None:
             signals["class_features"] = class_features
+        self._require_room(tokens.layout, class_features is not None)
         budgets = self.budgets(tokens.layout)
         selection = per_view(tokens, budgets, self._select_view, **signals)
         if selection.order is not None and any(view.kind == "crop" for view in tokens.layout.views):
@@ -120,7 +142,7 @@ class VisionZip(Pruner):
         values = [gather(tokens.embeds, dominant)]
         places = [dominant, targets]
         if n_contextual:
-            values.append(project(merge(features, rest, targets, assigned).to(features.dtype)))
+            values.append(project(merge(features, rest, targets, assigned)))
         if has_class:
             if tokens.project is None and class_features.shape[-1] != tokens.embeds.shape[-1]:
                 raise MissingSignalError(

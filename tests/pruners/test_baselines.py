@@ -32,7 +32,7 @@ from foveate.pruners.base import EncoderFeatures, LastTokenAttention, ReceivedAt
 from foveate.pruners.baselines import host_slots, lattice, middles, nearest_host
 from foveate.pruners.cdpruner import similarity, stretch
 from foveate.pruners.visionzip import assign, complement, merge
-from tests.pruners.synthetic import CLIP, QWEN, C, anyres, first_stage, make_tokens, run
+from tests.pruners.synthetic import CLIP, QWEN, C, anyres, first_stage, make_signals, make_tokens, run
 
 # ------------------------------------------------------------------------------------------------------------ FastV
 
@@ -133,6 +133,51 @@ def test_visionzip_merges_in_front_of_the_decoder_without_projector() -> None:
     chosen = VisionZip(dominant=3, contextual=2).select(tokens, attention, keys, torch.full((1, 16, C), torch.nan))
     _, _, merged, _ = visionzip_by_definition(tokens.embeds[0], attention[0], keys[0], tokens.embeds[0], 3, 2)
     torch.testing.assert_close(chosen.values.gather(1, chosen.order[..., None].expand(-1, -1, 6))[0, 3:], merged)
+
+
+def test_visionzip_refuses_more_than_a_view_has() -> None:
+    """Statement: at most N + 1 tokens with a class token, N without; empty views do not count, ``keep`` is capped as ever."""
+    layout = anyres((4, 4), [3, 0], [3, 2])  # the smallest view that is not empty: 3 x 2
+    tokens = make_tokens(layout, 1, 0)
+    for dominant, contextual, class_token, fits in [
+        (4, 3, True, True),
+        (5, 3, True, False),
+        (4, 2, False, True),
+        (4, 3, False, False),
+    ]:
+        method, model = VisionZip(dominant=dominant, contextual=contextual), CLIP if class_token else QWEN
+        if fits:
+            assert run(method, tokens, model).index.shape[1] == method.kept_in(layout)
+        else:
+            asked = dominant + contextual
+            with pytest.raises(BudgetError, match=rf"{dominant} and .*{contextual} ask for {asked} .* 3 x 2 has 6"):
+                run(method, tokens, model)
+    with pytest.raises(BudgetError, match="ask for 8 tokens"):
+        VisionZip(dominant=5, contextual=3).kept_in(layout)
+    assert VisionZip(keep=layout.size).kept_in(layout) == layout.size
+
+
+@pytest.mark.parametrize("features_dtype", [torch.float32, torch.bfloat16])
+def test_visionzip_in_half_precision(features_dtype: torch.dtype) -> None:
+    """Statement: features of any precision are merged in float32 and reach the decoder in the tokens' precision."""
+    tokens = make_tokens(Layout.grid(4, 4), 2, 0)
+    exact, seen = tokens.project, []
+
+    def project(features: Tensor) -> Tensor:
+        seen.append(features.dtype)
+        return exact(features.float()).bfloat16()
+
+    stage = first_stage(VisionZip(dominant=5, contextual=3))
+    signals = make_signals(stage, tokens, 0)
+    for name in ("features", "class_features"):
+        signals[name] = signals[name].to(features_dtype)
+    expected = stage.select(tokens, **{name: signal.float() for name, signal in signals.items()})
+    tokens.embeds, tokens.project = tokens.embeds.bfloat16(), project
+    chosen = stage.select(tokens, **signals)
+    assert seen == [torch.float32, features_dtype]
+    assert chosen.values.dtype == torch.bfloat16
+    assert torch.equal(chosen.index, expected.index)
+    torch.testing.assert_close(chosen.values, expected.values.bfloat16())
 
 
 def test_visionzip_needs_a_way_for_the_class_token() -> None:

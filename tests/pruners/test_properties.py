@@ -59,6 +59,8 @@ def drawn(variant: Pruner, layout: Layout, batch: int, seed: int) -> Tokens:
 
 
 def supported(variant: Pruner, layout: Layout) -> bool:
+    if getattr(variant, "dominant", None) is not None:  # as many tokens of every view, also without class token
+        return all(view.size >= variant.dominant + variant.contextual for view in layout.views if view.size)
     return variant.name != "downsample" or len(layout.views) == 1
 
 
@@ -138,6 +140,8 @@ def test_a_batch_selects_as_its_images_do_alone(
 def test_counts_are_known_from_the_layout_alone(variant: Pruner, grid: tuple[int, int], keep: Keep) -> None:
     """Statement: ``kept(n, grid)`` agrees with the layout's count, lies in 1 .. n, and never exceeds an integer budget."""
     pruner, n = replace(variant, keep=keep), grid[0] * grid[1]
+    if not supported(pruner, Layout.grid(*grid)):
+        return
     kept = pruner.kept(n, grid)
     assert kept == pruner.kept_in(Layout.grid(*grid))
     assert 1 <= kept <= n
