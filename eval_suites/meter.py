@@ -233,7 +233,8 @@ def check_image(pruner: Pruner, stages: Sequence[Stage], image: ImageTrace, aske
     """Hold what happened to a picture against the budget.
 
     Raises:
-        BudgetMismatch: tokens counted twice, other tokens in a layer than the trace's, or not ``asked`` at the end.
+        BudgetMismatch: tokens counted twice, other tokens in a layer than the trace's, or not ``asked`` at the end (where
+            the content decides how many: more than ``asked``).
     """
     layout, keep = image.layout, getattr(pruner, "keep", None)
     most = layout.size if keep is None else budget(keep, layout.size, math.ceil) + len(layout.views) - 1
@@ -247,6 +248,10 @@ def check_image(pruner: Pruner, stages: Sequence[Stage], image: ImageTrace, aske
         if not 0 <= seen - len(kept) <= len(layout.newlines):
             raise BudgetMismatch(f"{pruner.name}: layer {layer} saw {seen} tokens where {len(kept)} were kept")
         want = layout.size if layer < min(acting) else asked if layer >= max(acting) else None
+        if pruner.adaptive and layer >= min(acting) and len(kept) > asked:
+            raise BudgetMismatch(
+                f"{pruner.name} kept {len(kept)} of {layout.size} tokens at decoder layer {layer}, more than its budget of {asked}"
+            )
         if not pruner.adaptive and want is not None and len(kept) != want:
             raise BudgetMismatch(
                 f"{pruner.name} kept {len(kept)} of {layout.size} tokens at decoder layer {layer} where its budget is {want}"

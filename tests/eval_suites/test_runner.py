@@ -241,6 +241,13 @@ class Toy(Pruner):
         return (self.announce,)
 
 
+@dataclass(frozen=True)
+class Deciding(Toy):
+    """Lets the content decide, up to what it announces."""
+
+    adaptive = True
+
+
 def _first(tokens: Any, k: int) -> Selection:
     return Selection(torch.arange(k).expand(len(tokens.embeds), -1))
 
@@ -263,6 +270,7 @@ LIARS = {
     "keeps less": (Toy(work=lambda tokens: _first(tokens, 3)), "kept 3 of 16 tokens"),
     "announces more": (Toy(work=lambda tokens: _first(tokens, 9), announce=9), "keep=0.25 of 16 allows 4"),
     "counts twice": (Toy(work=_twice), "kept some token twice"),
+    "decides for more": (Deciding(work=lambda tokens: _first(tokens, 5)), "more than its budget of 4"),
     "late and nothing": (Toy(work=keep_all, layer=2), "tokens at decoder layer 2 where its budget is 4"),
 }
 
