@@ -6,6 +6,7 @@
    what it shows, so that no picture is needed.
 3. *align*: the projector alone learns to turn the frozen tower's patches into those word sums.
 4. *vqa*: everything is trained together on pictures and questions.
+5. *read*: the decoder alone, on the frozen tower's tokens, some of them left out for speed, and hard scenes.
 
 All data is drawn on line from `scenes.py`, batch by batch from (seed, stage, step), so that a run can be resumed and
 repeated. Pictures carry several questions in one sequence; the attention mask keeps the questions from seeing each
@@ -46,7 +47,7 @@ from transformers import (
 from . import scenes
 
 TRAIN_STREAM, CHECK_STREAM = 0, 2  # stream 1 is `samples()`
-STAGES = ("tower", "decoder", "align", "vqa")
+STAGES = ("tower", "decoder", "align", "vqa", "read")
 SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<image>")
 PATCH = 8
 GRID = scenes.IMAGE_SIZE // PATCH
@@ -94,7 +95,9 @@ def vocabulary() -> list[str]:
     text += " describe picture background first second yes no"
     words = [*text.split(), *scenes.COLOURS, *scenes.SHAPES, *scenes.ROWS, *scenes.COLUMNS]
     words += [str(n) for n in range(1, scenes.MAX_OBJECTS + 1)] + [letter.lower() for letter in scenes.ALPHABET]
-    return [*SPECIAL, *dict.fromkeys(words)]
+    # a place is answered in one token: looking the object up again for the second word is what was never learnt
+    places = [scenes.place(cell).replace(" ", "_") for cell in range(CELL_COUNT)]
+    return [*SPECIAL, *dict.fromkeys(words), *places]
 
 
 TOKENS = {word: index for index, word in enumerate(vocabulary())}
@@ -203,6 +206,8 @@ def question_blocks(questions: list[scenes.Question]) -> tuple[np.ndarray, np.nd
     for number, question in enumerate(questions):
         asked = encode(f"{question.text} ASSISTANT:")
         answer = " ".join(question.answer) if question.task == "code" else question.answer
+        if question.task == "location":
+            answer = answer.replace(" ", "_")
         tokens = [*asked, *encode(answer), TOKENS["</s>"]]
         end = start + len(tokens)
         if end > BLOCK_LENGTH:
@@ -268,7 +273,7 @@ class Batches(IterableDataset):
             pictures = self.stage != "decoder"
             captions = 0.1 if self.stage == "decoder" else 0.0
             # once pictures are read, half of the scenes need colour and shape together to find the object asked about
-            alike = 0.5 if self.stage == "vqa" and step >= ALIKE_FROM else 0.0
+            alike = 0.5 if self.stage == "read" or (self.stage == "vqa" and step >= ALIKE_FROM) else 0.0
             yield make_batch(seed, self.size, False, pictures, most, captions, alike)
 
 
@@ -461,8 +466,13 @@ class Trainer:
         if stage == "align" and self.model.training:
             words = patch_words(batch["labels"], embed).detach()
             return F.mse_loss(tokens.float(), words) / words.var(), {}
+        if stage == "read" and self.model.training:
+            generator = torch.Generator().manual_seed(self.options.seed + step)
+            where = some_patches(batch["labels"], self.options.read_patches, generator)
+            tokens = tokens.detach().gather(1, where[..., None].expand(-1, -1, tokens.shape[-1]))
+            return answer_loss(self.decode, self.model, tokens, batch, where)
         loss, figures = answer_loss(self.decode, self.model, tokens, batch)
-        if stage == "align":
+        if stage in ("align", "read"):
             return loss, figures
         dense, dense_figures = self.heads(patches, pooled, batch)
         return loss + 0.3 * dense, figures | dense_figures
@@ -475,6 +485,7 @@ class Trainer:
             "tower": [(tower, 1.0), (self.heads, 1.0)],
             "decoder": [(decoder, 1.0)],
             "align": [(projector, 1.0)],
+            "read": [(decoder, 1.0)],
             "vqa": [(tower, 1.0), (self.heads, 1.0), (projector, 1.0), (decoder, 1.0)],
         }[stage]
         for module in (self.model, self.heads):
@@ -534,8 +545,8 @@ class Trainer:
                 self.model.load_state_dict(weights, strict=False)
                 if part == "tower":
                     self.heads.load_state_dict(state["heads"])
-        elif stage == "vqa":
-            state = self.load("align")
+        elif stage in ("vqa", "read"):
+            state = self.load(STAGES[STAGES.index(stage) - 1])
             self.model.load_state_dict(state["model"])
             self.heads.load_state_dict(state["heads"])
 
@@ -555,8 +566,8 @@ class Trainer:
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         loader = DataLoader(Batches(options, stage, first, total), batch_size=None, num_workers=1, prefetch_factor=4)
         start = saved = time.monotonic()
-        warmup = 20 if stage == "align" else 200
-        decay = max(1, 2 * total // 5) if stage == "vqa" else 1
+        warmup = 20 if stage in ("align", "read") else 200
+        decay = max(1, 2 * total // 5) if stage == STAGES[-1] else 1
         running: list[float] = []
         for step, batch in enumerate(loader, first):
             rate = peak * min(1.0, (step + 1) / warmup, (total - step) / decay)
@@ -603,6 +614,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of torch, 0 for its own choice")
     parser.add_argument("--check-every", type=int, default=200, help="steps between held-out checks")
     parser.add_argument("--decoder-patches", type=int, default=36, help="patches a picture in the decoder stage")
+    parser.add_argument("--read-patches", type=int, default=60, help="patches a picture in the read stage")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 autocast")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="needs a C++ compiler")
     for name, value in vars(Sizes()).items():
@@ -611,7 +623,8 @@ def parse() -> argparse.Namespace:
         ("tower", 657, 64, 1e-3),
         ("decoder", 2665, 32, 1e-3),
         ("align", 150, 64, 2e-3),
-        ("vqa", 720, 32, 5e-4),
+        ("vqa", 421, 32, 5e-4),
+        ("read", 260, 32, 1e-3),
     ):
         parser.add_argument(f"--{stage}-steps", type=int, default=steps)
         parser.add_argument(f"--{stage}-batch", type=int, default=batch, help="pictures a step")
@@ -625,7 +638,7 @@ def main() -> None:
     trainer = Trainer(options)
     for stage in options.stages:
         trainer.run(stage)
-        if stage == "vqa":
+        if stage == STAGES[-1]:
             trainer.export()
 
 
