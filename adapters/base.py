@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -40,7 +41,7 @@ class Modality:
     token_id: int
 
 
-class Adapter:
+class Adapter(ABC):
     """One attached model of one family. Subclasses fill in what differs; nothing here knows a pruner.
 
     Class attributes: ``family`` is its name, ``classes`` the names of the ``transformers`` classes it serves.
@@ -64,30 +65,30 @@ class Adapter:
     # ------------------------------------------------------------------------------------- what a family must answer
 
     @property
+    @abstractmethod
     def tower(self) -> nn.Module:
         """The vision tower."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def modalities(self) -> tuple[Modality, ...]:
         """The kinds of visual input the model takes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def describe(self) -> ModelInfo:
         """What pruners may know about the model."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tap(self, signals: Iterable[Signal]) -> Tap:
         """A tap on the vision tower that collects ``signals``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def layouts(self, kind: str, call: dict[str, Any], output: Any) -> list[Layout]:
         """Layout of every image or video of an encoder call with arguments ``call``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def arrange(self, kind: str, values: Tensor, layouts: list[Layout], call: dict[str, Any]) -> list[Tensor]:
         """Bring tower values (one row per patch) to the layouts: ``[(N, C)]``, separators left out."""
-        raise NotImplementedError
 
     @property
     def project(self) -> Callable[[Tensor], Tensor] | None:

@@ -170,7 +170,6 @@ class _Frame:
     mask: Tensor  # (B, past + L) bool, the caller's
     held: list[Held]
     prompt: bool
-    cache: Any
     current: Held  # which of ``held`` the running layers have
     pruned: bool = False  # a stage has taken something away, or put something else in its place
     spans: list[Span] = field(default_factory=list)
@@ -199,6 +198,7 @@ class Decoder:
         self.selector = selector
         self.mrope = mrope
         self.frame: _Frame | None = None
+        self._cache: Any = None  # of the running call, from its first moment on
         self._handles = [
             text_model.register_forward_pre_hook(self._enter, with_kwargs=True),
             text_model.register_forward_hook(self._exit, with_kwargs=True),
@@ -231,7 +231,7 @@ class Decoder:
         embeds = kwargs.get("inputs_embeds")
         if embeds is None:
             return None
-        cache = kwargs.get("past_key_values")
+        cache = self._cache = kwargs.get("past_key_values")
         state: CacheState | None = getattr(cache, "foveate", None)
         if state is not None:
             state.inside = True
@@ -246,7 +246,7 @@ class Decoder:
         positions, text_row = self._positions(kwargs.get("position_ids"), batch, past, length, embeds.device)
         nothing = torch.zeros(batch, dtype=torch.long, device=embeds.device)
         held = state.held if state else [Held(0, torch.arange(past, device=embeds.device).expand(batch, past), nothing)]
-        frame = _Frame(length, past, mask.bool(), held, prompt, cache, held[0])
+        frame = _Frame(length, past, mask.bool(), held, prompt, held[0])
         frame.spans.append(
             self._span(
                 frame,
@@ -437,11 +437,10 @@ class Decoder:
 
     def _close(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Also runs when the forward pass failed."""
-        cache = self.frame.cache if self.frame is not None else None
-        for filled in (cache, getattr(output, "past_key_values", None)):
+        for filled in (self._cache, getattr(output, "past_key_values", None)):
             if hasattr(filled, "foveate"):
                 filled.foveate.inside = False
-        self.frame = None
+        self.frame = self._cache = None
         self.selector.forget()
 
     def _remember(self, cache: Any) -> None:

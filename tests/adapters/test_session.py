@@ -415,7 +415,7 @@ def test_bare_models_and_names_and_parameters() -> None:
     model, given = tiny("llava"), scene_inputs("llava", "single")
     with foveate.attach(model.model, "random", keep=3, seed=2) as session:
         model.model(**given)
-        assert session.trace.parameters == {"keep": 3, "seed": 2, "shuffle": False}
+        assert session.trace.parameters == {"keep": 3, "seed": 2, "shuffle": False, "layer": None}
         assert session.trace.tokens_per_layer == [3] * 4
 
 
@@ -607,6 +607,7 @@ def test_calls_that_cannot_be_pruned_are_refused() -> None:
             model(input_ids=torch.tensor([[5]]), past_key_values=cropped)
         with pytest.raises(foveate.InputError, match="unpruned sequence"):
             model(input_ids=torch.tensor([[5]]), past_key_values=cache, attention_mask=torch.ones(1, 4))
+        assert cache.get_seq_length() == length  # a refused call leaves the cache as it was
         assert torch.equal(model(**given).logits, good)
 
 
