@@ -4,8 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-# shapes-llava never met a picture with closed gaps in training, so tokens keep their positions here.
-BENCH := --model shapes-llava --suite shapes --pruners all --keep 0.5,0.25,0.11 --limit 200 --positions keep
+BENCH := --model shapes-llava --suite shapes --pruners all --keep 0.5,0.25,0.11 --limit 200
 
 .DELETE_ON_ERROR:
 .PHONY: bench test lint format clean

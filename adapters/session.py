@@ -42,6 +42,10 @@ def attach(model: nn.Module, pruner: str | Pruner | type[Pruner], *, positions: 
         UnsupportedModelError: unknown family. MissingSignalError: the method reads what the model cannot provide.
         UnknownNameError, ParameterError, BudgetError: bad names or values. AttachError: a pruner is attached already.
     """
+    if isinstance(pruner, nn.Module):
+        raise ParameterError(
+            f"the model comes first: foveate.attach(model, pruner), not {type(pruner).__name__} second"
+        )
     return Session(model, create(pruner, **params), positions)
 
 
@@ -97,6 +101,8 @@ class Session:
         self._seen = 0
         self._input_ids: Tensor | None = None
         self._brought: list[Modality] = []
+        self._again = False  # generate() without a cache brings the same features with every token
+        self._known: dict[tuple[str, int], int] = {}  # ids of the encoded pictures
         self._visual: Tensor | None = None
         self._text: dict[int | None, Tensor] = {}
         self._embeds: Tensor | None = None
@@ -215,6 +221,7 @@ class Session:
             return output  # asked for as a tuple: not on the way into the decoder
         if shrunk:
             output.pooler_output = self._padded(modality, call, output)
+        self._known = {}
         self._encoded[modality.kind] = self._adapter.encoded(modality.kind, output, call, signals)
         return output
 
@@ -229,6 +236,7 @@ class Session:
     def _note_ids(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         call = bind(module.forward, args, kwargs) if args else kwargs
         encoded = call.get("mm_encoder_outputs") or {}
+        self._again = bool(encoded) and not call.get("use_cache", True)
         # placeholder tokens that come without features (a model may generate one) are ordinary text
         self._brought = [
             modality
@@ -318,13 +326,17 @@ class Session:
         if len(self._brought) > 1:  # pictures and videos may take turns
             self._items.sort(key=lambda item: (item.sample, int(item.places[0])))
         unique = [item for item in self._items if item.trace is not None]
+        if self._known:  # encoded once, here again
+            for item in self._items:
+                item.id = self._known[item.kind, item.number]
+            return
         ids = range(self._seen, self._seen + len(unique)) if self.sample_ids is None else list(self.sample_ids)
         if len(ids) != len(unique):
             raise ParameterError(f"sample_ids names {len(ids)} images, the call brings {len(unique)}")
         self._seen, self.sample_ids = self._seen + len(unique), None
-        known = {(item.kind, item.number): i for item, i in zip(unique, ids)}
+        self._known = {(item.kind, item.number): i for item, i in zip(unique, ids)}
         for item in self._items:
-            item.id = known[item.kind, item.number]
+            item.id = self._known[item.kind, item.number]
 
     def at_input(self, embeds: Tensor) -> Choice | None:
         """Run the stage at ``llm_input``, once per encoded picture."""
@@ -345,7 +357,6 @@ class Session:
                 tokens = self._tokens(stage, features, layout, items)
                 for item, row in zip(items, _select(stage, tokens, signals)):
                     results[item.kind, item.number] = row
-        self._encoded = {}
         return self._choice(stage, embeds, [results[item.kind, item.number] for item in self._items], 0)
 
     def at_layer(self, layer: int, hidden: Tensor, span: Span) -> Choice | None:
@@ -378,7 +389,9 @@ class Session:
     def forget(self) -> None:
         """Let go of the call's tensors."""
         self._decoder_tap.close()
-        self._items, self._encoded, self._text, self._running = [], {}, {}, None
+        self._items, self._text, self._running = [], {}, None
+        if not self._again:
+            self._encoded, self._known = {}, {}
         self._embeds = self._visual = self._ids = self._attended = None
 
     def _timed(self, stage: Stage, device: torch.device) -> Any:

@@ -55,4 +55,8 @@ def create(method: str | Pruner | type[Pruner], **params: Any) -> Pruner:
     for name in params:
         if name not in known:
             raise UnknownNameError(f"{cls.name} has no parameter {name!r}; {nearest(name, known)}")
-    return cls(**params)
+    try:
+        return cls(**params)
+    except TypeError as error:  # a value that cannot even be compared
+        given = ", ".join(f"{name}={value!r}" for name, value in params.items())
+        raise ParameterError(f"{cls.name} cannot use {given}: {error}; see `foveate show {cls.name}`") from None

@@ -126,6 +126,16 @@ def test_beams_equal_masked_beams(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_generation_without_a_cache_equals_generation_with_one(family: str) -> None:
+    """Pictures are encoded once and come again with every token; what is drawn for them stays."""
+    model, given = tiny(family), scene_inputs(family, "padded")
+    with foveate.attach(model, "random", keep=0.5):
+        expected = model.generate(**given, **GREEDY)
+    with foveate.attach(model, "random", keep=0.5):
+        assert torch.equal(model.generate(**given, **GREEDY, use_cache=False), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_sampling_is_reproducible_and_returns_several(family: str) -> None:
     model, given = tiny(family), scene_inputs(family, "padded")
     with foveate.attach(model, STAGED):
@@ -552,6 +562,10 @@ def test_unknown_names_suggest_the_nearest() -> None:
         foveate.attach(model, "random", positions="left")
     with pytest.raises(foveate.ParameterError, match="Pruner"):
         foveate.attach(model, 7)
+    with pytest.raises(foveate.ParameterError, match="model comes first"):
+        foveate.attach("random", model)
+    with pytest.raises(foveate.ParameterError, match="alpha='x'"):
+        foveate.attach(model, "hiprune", alpha="x")
 
 
 def test_models_without_a_vision_tower_are_refused() -> None:
