@@ -266,10 +266,7 @@ def _methods(methods: Any) -> Iterator[tuple[Pruner, dict[str, Any] | None]]:
             if name == "all" and not given:
                 yield from ((cls(), {}) for _, cls in sorted(PRUNERS.items()) if _runs_by_itself(cls))
                 continue
-            try:
-                yield create(name, **given), given
-            except TypeError as error:  # a value of another type, or a parameter that has no default
-                raise ParameterError(f"{name} with parameters {given} cannot be built: {error}") from None
+            yield create(name, **given), given
     elif isinstance(methods, Sequence):
         for method in methods:
             yield from _methods(method)

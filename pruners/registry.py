@@ -59,4 +59,6 @@ def create(method: str | Pruner | type[Pruner], **params: Any) -> Pruner:
         return cls(**params)
     except TypeError as error:  # a value that cannot even be compared
         given = ", ".join(f"{name}={value!r}" for name, value in params.items())
-        raise ParameterError(f"{cls.name} cannot use {given}: {error}; see `foveate show {cls.name}`") from None
+        raise ParameterError(
+            f"{cls.name} cannot be built with {given}: {error}; see `foveate show {cls.name}`"
+        ) from None
