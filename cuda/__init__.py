@@ -10,12 +10,15 @@ from typing import Any
 __path__ = __import__("pkgutil").extend_path(__path__, __name__)
 
 _HOME = {
+    "best_match": "merging",
     "class_attention": "attention",
     "conditional_dpp": "selection",
     "diverse_subset": "selection",
     "given_attention": "attention",
+    "merge_tokens": "merging",
     "received_attention": "attention",
     "rows_to_columns_attention": "attention",
+    "similarity_energy": "merging",
 }
 __all__ = sorted(_HOME)
 

@@ -1,0 +1,150 @@
+"""What token mergers need: how redundant a token is, its nearest partner, and the weighted mean of a group.
+
+Inputs may have any float dtype and strides; scores are float32 products of float32 factors, also where TF32 is allowed:
+the groups depend on the order of scores, which coarser products change.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import elu, normalize
+
+_BLOCK_ELEMENTS = 1 << 23  # similarities held at once: 32 MiB of float32
+_TINY = 1e-12
+
+
+def _full_precision(operation: Callable[..., Any]) -> Callable[..., Any]:
+    """Run without autocast, and without TF32 on a GPU that is allowed to use it."""
+
+    @functools.wraps(operation)
+    def run(first: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not first.is_cuda:
+            return operation(first, *args, **kwargs)
+        allowed = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = False
+        try:
+            with torch.autocast("cuda", enabled=False):
+                return operation(first, *args, **kwargs)
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = allowed
+
+    return run
+
+
+@_full_precision
+def similarity_energy(metric: Tensor, margin: float, *, alpha: float = 1.0, jump: bool = False) -> Tensor:
+    """PiToMe's energy: how much a token resembles all others (arXiv 2405.16148, section 3.2).
+
+    ``E_i = mean_j f(cos(metric_i, metric_j))`` over all j, itself included, where ``f(x) = x - margin`` above the margin
+    and ``alpha * (exp(x - margin) - 1)`` below.
+
+    Args:
+        metric: ``(B, N, C)``, normalised here; a zero row is similar to nothing.
+        jump: the paper's f, which is ``x`` itself above the margin; the published code subtracts the margin.
+
+    Returns:
+        ``(B, N)`` float32. O(N^2 C) time; a block of rows of the N x N similarities is held at a time.
+    """
+    unit = normalize(metric.float(), dim=-1, eps=_TINY)
+    energy = []
+    for rows in _row_blocks(unit, unit.shape[1]):
+        excess = torch.baddbmm(unit.new_tensor(-margin), rows, unit.mT)  # (B, rows, N)
+        if jump:
+            energy.append(torch.where(excess > 0, excess + margin, elu(excess, alpha)).mean(dim=-1))
+        else:
+            energy.append(elu(excess, alpha, inplace=not excess.requires_grad).mean(dim=-1))
+    return torch.cat(energy, dim=1) if len(energy) > 1 else energy[0]
+
+
+@_full_precision
+def best_match(
+    sources: Tensor, targets: Tensor, *, source_valid: Tensor | None = None, target_valid: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The target most similar to every source, by cosine.
+
+    Args:
+        sources: ``(B, S, C)``; targets: ``(B, T, C)``, T >= 1; zero rows have similarity 0 to everything.
+        source_valid: ``(B, S)`` bool, False gives score -inf; target_valid: ``(B, T)`` bool, False is never a match.
+
+    Returns:
+        ``(B, S)`` float32 similarity and ``(B, S)`` int64 target, the lower of equally similar ones. O(S T C) time; a block
+        of rows of the S x T similarities is held at a time.
+    """
+    sources, targets = (normalize(x.float(), dim=-1, eps=_TINY) for x in (sources, targets))
+    scores, indices = [], []
+    for rows in _row_blocks(sources, targets.shape[1]):
+        similarity = rows @ targets.mT  # (B, rows, T)
+        if target_valid is not None:
+            similarity = similarity.masked_fill(~target_valid[:, None], -torch.inf)
+        index = similarity.argmax(dim=-1)
+        indices.append(index)
+        scores.append(similarity.gather(-1, index[..., None]).squeeze(-1))
+    score, index = torch.cat(scores, dim=1), torch.cat(indices, dim=1)
+    if source_valid is not None:
+        score = score.masked_fill(~source_valid, -torch.inf)
+    return score, index
+
+
+def _row_blocks(rows: Tensor, columns: int) -> Iterator[Tensor]:
+    """``rows (B, N, C)`` in blocks whose products with ``columns`` vectors fit into the block size."""
+    step = max(1, _BLOCK_ELEMENTS // max(1, len(rows) * columns))
+    return (rows[:, start : start + step] for start in range(0, max(1, rows.shape[1]), step))
+
+
+@_full_precision
+def merge_tokens(
+    x: Tensor, keep: Tensor, source: Tensor, target: Tensor, sizes: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Replace some tokens by the weighted mean of themselves and those that merge into them; drop the merged ones.
+
+    Written to be cheap where few tokens merge: rows that stay are copied once, and only the r sources and their targets
+    are computed with. O(K C + r^2 C).
+
+    Args:
+        x: ``(B, N, C)``.
+        keep: ``(B, K)`` int64, the rows that stay, in the order in which they leave.
+        source: ``(B, r)`` int64, rows that merge; target: ``(B, r)`` int64, *positions in keep* they merge into. Several
+            may share one.
+        sizes: ``(B, N)`` float32 weights, the number of patches in each row; None = all one.
+
+    Returns:
+        ``(B, K, C)`` in the dtype of ``x``, and ``(B, K)`` float32 new sizes. Means are taken in float32.
+    """
+    kept = _take_rows(x, keep)
+    moved = _take_rows(x, source).float()
+    after = merged_sizes(keep, source, target, sizes)
+    total = _take_rows(kept, target).float()
+    if sizes is not None:
+        total = total * sizes.gather(1, keep.gather(1, target))[..., None]
+        moved = moved * sizes.gather(1, source)[..., None]
+    together = target[:, :, None] == target[:, None]  # (B, r, r): sources of one group
+    mean = torch.baddbmm(total, together.to(moved.dtype), moved) / after.gather(1, target)[..., None]
+    # a group's mean is written once per source of it, the same value each time; only the first write is differentiated
+    if mean.requires_grad:
+        repeated = together.tril(-1).any(dim=-1, keepdim=True)
+        mean = torch.where(repeated, mean.detach(), mean)
+    kept.flatten(0, 1).index_copy_(0, _flat(target, keep.shape[1]), mean.flatten(0, 1).to(x.dtype))
+    return kept, after
+
+
+def merged_sizes(keep: Tensor, source: Tensor, target: Tensor, sizes: Tensor | None = None) -> Tensor:
+    """The sizes of :func:`merge_tokens` alone: ``(B, K)`` float32."""
+    if sizes is None:
+        ones = torch.ones(keep.shape, device=keep.device)
+        return ones.scatter_add(1, target, torch.ones(source.shape, device=keep.device))
+    return sizes.gather(1, keep).scatter_add(1, target, sizes.gather(1, source))
+
+
+def _take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """``x (B, N, C)`` at rows ``index (B, K)``: whole rows are copied, which `gather` would do element by element."""
+    return x.reshape(-1, x.shape[-1]).index_select(0, _flat(index, x.shape[1])).view(*index.shape, x.shape[-1])
+
+
+def _flat(index: Tensor, rows: int) -> Tensor:
+    """Row numbers of a batch ``(B, K)`` laid out one after the other: ``(B * K,)``."""
+    return (index + rows * torch.arange(len(index), device=index.device)[:, None]).flatten()
