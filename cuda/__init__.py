@@ -13,12 +13,16 @@ _HOME = {
     "best_match": "merging",
     "class_attention": "attention",
     "conditional_dpp": "selection",
+    "core_neurons": "neurons",
     "diverse_subset": "selection",
     "given_attention": "attention",
+    "match_counts": "neurons",
     "merge_tokens": "merging",
+    "neuron_counts": "neurons",
     "received_attention": "attention",
     "rows_to_columns_attention": "attention",
     "similarity_energy": "merging",
+    "transition_score": "transitions",
 }
 __all__ = sorted(_HOME)
 

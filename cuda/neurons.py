@@ -1,0 +1,65 @@
+"""Which neurons of a gated MLP a prompt uses. ``hidden (B, T, F)`` is what enters the down projection, of any float dtype;
+a neuron is active where it is positive. Counts are exact integers, ties go to the lower index."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from foveate.errors import ParameterError
+
+_BLOCK_ELEMENTS = 1 << 22  # activations looked at together
+TOPK = ("mean", "per_token")
+
+
+def neuron_counts(hidden: Tensor, rho: float, *, valid: Tensor | None = None, topk: str = "mean") -> Tensor:
+    """How many tokens have each neuron among their strongest.
+
+    Args:
+        hidden: ``(B, T, F)``.
+        rho: share of its active neurons that a token contributes, the strongest first.
+        valid: ``(B, T)`` bool, tokens that count (None: all).
+        topk: ``"mean"``: all tokens contribute equally many, ``floor(rho * active / T)`` with the active neurons of all T
+            tokens, so a token may contribute inactive ones; ``"per_token"``: each contributes ``floor(rho * its own active)``.
+
+    Returns:
+        ``(B, F)`` int64. Memory O(B F) and a block of tokens; no copy of ``hidden``.
+
+    Raises:
+        ParameterError: unknown ``topk``.
+    """
+    if topk not in TOPK:
+        raise ParameterError(f"topk={topk!r} is not one of {', '.join(map(repr, TOPK))}")
+    batch, length, neurons = hidden.shape
+    if valid is None:
+        valid = hidden.new_ones(batch, length, dtype=torch.bool)
+    active = (hidden > 0).sum(dim=-1) * valid  # (B, T)
+    if topk == "mean":
+        tokens = valid.sum(dim=1, keepdim=True).clamp(min=1)
+        k = (rho * active.sum(dim=1, keepdim=True).double() / tokens).long().expand(batch, length)
+    else:
+        k = (rho * active.double()).long()
+    k = k * valid
+    counts = torch.zeros(batch, neurons, dtype=torch.long, device=hidden.device)
+    most = int(rho * neurons)  # no token has more active neurons than there are
+    step = max(1, _BLOCK_ELEMENTS // max(1, batch * neurons))
+    for start in range(0, length if most else 0, step):
+        block, wanted = hidden[:, start : start + step], k[:, start : start + step, None]
+        strongest = block.topk(most, dim=-1).values
+        weakest = strongest.gather(-1, (wanted - 1).clamp(min=0))  # of those that count
+        above, equal = block > weakest, block == weakest
+        room = wanted - above.sum(dim=-1, keepdim=True)
+        chosen = above | (equal & (equal.cumsum(dim=-1, dtype=torch.int32) <= room))
+        counts += (chosen & (wanted > 0)).sum(dim=1)
+    return counts
+
+
+def core_neurons(counts: Tensor, beta: float) -> Tensor:
+    """The ``floor(beta * F)`` neurons of largest count, none that has count 0: ``(B, F) -> (B, F)`` bool."""
+    first = counts.argsort(dim=-1, descending=True, stable=True)[..., : int(beta * counts.shape[-1])]
+    return torch.zeros_like(counts, dtype=torch.bool).scatter(-1, first, True) & (counts > 0)
+
+
+def match_counts(active: Tensor, core: Tensor) -> Tensor:
+    """Neurons that each token shares with a set: ``active (B, N, F)`` bool, ``core (B, F)`` bool -> ``(B, N)`` int64."""
+    return (active & core[:, None]).sum(dim=-1)
