@@ -134,7 +134,7 @@ def split_doc(doc: str) -> tuple[str, dict[str, str]]:
         elif entries:
             entries[next(reversed(entries))].append(line.strip())
     rest = "\n\n".join(part for part in (doc[: heading.start()].strip(), "\n".join(lines[end:]).strip()) if part)
-    texts = {names: " ".join(filter(None, text)).replace("``", "`") for names, text in entries.items()}
+    texts = {names: plain(" ".join(filter(None, text))) for names, text in entries.items()}
     return rest, {name: text for names, text in texts.items() for name in names.split(", ")}
 
 
@@ -144,7 +144,20 @@ def _reflow(doc: str) -> str:
         part if re.search(r"^(\s|[-*]\s|\d+\.\s)", part, re.MULTILINE) else part.replace("\n", " ")
         for part in doc.split("\n\n")
     ]
-    return "\n\n".join(paragraphs).replace("``", "`")
+    return plain("\n\n".join(paragraphs))
+
+
+def plain(doc: str) -> str:
+    """A docstring's text without its Sphinx markup: roles go, code keeps one backtick."""
+    return re.sub(r":\w+:(?=`)", "", doc).replace("``", "`")
+
+
+def _prose(text: str) -> Text:
+    """``text`` with the code in backticks set off by a style."""
+    parts = text.split("`")
+    if len(parts) % 2 == 0:  # a backtick without its partner is one to print
+        return Text(text)
+    return Text.assemble(*((f"`{part}`", "cyan") if i % 2 else part for i, part in enumerate(parts)))
 
 
 def _parameters(cls: type[Pruner], docs: dict[str, str]) -> tuple[Parameter, ...]:
@@ -245,7 +258,7 @@ def print_card(method: Card, console: Console | None = None) -> None:
         console.print(Text(method.paper))
     if method.doc:
         console.print()
-        console.print(Text(method.doc))
+        console.print(_prose(method.doc))
 
     console.print()
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -254,7 +267,8 @@ def print_card(method: Card, console: Console | None = None) -> None:
     table.add_column("default")
     table.add_column("meaning")
     for p in method.parameters:
-        table.add_row(*map(Text, (p.name, p.type, "required" if p.default is None else p.default, p.doc)))
+        default = "required" if p.default is None else p.default
+        table.add_row(p.name, Text(p.type), Text(default), _prose(p.doc))
     console.print(table if method.parameters else "no parameters")
 
     console.print(Text("where it acts and what it reads, with default parameters", style="bold"))
@@ -263,6 +277,8 @@ def print_card(method: Card, console: Console | None = None) -> None:
         if isinstance(stages, str):
             console.print(Text(f"    {stages}"))
             continue
+        if not stages:
+            console.print(Text("    nowhere inside it: it prepares the picture", style="dim"))
         for stage in stages:
             extra = f"  [positions: {stage.positions}]" if stage.positions else ""
             console.print(Text.assemble("    ", (stage.hook, "cyan"), extra))

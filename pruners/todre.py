@@ -63,7 +63,7 @@ class ToDRE(Pruner):
         check_depth: where stage 2 looks, as fractions of the decoder's depth; the first place that passes wins.
         system_tokens: how many tokens at the start of the prompt are the system prompt, which stage 2 does not count as
             text. None: everything in front of the first picture counts as system prompt.
-        stage1, stage2: switches.
+        stage1, stage2: whether the stage runs.
         seed: of ``pivot="random"``.
     """
 
