@@ -95,6 +95,11 @@ class Adapter(ABC):
         """Per-token map from encoder features to decoder embeddings, None if tokens are merged on the way."""
         return None
 
+    @property
+    def centre_crop(self) -> bool:
+        """Whether the family's processor cuts the centre square out of a picture (for drawings only)."""
+        return False
+
     # ------------------------------------------------------------------------------------------------------- shared
 
     @property

@@ -40,6 +40,10 @@ class LlavaAdapter(Adapter):
         return None if several else self.inner.multi_modal_projector
 
     @property
+    def centre_crop(self) -> bool:
+        return self.prefix > 0  # CLIP's processor crops, SigLIP's resizes the whole picture
+
+    @property
     def side(self) -> int:
         """Patches per side of a view."""
         vision = self.inner.config.vision_config

@@ -19,6 +19,10 @@ class LlavaNextAdapter(LlavaAdapter):
     family = "llava_next"
     classes: ClassVar = ("LlavaNextForConditionalGeneration", "LlavaNextModel")
 
+    @property
+    def centre_crop(self) -> bool:
+        return False  # thumbnail and canvas show the whole picture
+
     def layouts(self, kind: str, call: dict[str, Any], output: Any) -> list[Layout]:
         sizes, cropped, limit = self._sizes(call), self._cropped(call), self._limit(call)
         return [self._layout(*size, crops, limit) for size, crops in zip(sizes, cropped, strict=True)]

@@ -314,11 +314,10 @@ class Session:
             first = stop
         return items
 
-    @staticmethod
-    def _item(kind: str, number: int, sample: int, layout: Layout, places: Tensor, first: bool) -> _Item:
+    def _item(self, kind: str, number: int, sample: int, layout: Layout, places: Tensor, first: bool) -> _Item:
         tokens = places[layout.places(places.device)]
         everything = torch.arange(layout.size, device=places.device)
-        trace = ImageTrace(sample, kind, layout) if first else None
+        trace = ImageTrace(sample, kind, layout, centre_crop=self._adapter.centre_crop) if first else None
         return _Item(kind, number, 0, sample, layout, places, tokens, everything, layout.length, trace)
 
     def _number(self) -> None:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import math
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from foveate.adapters.overlay import draw, on_white
+from foveate.errors import ParameterError
 from foveate.pruners.base import Layout
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 @dataclass
@@ -38,6 +47,7 @@ class ImageTrace:
 
     Attributes:
         sample: row of the batch; kind: ``"image"`` or ``"video"``; layout: its views and separators.
+        centre_crop: whether the model's processor shows it the picture's centre square only.
         stages: in order of depth; tokens_per_layer: visual tokens (separators counted) that each decoder layer saw.
     """
 
@@ -46,15 +56,20 @@ class ImageTrace:
     layout: Layout
     stages: list[StageTrace] = field(default_factory=list)
     tokens_per_layer: list[int] = field(default_factory=list)
+    centre_crop: bool = False
 
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of the first view."""
         return self.layout.views[0].grid
 
+    def reached(self, layer: int) -> list[StageTrace]:
+        """Stages that have acted before decoder layer ``layer`` runs."""
+        return [stage for stage in self.stages if stage.layer <= layer]
+
     def kept_at(self, layer: int) -> Tensor:
         """Tokens that decoder layer ``layer`` sees, ``(K,)`` int64 ascending."""
-        reached = [stage for stage in self.stages if stage.layer <= layer]
+        reached = self.reached(layer)
         device = self.stages[0].kept.device if self.stages else None
         return reached[-1].kept if reached else torch.arange(self.layout.size, device=device)
 
@@ -72,6 +87,27 @@ class ImageTrace:
     def scores(self) -> Tensor | None:
         """Scores of the first stage that ranked, ``(N,)``."""
         return next((s.scores for s in self.stages if s.scores is not None), None)
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything as plain lists and numbers; scores that are no number are None."""
+        return {
+            "sample": self.sample,
+            "kind": self.kind,
+            "tokens": self.layout.size,
+            "views": [dataclasses.asdict(view) for view in self.layout.views],
+            "newlines": [dataclasses.asdict(newline) for newline in self.layout.newlines],
+            "tokens_per_layer": list(self.tokens_per_layer),
+            "stages": [
+                {
+                    "hook": stage.hook,
+                    "layer": stage.layer,
+                    "kept": stage.kept.tolist(),
+                    "owner": None if stage.owner is None else stage.owner.tolist(),
+                    "scores": None if stage.scores is None else [_number(x) for x in stage.scores.tolist()],
+                }
+                for stage in self.stages
+            ],
+        }
 
 
 @dataclass
@@ -119,6 +155,45 @@ class Trace:
             elapsed = time.perf_counter() - began
             spans.append(lambda: elapsed)
 
+    def show(
+        self, image: Image | Sequence[Image] | None = None, number: int = 0, show: str = "kept", **options: Any
+    ) -> Image:
+        """What became of picture ``number``, drawn on ``image``: a PIL picture, which a notebook displays by itself.
+
+        Args:
+            image: the picture that was given to the processor (of a video: its frames); None draws on grey.
+            number: which of the prompt's pictures and videos.
+            show: ``"kept"``, ``"scores"`` or ``"groups"``; **options: ``layer`` and ``width``, see
+                :func:`foveate.adapters.overlay.draw`.
+
+        Raises:
+            ParameterError: the call had no such picture, or there is nothing of the kind to show.
+        """
+        if not 0 <= number < len(self.images):
+            raise ParameterError(f"number={number}: the prompt had {len(self.images)} pictures, counted from 0")
+        return draw(self.images[number], image, show=show, **options)
+
+    def save_image(
+        self, path: str | os.PathLike[str], image: Image | Sequence[Image] | None = None, **options: Any
+    ) -> None:
+        """Write :meth:`show` to a file; the name's ending decides on the format."""
+        picture = self.show(image, **options)
+        if os.fspath(path).lower().endswith((".jpg", ".jpeg", ".bmp")):  # formats without transparency
+            picture = on_white(picture)
+        picture.save(path)
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything as plain lists and numbers, ready for ``json.dumps``."""
+        return {
+            "method": self.method,
+            "parameters": json.loads(json.dumps(self.parameters, default=str)),
+            "positions": dict(self.positions),
+            "length": self.length,
+            "decoder_layers": self.decoder_layers,
+            "seconds": self.seconds,
+            "images": [image.as_json() for image in self.images],
+        }
+
     def __str__(self) -> str:
         lines = [f"{self.method}({', '.join(f'{k}={v!r}' for k, v in self.parameters.items())})"]
         for n, image in enumerate(self.images):
@@ -130,3 +205,7 @@ class Trace:
             )
         lines += [f"  {name}: {seconds * 1e3:.2f} ms" for name, seconds in self.seconds.items()]
         return "\n".join(lines)
+
+
+def _number(x: float) -> float | None:
+    return x if math.isfinite(x) else None
