@@ -74,6 +74,8 @@ class Session:
             hold picture features brings none that can be told from text: it runs unpruned.
         sample_ids: set to one number per image before a call to fix what random methods draw for it; by default images are
             numbered as they come, from 0.
+        frame_scores: set to one sequence of scores per video, one score per sampled frame, before a call whose method reads
+            them (``quota``); the call uses them up, for they belong to its question.
     """
 
     def __init__(self, model: nn.Module, pruner: Pruner, positions: str = "auto") -> None:
@@ -81,6 +83,7 @@ class Session:
         self.model, self.pruner, self.positions = model, pruner, positions
         self.trace: Trace | None = None
         self.sample_ids: Sequence[int] | None = None
+        self.frame_scores: Sequence[Sequence[float] | Tensor] | None = None
         self._adapter: Adapter = adapter_for(model)
         inner = self._adapter.inner
         attached = _ATTACHED.get(inner, lambda: None)()
@@ -103,6 +106,7 @@ class Session:
         self._brought: list[Modality] = []
         self._again = False  # generate() without a cache brings the same features with every token
         self._known: dict[tuple[str, int], int] = {}  # ids of the encoded pictures
+        self._scored: dict[int, Sequence[float]] = {}  # frame scores of the encoded videos
         self._visual: Tensor | None = None
         self._text: dict[int | None, Tensor] = {}
         self._embeds: Tensor | None = None
@@ -336,6 +340,18 @@ class Session:
         self._known = {(item.kind, item.number): i for item, i in zip(unique, ids)}
         for item in self._items:
             item.id = self._known[item.kind, item.number]
+        self._scored = self._scores([item for item in unique if item.kind == "video"])
+
+    def _scores(self, videos: list[_Item]) -> dict[int, Sequence[float]]:
+        """The given frame scores by number of the encoded video."""
+        given, self.frame_scores = self.frame_scores, None
+        if given is None:
+            return {}
+        if len(given) != len(videos):
+            raise ParameterError(
+                f"frame_scores has {len(given)} entries, the call brings {len(videos)} videos; give one sequence per video"
+            )
+        return {item.number: scores for item, scores in zip(videos, given)}
 
     def at_input(self, embeds: Tensor) -> Choice | None:
         """Run the stage at ``llm_input``, once per encoded picture."""
@@ -390,7 +406,7 @@ class Session:
         self._decoder_tap.close()
         self._items, self._text, self._running = [], {}, None
         if not self._again:
-            self._encoded, self._known = {}, {}
+            self._encoded, self._known, self._scored = {}, {}, {}
         self._embeds = self._visual = self._ids = self._attended = None
 
     def _timed(self, stage: Stage, device: torch.device) -> Any:
@@ -399,6 +415,8 @@ class Session:
 
     def _tokens(self, stage: Stage, embeds: Tensor, layout: Layout, items: list[_Item]) -> Tokens:
         tokens = Tokens(embeds, layout, tuple(item.id for item in items), project=self._adapter.exact_project)
+        if stage.reads_frame_scores and self._scored and items[0].kind == "video":
+            tokens.frame_scores = [self._scored[item.number] for item in items]
         if not stage.reads_text:
             return tokens
         rows = [item.sample for item in items]
@@ -457,7 +475,7 @@ class Session:
                 alive[item.sample, places] = True
             if result.values is not None:
                 places = item.tokens[chosen]
-                changed.append((torch.full_like(places, item.sample), places, result.values))
+                changed.append((torch.full_like(places, item.sample), places, result.values[: len(places)]))
             if result.order is not None:
                 rank = (
                     torch.arange(alive.shape[1], device=alive.device).expand_as(alive).clone() if rank is None else rank

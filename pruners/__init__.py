@@ -8,6 +8,7 @@ from foveate.pruners.divprune import DivPrune
 from foveate.pruners.fastv import FastV
 from foveate.pruners.fopru import FoPru
 from foveate.pruners.hiprune import HiPrune
+from foveate.pruners.quota import QuoTA
 from foveate.pruners.registry import PRUNERS, create, find, register
 from foveate.pruners.todre import ToDRE
 from foveate.pruners.visionzip import VisionZip
@@ -27,6 +28,7 @@ __all__ = [
     "Layout",
     "ModelInfo",
     "Pruner",
+    "QuoTA",
     "Random",
     "Selection",
     "Stage",

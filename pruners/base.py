@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import lru_cache
@@ -129,6 +129,8 @@ class Tokens:
         instruction_mask: ``(B, T)`` bool.
         instruction_ids: ``(B, T)`` token ids, -1 where masked.
         project: maps encoder features ``(..., C)`` to decoder embeddings ``(..., D)``; None where there is no projector.
+        frame_scores: ``B`` sequences, one score per sampled frame of each video; None for pictures, where nobody gave any,
+            and unless the stage reads them.
     """
 
     embeds: Tensor
@@ -138,6 +140,7 @@ class Tokens:
     instruction_mask: Tensor | None = None
     instruction_ids: Tensor | None = None
     project: Callable[[Tensor], Tensor] | None = None
+    frame_scores: Sequence[Sequence[float]] | None = None
 
     @property
     def count(self) -> int:
@@ -155,6 +158,8 @@ class Selection:
         owner: ``(B, N)`` the surviving token that speaks for each token, -1 if none does; None for pure pruners.
         scores: ``(B, N)`` float, higher is more worth keeping; only for people to look at.
         order: ``(B, K)`` permutation of 0 .. K-1: column ``order[b, j]`` of ``index`` enters the decoder as j-th; None = ascending.
+        resample: B functions ``(N, C) -> (K, C)``, how other features of the tokens (DeepStack levels) become those of the
+            survivors where ``values`` are mixtures; None: each survivor keeps its own.
     """
 
     index: Tensor
@@ -162,6 +167,7 @@ class Selection:
     owner: Tensor | None = None
     scores: Tensor | None = None
     order: Tensor | None = None
+    resample: Sequence[Callable[[Tensor], Tensor]] | None = None
 
 
 # --------------------------------------------------------------------------------------------------------- signals
@@ -220,6 +226,14 @@ class ClassFeatures(Signal):
 
 
 @dataclass(frozen=True)
+class UnpooledFrames(Signal):
+    """``(B, V * n, D)`` projected tokens of a video's frames in front of the pooling that the model does behind its projector.
+
+    Only where :attr:`ModelInfo.pools_frames`; for pictures the embeddings themselves. ``layer`` means nothing here.
+    """
+
+
+@dataclass(frozen=True)
 class LastTokenAttention(Signal):
     """``(B, N)`` attention that the last prompt token pays to each present visual token in decoder layer ``layer``."""
 
@@ -248,6 +262,8 @@ class ModelInfo:
         decoder_layers: number of decoder layers; mrope: three-axis positions.
         full_attention: encoder blocks without windows (None: all of them, as in most towers).
         patch_size: side of a patch in pixels.
+        frames_per_view: video frames that the vision encoder fuses into one view.
+        pools_frames: video frames are pooled behind the projector, so that :class:`UnpooledFrames` can be read.
     """
 
     family: str = "none"
@@ -259,6 +275,8 @@ class ModelInfo:
     mrope: bool = False
     full_attention: tuple[int, ...] | None = None
     patch_size: int = 14
+    frames_per_view: int = 1
+    pools_frames: bool = False
 
     def block(self, name: str, layer: int | None) -> int:
         """The 0-based encoder block that parameter ``name`` means: None is the feature layer, negative counts from the end.
@@ -313,7 +331,9 @@ class Stage:
             (compact for one-axis positions, keep for m-RoPE).
         newlines: what becomes of separators: ``"rows"`` keeps those whose row keeps a token, ``"drop"`` none, ``"keep"`` all.
             A selection with an ``order`` of its own has no rows and loses them.
-        reads_text: fill in the instruction of :class:`Tokens`.
+        reads_text: fill in the instruction of :class:`Tokens`; reads_frame_scores: fill in its frame scores.
+        empty_frames: what becomes of the text that frames a video frame (timestamp, start and end of vision) where the family
+            writes any and the stage leaves the frame no token: ``"keep"`` or ``"drop"``.
     """
 
     hook: Hook
@@ -323,6 +343,8 @@ class Stage:
     positions: str | None = None
     newlines: str = "rows"
     reads_text: bool = False
+    reads_frame_scores: bool = False
+    empty_frames: str = "keep"
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ operation's softmax gives P back. Nothing here computes what a method computes; 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,14 +24,19 @@ from foveate.pruners import (
     HiPrune,
     Layout,
     ModelInfo,
+    QuoTA,
     Selection,
     ToDRE,
     Tokens,
     View,
     VisionZip,
 )
+from foveate.pruners.allocation import CAPS, checked_scores, frame_budgets, frame_grid, frame_weights, with_newlines
 from foveate.pruners.base import budget
+from foveate.pruners.frame_questions import parsed_objects
 from foveate.pruners.hiprune import anchor_count, anchors
+from foveate.pruners.quota import resampled
+from foveate.pruners.resampling import GRID, pooled
 from foveate.pruners.todre import attended_pivot, diversification, irrelevant
 
 Case = Mapping[str, Any]
@@ -450,9 +456,57 @@ BASELINES: dict[str, Callable[[Params, Tensors], Tensors]] = {
     "visionzip": visionzip,
     "fastv": fastv,
 }
+
+
+# ------------------------------------------------------------------------------------------------------------- QuoTA
+
+
+def quota(params: Params, inputs: Tensors) -> Tensors:
+    if "llm_output" in params.values:
+        expected, found = params["expected_objects"] or [], parsed_objects(params["llm_output"])
+        params.done("meaning")
+        assert found == expected, f"quota: objects {found}, the case states {expected}"
+        return {}
+    assigner, side = params["version"], params["side"]
+    total = params["tokens_per_frame_unit"] * params["frames_unit"]
+    params.expect("target_total", total)
+    frames = inputs["in.tokens"].unflatten(1, (side, side))
+    if params["pool_before"]:
+        frames = pooled(frames)
+    pruner = QuoTA(
+        keep=total,
+        assigner=assigner,
+        **params.options("score_scale", "score_power", "remainder", "min_tokens_per_frame"),
+    )
+    stated = params["cap_weight"]
+    params.done("official_version")
+    source = tuple(frames.shape[1:3])
+    size = source[0] * source[1]
+    cap = "none" if stated is None else "official"
+    if stated is not None and not math.isclose(stated, size / total):
+        raise AssertionError(f"quota: a frame of {size} tokens caps at {size / total}, the case states {stated}")
+    weights = frame_weights(checked_scores(inputs["in.frame_scores"]), pruner.score_power, pruner.score_scale)
+    budgets = frame_budgets(weights, total, size, cap, pruner.remainder, pruner.min_tokens_per_frame)
+    grids = [frame_grid(b, source, limited=cap != "none") for b in budgets]
+    layout = Layout.video(len(frames), *source)
+    selection = resampled(layout, list(frames), budgets, assigner, limited=cap != "none")
+    outputs = {
+        "weights": torch.from_numpy(CAPS[cap](weights, size / total)),
+        "budgets": torch.tensor(budgets),
+        "counts": torch.tensor([h * w for h, w in grids] if assigner in GRID else budgets),
+        "tokens": selection.values,
+        "grid": torch.tensor(grids),
+    }
+    assert len(selection.values) == int(outputs["counts"].sum())
+    if assigner in GRID:
+        outputs["tokens_grid_newline"] = with_newlines(selection.values, grids, inputs["in.newline"])
+    return {f"out.{name}": value for name, value in outputs.items()}
+
+
 RUNNERS: dict[str, Callable[[Params, Tensors], Tensors]] = {
     "fopru": fopru,
     "hiprune": hiprune,
     "todre": todre,
     "baselines": baselines,
+    "quota": quota,
 }

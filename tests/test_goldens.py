@@ -73,7 +73,8 @@ def test_golden(golden: Golden) -> None:
     tensors = load_file(FOLDER / f"{golden.method}.safetensors")
     inputs = {name.removeprefix(prefix): tensors[name] for name in case["inputs"]}
     results = goldens.run_case(golden.method, case["params"], inputs)
-    assert case["outputs"], "a case without outputs proves nothing"
+    stated = "expected_objects" in case["params"]  # the runner holds the result against it
+    assert case["outputs"] or stated, "a case without outputs proves nothing"
     for name in case["outputs"]:
         short = name.removeprefix(prefix)
         assert short in results, f"run_case gave no {short!r}"
@@ -82,7 +83,7 @@ def test_golden(golden: Golden) -> None:
 
 def statements(case: dict[str, Any], name: str, short: str) -> list[str]:
     """What the file says about comparing an output, most specific first: its description, then ``compare``."""
-    clauses = re.split(r"[;,] ", case["compare"])
+    clauses, short = re.split(r"[;,] ", case["compare"]), short.rpartition(".")[2]
     return [case["outputs"][name], *(c for c in clauses if re.search(rf"\b{short}\b", c)), case["compare"]]
 
 

@@ -47,6 +47,7 @@ def make_tokens(layout: Layout, batch: int, seed: int, text: int = 3) -> Tokens:
         instruction_mask=torch.ones(batch, text, dtype=torch.bool),
         instruction_ids=torch.ones(batch, text, dtype=torch.long),
         project=lambda features: features @ projector,
+        frame_scores=torch.rand(batch, len(layout.views), generator=g).tolist(),
     )
 
 
@@ -89,4 +90,5 @@ def one(tokens: Tokens, b: int) -> Tokens:
         instruction_mask=tokens.instruction_mask[b : b + 1],
         instruction_ids=tokens.instruction_ids[b : b + 1],
         project=tokens.project,
+        frame_scores=tokens.frame_scores[b : b + 1],
     )

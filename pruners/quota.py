@@ -1,0 +1,223 @@
+"""QuoTA: every frame of a video gets tokens by how much it helps to answer the question.
+
+Luo, Chen et al., "QuoTA: Query-oriented Token Assignment via CoT Query Decouple for Long Video Comprehension", arXiv
+2503.08689 (AAAI 2026). Headline: LLaVA-Video-7B gains 3.2 points on average over six video benchmarks at the same number
+of visual tokens. At the decoder's entry, each frame's grid of tokens is resampled to its share of the video's budget; a
+frame with a share below one token vanishes. The frames' scores come from outside: ``session.frame_scores``, which
+``foveate.FrameScorer`` makes. Cost: the scorer, one forward pass per frame; what happens here reads a few rows per token.
+Formulas follow the authors' code.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from foveate.errors import InputError, ParameterError
+from foveate.pruners.allocation import CAPS, checked_scores, frame_budgets, frame_grid, frame_weights, scores_per_view
+from foveate.pruners.base import (
+    Hook,
+    Keep,
+    Layout,
+    ModelInfo,
+    Pruner,
+    Selection,
+    Stage,
+    Tokens,
+    UnpooledFrames,
+    View,
+    budget,
+    check_keep,
+    keep_all,
+    one_of,
+    split_budget,
+)
+from foveate.pruners.baselines import host_slots, middles
+from foveate.pruners.registry import register
+from foveate.pruners.resampling import GRID, MERGING, PLANS, linspace_index
+
+Cells = tuple[int, int] | int
+
+
+@register("quota")
+@dataclass(frozen=True)
+class QuoTA(Pruner):
+    """Token shares for the frames of a video by their scores; a picture that is no video counts as one frame.
+
+    Attributes:
+        keep: fraction or number of visual tokens of a video, an upper bound; a full budget changes nothing.
+        assigner: how a frame gets to its share: ``"bilinear"`` (published), ``"adaptive_avg"``, ``"linspace"``, ``"tome"`` or
+            ``"separable_tome"``.
+        cap: what happens to shares above a frame's size. ``"none"`` enlarges the frame, ``"official"`` is the authors' single
+            pass, which loses part of the budget, ``"waterfill"`` (recommended) hands the surplus to the other frames. None: as
+            published, ``"none"`` for bilinear and ``"official"`` for the others; on m-RoPE models ``"waterfill"``.
+        remainder: ``"drop"`` loses fractions of tokens, as published; ``"largest"`` gives them to the frames with the largest.
+            With it, waterfill and linspace or tome, the budget is met exactly.
+        min_tokens_per_frame: every frame gets so many at any rate, the rest is shared by the scores.
+        score_power: exponent that sharpens the scores.
+        score_scale: factor in front of them, as in the authors' code; it cancels.
+        scores: one score >= 0 per frame, for every video alike; None: those of ``session.frame_scores``.
+    """
+
+    title: ClassVar[str] = "Tokens per video frame by scores for the question"
+    paper: ClassVar[str] = "arXiv 2503.08689 (AAAI 2026)"
+    cost: ClassVar[str] = "a forward pass of a scoring model per frame, outside; here a few rows read per token"
+
+    keep: Keep = 0.25
+    assigner: str = "bilinear"
+    cap: str | None = None
+    remainder: str = "drop"
+    min_tokens_per_frame: int = 0
+    score_power: float = 2.0
+    score_scale: float = 100.0
+    scores: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        one_of("assigner", self.assigner, tuple(PLANS))
+        one_of("remainder", self.remainder, ("drop", "largest"))
+        if self.cap is not None:
+            one_of("cap", self.cap, tuple(CAPS))
+        for name in ("score_power", "score_scale"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ParameterError(f"{name}={getattr(self, name)}: give a number above 0")
+        if self.min_tokens_per_frame < 0:
+            raise ParameterError(f"min_tokens_per_frame={self.min_tokens_per_frame}: give a number >= 0")
+        if self.scores is not None:
+            object.__setattr__(self, "scores", tuple(checked_scores(self.scores).tolist()))
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether content may leave fewer tokens than the budget."""
+        return self.assigner in GRID or self.cap != "waterfill" or self.remainder != "largest"
+
+    def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
+        published = "none" if self.assigner == "bilinear" else "official"
+        cap = self.cap or ("waterfill" if model.mrope else published)
+        if model.mrope and cap == "none":
+            raise ParameterError(
+                f"cap='none' may enlarge a frame beyond its own places, and the three-axis positions of {model.family} tie "
+                "tokens to them; use cap='waterfill' or cap='official'"
+            )
+        # the ToMe assigner alone starts from what the model itself has pooled
+        signals = {"unpooled": UnpooledFrames(0)} if model.pools_frames and self.assigner != "tome" else {}
+        select = partial(self.select, cap=cap, frames_per_view=model.frames_per_view)
+        return (Stage(Hook.LLM_INPUT, select, signals, reads_frame_scores=True, empty_frames="drop"),)
+
+    def budgets(self, layout: Layout) -> tuple[int, ...]:
+        return (budget(self.keep, layout.size),)
+
+    def select(
+        self, tokens: Tokens, unpooled: Tensor | None = None, *, cap: str = "none", frames_per_view: int = 1
+    ) -> Selection:
+        """Resample the views of every image; ``unpooled (B, V * n, D)`` are square frames as they were before the model pooled them."""
+        (total,) = self.budgets(tokens.layout)
+        if total >= tokens.count:
+            return keep_all(tokens)
+        views, device = tokens.layout.views, tokens.embeds.device
+        if unpooled is None or views[0].kind != "frame":
+            frames = [tokens.embeds[:, view.tokens(device)].unflatten(1, view.grid) for view in views]
+        else:
+            side = math.isqrt(unpooled.shape[1] // len(views))
+            frames = list(unpooled.unflatten(1, (-1, side, side)).unbind(1))
+        limited = cap != "none" or views[0].kind != "frame"
+        chosen = []
+        for b in range(len(tokens.embeds)):
+            weights = self._weights(tokens, b, frames_per_view)
+            if weights is None:
+                shares = list(split_budget(total, tuple(view.size for view in views)))
+            else:
+                size = frames[0].shape[1] * frames[0].shape[2]
+                shares = frame_budgets(weights, total, size, cap, self.remainder, self.min_tokens_per_frame)
+            one = resampled(tokens.layout, [frame[b] for frame in frames], shares, self.assigner, limited)
+            if weights is not None:
+                one.scores = torch.from_numpy(weights).float().repeat_interleave(views[0].size).to(device)
+            if unpooled is not None:
+                one.resample = None  # nothing else has that shape
+            chosen.append(one)
+        return _stacked(chosen, tokens)
+
+    def _weights(self, tokens: Tokens, b: int, frames_per_view: int) -> np.ndarray | None:
+        """The frames' weights, None where there is nothing to weigh."""
+        views = len(tokens.layout.views)
+        if views == 1 or tokens.layout.views[0].kind != "frame":
+            return None
+        scores = self.scores if tokens.frame_scores is None else tokens.frame_scores[b]
+        if scores is None:
+            raise InputError(
+                f"quota needs scores for the frames of a video that makes {views} views: set session.frame_scores to one "
+                "sequence per video before each call (foveate.FrameScorer makes them), or give scores=..."
+            )
+        scores = scores_per_view(checked_scores(scores), views, frames_per_view)
+        return frame_weights(scores, self.score_power, self.score_scale)
+
+
+def resampled(
+    layout: Layout, frames: Sequence[Tensor], shares: Sequence[int], assigner: str, limited: bool = True
+) -> Selection:
+    """Bring the views' ``(rows, cols, D)`` to their shares; a selection for one image, without batch axis.
+
+    A cell takes the place of the token under its centre. Frames that grew beyond their own places push into their
+    neighbours', in order, which only sequences with compact positions can bear.
+    """
+    device = frames[0].device
+    groups: dict[tuple[torch.Size, Cells], list[int]] = {}
+    targets = []
+    for v, (view, frame, share) in enumerate(zip(layout.views, frames, shares)):
+        if share > 0:
+            rows, cols = frame.shape[:2]
+            share = min(share, rows * cols) if assigner in MERGING else share
+            cells = frame_grid(share, (rows, cols), limited or assigner in MERGING) if assigner in GRID else share
+            groups.setdefault((frame.shape, cells), []).append(v)
+            targets.append(view.tokens()[_targets(view, cells, assigner)])
+    plans = [
+        (members, PLANS[assigner](torch.stack([frames[v] for v in members]), cells))
+        for (_, cells), members in groups.items()
+    ]
+    target, entry = torch.cat(targets).sort(stable=True)  # views of a canvas share its rows
+
+    def follow(frames: Sequence[Tensor]) -> Tensor:
+        made = {}
+        for members, plan in plans:
+            made |= dict(zip(members, plan(torch.stack([frames[v] for v in members]))))
+        return torch.cat([made[v] for v in sorted(made)])[entry.to(device)]
+
+    def resample(x: Tensor) -> Tensor:
+        return follow([x[view.tokens(x.device)].unflatten(0, view.grid) for view in layout.views])
+
+    return Selection(seats(target, layout.size).to(device), follow(frames), resample=resample)
+
+
+def seats(targets: Tensor, n: int) -> Tensor:
+    """Ascending, unique places among ``n`` as near as may be to ``targets (K,)``, which ascend: ``(K,)`` int64."""
+    number = torch.arange(len(targets))
+    return torch.minimum((targets - number).cummax(0).values + number, n - len(targets) + number)
+
+
+def _targets(view: View, cells: Cells, assigner: str) -> Tensor:
+    """Places in the view's raster where its cells would sit."""
+    if assigner == "linspace":
+        return linspace_index(view.size, cells)
+    if isinstance(cells, tuple):
+        if cells[0] <= view.rows and cells[1] <= view.cols:
+            return host_slots(view.grid, cells)
+        cells = cells[0] * cells[1]
+    return middles(view.size, cells)
+
+
+def _stacked(chosen: Sequence[Selection], tokens: Tokens) -> Selection:
+    """One batch, padded on the right: -1 in the index, zeros in the values."""
+    return Selection(
+        pad_sequence([one.index for one in chosen], batch_first=True, padding_value=-1),
+        pad_sequence([one.values for one in chosen], batch_first=True).to(tokens.embeds.dtype),
+        scores=None if chosen[0].scores is None else torch.stack([one.scores for one in chosen]),
+        resample=None if chosen[0].resample is None else [one.resample for one in chosen],
+    )
