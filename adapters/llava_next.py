@@ -75,7 +75,7 @@ def _anyres(
     down, across = get_anyres_image_grid_shape((height, width), [list(p) for p in pinpoints], image_size)
     canvas = torch.arange(down * side * across * side).view(1, down * side, across * side)
     left = unpad_image(canvas, (height, width))[0]
-    top, start = divmod(int(left[0, 0]), across * side)
+    top, start = divmod(int(left[0, 0]) if left.numel() else 0, across * side)  # a hair-thin picture leaves no row
     rows, cols = left.shape
     tall, wide = rows, cols
     if limit is not None and (ratio := (rows * cols / (limit * side**2)) ** 0.5) > 1.1:

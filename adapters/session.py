@@ -465,23 +465,30 @@ class Session:
         for item, result in zip(self._items, results):
             index = result.index[result.index >= 0] if self.pruner.adaptive else result.index
             chosen = item.alive[index]  # token numbers
-            everything = len(index) == len(item.alive)
+            everything = len(index) == len(item.alive) and result.breaks is None
             self._record(item, stage, result, chosen)
+            places = item.tokens[chosen]
+            breaks = None
             if not everything:
-                places = item.tokens[chosen]
-                separators = "drop" if result.order is not None else stage.newlines
-                item.width = self._separators(item, separators, chosen, alive) + len(chosen)
                 alive[item.sample, item.tokens] = False
                 alive[item.sample, places] = True
+                if result.breaks is not None and item.layout.newlines:
+                    breaks = self._breaks(item, len(result.breaks), alive, hidden)
+                    changed.append(breaks)
+                    item.width = len(breaks[1]) + len(chosen)
+                else:
+                    separators = "drop" if result.order is not None else stage.newlines
+                    item.width = self._separators(item, separators, chosen, alive) + len(chosen)
             if result.values is not None:
-                places = item.tokens[chosen]
                 changed.append((torch.full_like(places, item.sample), places, result.values[: len(places)]))
-            if result.order is not None:
+            if result.order is not None or breaks is not None:
                 rank = (
                     torch.arange(alive.shape[1], device=alive.device).expand_as(alive).clone() if rank is None else rank
                 )
-                places = item.tokens[chosen]
-                rank[item.sample, places[result.order]] = places
+                entering = places if result.order is None else places[result.order[result.order < len(places)]]
+                if breaks is not None:
+                    entering = _interleave(entering, breaks[1], result.breaks)
+                rank[item.sample, entering] = entering.sort().values
             item.alive = chosen
         self._count(layer)
         self._running.positions[stage.hook.value] = policy
@@ -494,6 +501,20 @@ class Session:
             return None
         values = tuple(torch.cat(parts) for parts in zip(*changed)) if changed else None
         return Choice(alive, width, policy, rank, values)
+
+    @staticmethod
+    def _breaks(item: _Item, count: int, alive: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Give ``count`` separators places, of dropped tokens where the picture has too few: rows, places, embeddings."""
+        own = item.places[torch.tensor([n.place for n in item.layout.newlines], device=item.places.device)]
+        alive[item.sample, own] = False
+        free = item.places[~alive[item.sample, item.places]]
+        if count > len(free):
+            raise InputError(f"{count} separators do not fit into the {len(free)} places that a picture leaves free")
+        borrowed = free[~torch.isin(free, own)]
+        places = torch.cat([own, borrowed])[:count]
+        alive[item.sample, places] = True
+        rows = torch.full_like(places, item.sample)
+        return rows, places, hidden[item.sample, own[:1].to(hidden.device)].expand(count, -1)
 
     @staticmethod
     def _separators(item: _Item, policy: str, chosen: Tensor, alive: Tensor) -> int:
@@ -537,6 +558,15 @@ def _select(stage: Stage, tokens: Tokens, signals: dict[str, Tensor]) -> list[Se
     """Run a stage in full precision whatever autocast says; one selection per picture."""
     with torch.autocast(tokens.embeds.device.type, enabled=False):
         return _rows(stage.select(tokens, **signals))
+
+
+def _interleave(tokens: Tensor, separators: Tensor, breaks: Tensor) -> Tensor:
+    """``tokens (K,)`` and ``separators (S,)``, of which number s stands behind ``breaks[s]`` tokens: ``(K + S,)``."""
+    entering = tokens.new_empty(len(tokens) + len(separators))
+    here = breaks + torch.arange(len(breaks), device=breaks.device)
+    is_token = torch.ones_like(entering, dtype=torch.bool).index_fill(0, here, False)
+    entering[here], entering[is_token] = separators, tokens
+    return entering
 
 
 def _pixel_argument(modality: Modality, call: dict[str, Any]) -> str:

@@ -86,6 +86,8 @@ def statistic(signal: Signal, q: Tensor, k: Tensor, scale: float, prefix: int) -
         return received_attention(q, k, scale=scale, first_query=first, logits=signal.logits)[:, prefix:]
     if isinstance(signal, GivenAttention):
         return given_attention(q, k, scale=scale, first=prefix, logits=signal.logits)
+    if isinstance(signal, ClassAttention) and signal.logits:
+        return received_attention(q[:, :, :1], k, scale=scale, logits=True)[:, prefix:]
     if isinstance(signal, ClassAttention):
         return class_attention(q, k, scale=scale)[:, prefix:]
     if isinstance(signal, EncoderKeys):

@@ -7,6 +7,7 @@ from foveate.pruners.compose import Then
 from foveate.pruners.divprune import DivPrune
 from foveate.pruners.fastv import FastV
 from foveate.pruners.fopru import FoPru
+from foveate.pruners.globalcom2 import GlobalCom2
 from foveate.pruners.hiprune import HiPrune
 from foveate.pruners.quota import QuoTA
 from foveate.pruners.registry import PRUNERS, create, find, register
@@ -22,6 +23,7 @@ __all__ = [
     "Downsample",
     "FastV",
     "FoPru",
+    "GlobalCom2",
     "Grid",
     "HiPrune",
     "Hook",

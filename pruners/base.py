@@ -160,6 +160,8 @@ class Selection:
         order: ``(B, K)`` permutation of 0 .. K-1: column ``order[b, j]`` of ``index`` enters the decoder as j-th; None = ascending.
         resample: B functions ``(N, C) -> (K, C)``, how other features of the tokens (DeepStack levels) become those of the
             survivors where ``values`` are mixtures; None: each survivor keeps its own.
+        breaks: ``(B, S)`` ascending: separator s enters behind ``breaks[b, s]`` tokens; where the picture has fewer than S, places
+            of dropped tokens carry the rest. None: the stage's policy.
     """
 
     index: Tensor
@@ -168,6 +170,7 @@ class Selection:
     scores: Tensor | None = None
     order: Tensor | None = None
     resample: Sequence[Callable[[Tensor], Tensor]] | None = None
+    breaks: Tensor | None = None
 
 
 # --------------------------------------------------------------------------------------------------------- signals
@@ -204,7 +207,9 @@ class GivenAttention(Signal):
 
 @dataclass(frozen=True)
 class ClassAttention(Signal):
-    """``(B, N)`` attention that the class token pays to each patch, mean over heads."""
+    """``(B, N)`` attention that the class token pays to each patch, mean over heads of the softmax row (or of the logits)."""
+
+    logits: bool = False
 
 
 @dataclass(frozen=True)
@@ -459,6 +464,16 @@ def ranked(scores: Tensor) -> Tensor:
 def top_k(scores: Tensor, k: int) -> Tensor:
     """Indices of the ``k`` largest scores along the last axis, :func:`ranked`, but ascending: ``(…, N) -> (…, k)`` int64."""
     return ranked(scores)[..., :k].sort(dim=-1).values
+
+
+def kept_tokens(kept: Tensor, most: int | None = None) -> Tensor:
+    """Ascending indices of a ``(B, N)`` bool mask, rows padded on the right with -1.
+
+    ``most``: the largest count of a row where it is known; None counts, for which the host waits for the device.
+    """
+    most = int(kept.sum(dim=1).max()) if most is None else most
+    order = (~kept).long().argsort(dim=1, stable=True)[:, :most]
+    return order.masked_fill(~kept.gather(1, order), -1)
 
 
 def gather(values: Tensor, index: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ from foveate.pruners.base import (
     Tokens,
     budget,
     check_keep,
+    kept_tokens,
     one_of,
     per_view,
     ranked,
@@ -195,13 +196,3 @@ def registers(deep: Tensor, core: Tensor, k: int, exclude: str = "strict") -> Te
     else:
         left = deep - core.float()
     return ranked(left).argsort(dim=1) < k - core.sum(dim=1, keepdim=True)
-
-
-def kept_tokens(kept: Tensor, most: int | None = None) -> Tensor:
-    """Ascending indices of a ``(B, N)`` bool mask, rows padded on the right with -1.
-
-    ``most``: the largest count of a row where it is known; None counts, for which the host waits for the device.
-    """
-    most = int(kept.sum(dim=1).max()) if most is None else most
-    order = (~kept).long().argsort(dim=1, stable=True)[:, :most]
-    return order.masked_fill(~kept.gather(1, order), -1)

@@ -6,6 +6,7 @@ operation's softmax gives P back. Nothing here computes what a method computes; 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,12 +16,14 @@ import torch
 from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
 
+from foveate.adapters.llava_next import _anyres
 from foveate.cuda import class_attention, diverse_subset, given_attention, received_attention, rows_to_columns_attention
 from foveate.pruners import (
     CDPruner,
     DivPrune,
     FastV,
     FoPru,
+    GlobalCom2,
     HiPrune,
     Layout,
     ModelInfo,
@@ -34,6 +37,7 @@ from foveate.pruners import (
 from foveate.pruners.allocation import CAPS, checked_scores, frame_budgets, frame_grid, frame_weights, with_newlines
 from foveate.pruners.base import budget
 from foveate.pruners.frame_questions import parsed_objects
+from foveate.pruners.globalcom2 import canvas_of, crop_ratios, global_map, richness, token_score
 from foveate.pruners.hiprune import anchor_count, anchors
 from foveate.pruners.quota import resampled
 from foveate.pruners.resampling import GRID, pooled
@@ -288,6 +292,87 @@ def window_scores(inputs: Tensors, name: str, unit: int) -> Tensor:
     return torch.empty_like(by_window).index_copy(0, inputs["window_index"].long(), by_window)
 
 
+# -------------------------------------------------------------------------------------------------------- GlobalCom²
+
+# width, height; ties go to the first
+PINPOINTS = {"LLaVA-NeXT": ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))}
+
+
+def globalcom2(params: Params, inputs: Tensors) -> Tensors:
+    side, (width, height), names = params["side"], params["image_size_wh"], params["pinpoints"]
+    if isinstance(names, str) and names not in PINPOINTS:
+        raise UnknownParameter(f"globalcom2: pinpoints {names!r}")
+    canvases = PINPOINTS[names] if isinstance(names, str) else names
+    layout = _anyres(height, width, tuple((h, w) for w, h in canvases), min(map(min, canvases)), side, None)
+    canvas = canvas_of(layout)
+    params.expect("crop_grid_wh", [canvas.across, canvas.down])
+    pruner = GlobalCom2(keep=params["R"], **params.options("temperature", "alpha", "newline"))
+    official = GlobalCom2(**{**pruner.parameters(), "order": "official"})
+    if "scores" in inputs:
+        scores = inputs["scores"]
+    else:  # the class token's query alone
+        scores = received_attention(inputs["q_cls"][:, :, None], inputs["k"], logits=True)[:, 1:]
+    thumbnail, local, where = by_canvas(scores, canvas, side)
+    values = torch.empty(1, layout.size).index_copy(1, torch.cat([view.tokens() for view in layout.views]), local[None])
+    (kept,) = select(pruner, ModelInfo(), placeholders(layout.size, layout), attention=values).index
+    recorded = select(official, ModelInfo(), placeholders(layout.size, layout), attention=values)
+    kept = kept[kept >= 0]
+    params.expect("thumb_keep", int((kept < side**2).sum()))
+    params.done("abs_selection_margin", "min_floor_distance", "score_mode")
+
+    ratios = crop_ratios(richness(thumbnail, canvas), pruner.keep, pruner.temperature)
+    overview = global_map(thumbnail, canvas).flatten()
+    cut = [view.tokens() for view in canvas.crops]
+    maps = [overview[tokens - side**2] for tokens in cut]
+    judged = [token_score(values[:, tokens], g[None], pruner.alpha)[0] for tokens, g in zip(cut, maps)]
+    view_of, token_of = where[:, 0], where[:, 1]  # by token number
+    counts = torch.stack([(view_of[kept] == 1 + c).sum() for c in range(len(cut))])
+    by_crop = kept[kept >= side**2][view_of[kept[kept >= side**2]].argsort(stable=True)]
+    entry = recorded.index[0][recorded.order[0]][: len(kept)]
+    return {
+        "scores": scores,
+        "ratios": ratios[0],
+        "keep_count": counts,
+        "valid_count": torch.tensor([len(tokens) for tokens in cut]),
+        "keep_flat": token_of[by_crop],
+        "thumb_order": entry[: int((kept < side**2).sum())],
+        "global_flat": torch.cat(maps),
+        "score_combined": torch.cat(judged),
+        "seq_spatial": spatial_sequence(kept, where, layout, pruner, values),
+        "seq_official": with_breaks(where[entry], recorded.breaks[0]),
+    }
+
+
+def by_canvas(scores: Tensor, canvas: Any, side: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores ``(V, n)`` of whole views: the thumbnail's, those of valid tokens view by view, (view, token) by token number."""
+    left = (canvas.across * side - canvas.cols) // 2
+    pairs = torch.empty(side**2 + canvas.rows * canvas.cols, 2, dtype=torch.long)
+    pairs[: side**2] = torch.stack([torch.zeros(side**2, dtype=torch.long), torch.arange(side**2)], dim=1)
+    y, x = torch.arange(canvas.rows)[:, None] + canvas.top, torch.arange(canvas.cols) + left
+    crop, token = y // side * canvas.across + x // side, y % side * side + x % side
+    pairs[side**2 :] = torch.stack([1 + crop.flatten(), token.flatten()], dim=1)
+    numbers = torch.cat([view.tokens() for view in (canvas.thumbnail, *canvas.crops)])
+    return scores[:1], scores[pairs[numbers, 0], pairs[numbers, 1]], pairs
+
+
+def with_breaks(pairs: Tensor, breaks: Tensor) -> Tensor:
+    """(view, token) in order of entry, a (-1, -1) behind as many of them as each break says."""
+    rows = [pairs[start:stop] for start, stop in itertools.pairwise([0, *breaks.tolist(), len(pairs)])]
+    newline = torch.full((1, 2), -1)
+    return torch.cat([part for row in rows for part in (row, newline)][:-1])
+
+
+def spatial_sequence(kept: Tensor, where: Tensor, layout: Layout, pruner: GlobalCom2, values: Tensor) -> Tensor:
+    """Kept tokens in ascending order and the newlines that the stage keeps."""
+    (stage,) = pruner.stages(ModelInfo())
+    breaks = stage.select(placeholders(layout.size, layout), attention=values).breaks
+    if breaks is None:
+        if stage.newlines != "keep":
+            raise AssertionError(f"globalcom2: newlines {stage.newlines!r}")
+        breaks = torch.searchsorted(kept, torch.tensor([[newline.last for newline in layout.newlines]]))
+    return with_breaks(where[kept], breaks[0])
+
+
 # ------------------------------------------------------------------------------------------------------------- ToDRE
 
 
@@ -505,6 +590,7 @@ def quota(params: Params, inputs: Tensors) -> Tensors:
 
 RUNNERS: dict[str, Callable[[Params, Tensors], Tensors]] = {
     "fopru": fopru,
+    "globalcom2": globalcom2,
     "hiprune": hiprune,
     "todre": todre,
     "baselines": baselines,

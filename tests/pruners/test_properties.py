@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from foveate.errors import BudgetError, FoveateError
 from foveate.pruners import PRUNERS, Layout, Pruner, Selection, Tokens, create
 from foveate.pruners.base import Keep
+from foveate.pruners.globalcom2 import canvas_of
 from tests.pruners.synthetic import CLIP, QWEN, anyres, first_stage, make_signals, make_tokens, one, run
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*tokens")
@@ -32,6 +33,8 @@ VARIANTS: list[Pruner] = [
     create("todre", diversity="k_center", pivot="random"),
     create("todre", pivot="center", stage2=False),
     create("cdpruner", relevance="none"),
+    create("globalcom2", redistribute=True),
+    create("globalcom2", order="official", score="neg_cos"),
     create("visionzip", dominant=2, contextual=2),
     create("quota", assigner="adaptive_avg", cap="official", remainder="largest"),
     create("quota", assigner="linspace", cap="waterfill", remainder="largest"),
@@ -65,12 +68,15 @@ def drawn(variant: Pruner, layout: Layout, batch: int, seed: int) -> Tokens:
 def supported(variant: Pruner, layout: Layout) -> bool:
     if getattr(variant, "dominant", None) is not None:  # as many tokens of every view, also without class token
         return all(view.size >= variant.dominant + variant.contextual for view in layout.views if view.size)
+    if variant.name == "globalcom2" and (canvas := canvas_of(layout)):  # of a canvas that fits its crops
+        rows, cols = canvas.thumbnail.grid
+        return canvas.rows == rows * canvas.down or canvas.cols == cols * canvas.across
     return variant.name != "downsample" or len(layout.views) == 1
 
 
 def may_stay_below(pruner: Pruner) -> bool:
     """Methods whose first stage takes the budget as an upper bound; they pad."""
-    return pruner.adaptive and pruner.name == "quota"
+    return pruner.adaptive and pruner.name in ("quota", "globalcom2")
 
 
 def check_bounded(selection: Selection, tokens: Tokens, most: int) -> None:
