@@ -1,0 +1,173 @@
+"""The screens suite: seeded layouts, instructions that fit one element, points scored by where they fall."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from foveate.eval_suites import screens
+from foveate.eval_suites.screens import scenes
+
+
+def drawn(count: int, held_out: bool, seed: int = 3) -> list[scenes.Screen]:
+    rng = np.random.default_rng(seed)
+    return [scenes.draw_screen(rng, held_out) for _ in range(count)]
+
+
+def meant(screen: scenes.Screen, text: str) -> list[scenes.Element]:
+    """The elements that an instruction can mean, read off its words independently of how it was written."""
+    words = re.findall(r"\w+", text)
+    kind = next(word for word in reversed(words) if word in scenes.TASKS)
+    return [
+        element
+        for element in screen.elements
+        if element.kind == kind and element.label in words and (element.colour is None or element.colour in words)
+    ]
+
+
+def test_samples_are_a_function_of_the_seed():
+    first, again, other = (list(screens.samples(8, seed=seed)) for seed in (5, 5, 6))
+    for a, b in zip(first, again):
+        assert (a.id, a.task, a.question, a.answer, a.target) == (b.id, b.task, b.question, b.answer, b.target)
+        assert a.image.tobytes() == b.image.tobytes()
+    assert all(a.image.tobytes() != b.image.tobytes() for a, b in zip(first, other))
+
+
+def test_samples_take_the_tasks_in_turn():
+    assert [sample.task for sample in screens.samples(9)] == [*screens.TASKS, *screens.TASKS, screens.TASKS[0]]
+    assert all(sample.target.kind == sample.task for sample in screens.samples(8))
+
+
+def test_no_layout_is_in_both_splits():
+    training, held_out = set(drawn(600, held_out=False)), set(drawn(600, held_out=True))
+    assert len(training) > 500
+    assert not training & held_out
+
+
+def test_every_instruction_means_one_element():
+    for screen in drawn(200, held_out=False):
+        for element in screen.elements:
+            assert meant(screen, scenes.instruction(element)) == [element]
+
+
+def test_elements_are_apart_inside_their_windows_and_large_enough_to_hit():
+    for screen in drawn(200, held_out=True):
+        covered = np.zeros((scenes.HEIGHT, scenes.WIDTH), int)
+        frames = (*screen.windows, *filter(None, [screen.dock]))
+        for element in screen.elements:
+            left, top, right, bottom = element.box
+            assert right - left >= 16 and bottom - top >= 16
+            assert any(f[0] <= left and f[1] <= top and right <= f[2] and bottom <= f[3] for f in frames)
+            covered[top:bottom, left:right] += 1
+        assert covered.max() == 1
+
+
+def test_most_targets_share_their_word_or_colour_with_another():
+    alike = [
+        any(other is not e and other.kind == e.kind and e.label == other.label for other in screen.elements)
+        + any(other is not e and other.kind == e.kind and e.colour == other.colour for other in screen.elements)
+        for screen in drawn(200, held_out=True)
+        for e in screen.elements
+        if e.kind == "button"
+    ]
+    assert np.mean([count > 0 for count in alike]) > 0.6
+
+
+def test_elements_are_painted_in_their_colours():
+    rng = np.random.default_rng(1)
+    seen = Counter()
+    for screen in drawn(30, held_out=True):
+        pixels = scenes.render(screen, rng).astype(float)
+        for element in screen.elements:
+            if element.colour is not None:
+                left, top, right, bottom = element.box
+                tone = np.median(pixels[top + 2 : bottom - 2, left + 2 : right - 2].reshape(-1, 3), axis=0)
+                nearest = min(scenes.COLOURS, key=lambda name: np.abs(np.array(scenes.COLOURS[name]) - tone).sum())
+                assert nearest == element.colour
+                seen[element.colour] += 1
+    assert len(seen) == len(scenes.COLOURS)
+
+
+def test_labels_can_be_read_off_the_pixels():
+    """Of all labels of a kind, the one that is written there fits the pixels best."""
+    rng = np.random.default_rng(2)
+    masks = {word: scenes.word_mask(word) for word in (*scenes.ACTIONS, *scenes.SUBJECTS)}
+    masks |= {sign: scenes._bitmap(rows) for sign, rows in scenes.SIGNS.items()}
+    pools = {"button": scenes.ACTIONS, "icon": tuple(scenes.SIGNS), "field": scenes.SUBJECTS, "window": scenes.SUBJECTS}
+    for screen in drawn(12, held_out=True):
+        pixels = scenes.render(screen, rng).astype(float).mean(-1)
+        for element in screen.elements:
+            left, top, right, bottom = element.box
+            region = pixels[top + 2 : bottom - 2, left + 2 + 22 * (element.kind == "window") : right - 2]
+            region = np.abs(region - np.median(region))
+            fits = {word: best_fit(region, masks[word]) for word in pools[element.kind]}
+            assert max(fits, key=fits.get) == element.label, (element, fits)
+
+
+def best_fit(region: np.ndarray, mask: np.ndarray) -> float:
+    """Highest correlation of a mask with any part of a region."""
+    mask = mask[np.flatnonzero(mask.any(1))[0] : np.flatnonzero(mask.any(1))[-1] + 1]
+    height, width = mask.shape
+    if height > region.shape[0] or width > region.shape[1]:
+        return -1.0
+    parts = np.lib.stride_tricks.sliding_window_view(region, mask.shape).reshape(-1, height * width)
+    parts = parts - parts.mean(1, keepdims=True)
+    pattern = (mask - mask.mean()).reshape(-1)
+    return float((parts @ pattern / (np.linalg.norm(parts, axis=1) * np.linalg.norm(pattern) + 1e-9)).max())
+
+
+@pytest.mark.parametrize(
+    ("said", "right"),
+    [
+        ("(48, 40)", True),
+        ("x=48.5 y=40", True),
+        ("(40, 32)", True),
+        ("(72, 40)", False),
+        ("(48, 48)", False),
+        ("(48, 40) or (8, 8)", False),
+        ("48", False),
+        ("", False),
+        ("(-48, 40)", False),
+    ],
+)
+def test_a_point_scores_by_where_it_falls(said, right):
+    target = scenes.Element("button", "Save", "red", (40, 32, 72, 48))
+    assert screens.score(screens.Sample("0", "button", None, "", "(56, 40)", target), said) is right
+
+
+def test_every_sample_accepts_its_own_answer():
+    assert all(screens.score(sample, sample.answer) for sample in screens.samples(40))
+
+
+def test_chance_is_the_best_fixed_point():
+    """The claimed chance is an upper bound for whoever answers without looking, and not a slack one."""
+    rng = np.random.default_rng(9)
+    hits = {task: np.zeros((scenes.HEIGHT, scenes.WIDTH)) for task in screens.TASKS}
+    asked = Counter()
+    for screen in drawn(2500, held_out=False, seed=11):
+        for task in screens.TASKS:
+            there = [element for element in screen.elements if element.kind == task]
+            if there:
+                left, top, right, bottom = there[rng.integers(len(there))].box
+                hits[task][top:bottom, left:right] += 1
+                asked[task] += 1
+    for task in screens.TASKS:
+        assert hits[task].max() / asked[task] == pytest.approx(screens.CHANCE[task], abs=0.03)
+
+
+def test_importing_the_suite_loads_no_torch():
+    # the top package may import torch: what the suites themselves add is measured, in a fresh interpreter
+    package = (
+        "import sys, types; root = types.ModuleType('suites'); root.__path__ = ['.']; sys.modules['suites'] = root"
+    )
+    program = (
+        f"{package}; sys.modules['torch'] = sys.modules['transformers'] = None; import suites.screens, suites.clips"
+    )
+    folder = screens.MODEL_PATH.parent.parent
+    done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 0, done.stderr
