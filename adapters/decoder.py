@@ -131,6 +131,7 @@ class Choice:
         rank: ``(B, L)`` order of entry: a permutation of the living places among themselves; None = unchanged.
         values: ``(rows, places, embeddings)``, ``(M,), (M,), (M, D)``: places that carry something new; None where all keep
             their own.
+        follow: told which columns of the old span, ``(B, width)``, go on.
     """
 
     alive: Tensor
@@ -138,6 +139,7 @@ class Choice:
     positions: str
     rank: Tensor | None = None
     values: tuple[Tensor, Tensor, Tensor] | None = None
+    follow: Callable[[Tensor], None] | None = None
 
 
 class Selector(Protocol):
@@ -151,7 +153,7 @@ class Selector(Protocol):
     def at_input(self, embeds: Tensor) -> Choice | None:
         """Which new places enter the decoder; None keeps all."""
 
-    def at_layer(self, layer: int, hidden: Tensor, span: Span) -> Choice | None:
+    def at_layer(self, layer: int, hidden: Tensor, span: Span, cache: Any) -> Choice | None:
         """Which of the span's places enter decoder layer ``layer``; None keeps all."""
 
     def finish(self) -> None:
@@ -214,6 +216,10 @@ class Decoder:
             self._own = vars(text_model).get("_deepstack_process")
             text_model._deepstack_process = self._following(text_model._deepstack_process)
         _LIVE.add(text_model)
+
+    def rotary(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the running span's positions, for ``hidden (B, K, D)``."""
+        return self.text_model.rotary_emb(hidden, self.frame.span.positions.to(hidden.device))
 
     def remove(self) -> None:
         """Take the hooks away."""
@@ -300,7 +306,7 @@ class Decoder:
             frame.spans.append(self._span(frame, here, span.index, span.alive, span.rank, positions, here.shift))
             frame.current = held
         if frame.prompt and i in self.selector.layers:
-            choice = self.selector.at_layer(i, hidden, frame.span)
+            choice = self.selector.at_layer(i, hidden, frame.span, kwargs.get("past_key_values"))
             if choice is not None:
                 hidden = self._narrow(i, choice, hidden)
         if len(frame.spans) == 1:
@@ -325,7 +331,7 @@ class Decoder:
                     position_ids=None,
                     layer_idx=i,
                 ),
-                "position_embeddings": self.text_model.rotary_emb(hidden, span.positions.to(hidden.device)),
+                "position_embeddings": self.rotary(hidden),
             }
             if kwargs.get("position_ids") is not None:
                 span.layer_kwargs["position_ids"] = _text_positions(span)
@@ -371,7 +377,10 @@ class Decoder:
         if before.first_layer == layer:
             frame.spans.pop()
         frame.spans.append(after)
-        return _take(hidden, before.column.gather(1, index))
+        columns = before.column.gather(1, index)
+        if choice.follow is not None:
+            choice.follow(columns)
+        return _take(hidden, columns)
 
     def _compact(self, before: Span, alive: Tensor, rank: Tensor | None) -> tuple[Tensor, Tensor]:
         """Positions without gaps in order of entry, and the shift of what follows."""

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
 
@@ -15,10 +15,21 @@ from torch import Tensor, nn
 
 from foveate.adapters.base import Adapter, Encoded, Modality, adapter_for, bind
 from foveate.adapters.decoder import Choice, Decoder, Span
-from foveate.adapters.signals import DECODER, DecoderTap, Tap
+from foveate.adapters.signals import DECODER, DecoderTap, Present, Tap
 from foveate.adapters.trace import ImageTrace, StageTrace, Trace
 from foveate.errors import AttachError, FoveateError, InputError, MissingSignalError, ParameterError
-from foveate.pruners.base import CrossModalAttention, Hook, Layout, Pruner, Selection, Signal, Stage, Tokens, one_of
+from foveate.pruners.base import (
+    CrossModalAttention,
+    Hook,
+    InstructionAttention,
+    Layout,
+    Pruner,
+    Selection,
+    Signal,
+    Stage,
+    Tokens,
+    one_of,
+)
 from foveate.pruners.registry import PRUNERS, create
 
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Session]] = weakref.WeakKeyDictionary()
@@ -63,6 +74,73 @@ class _Item:
     alive: Tensor  # (K,) token numbers still there, ascending
     width: int  # places still taken, separators included
     trace: ImageTrace | None  # None for beams behind the first
+    entered: tuple[int, int] = (0, 0)  # into the decoder: tokens, and places with separators
+
+    @property
+    def numbers(self) -> Tensor:
+        """``(length,)`` token number of every place of the picture, -1 for separators."""
+        count = torch.arange(self.layout.size, device=self.places.device)
+        blank = torch.full_like(self.places, -1)
+        return blank.index_copy(0, self.layout.places(self.places.device), count)
+
+
+@dataclass
+class _Pool:
+    """Visual tokens of one sample that a stage in front of a decoder layer selects from together.
+
+    ``places (K,)`` of the sequence; ``sizes``: how many of them belong to each of the ``items``.
+    """
+
+    items: list[_Item]
+    places: Tensor
+    sizes: list[int]
+    layout: Layout
+    entered: int
+
+    @property
+    def sample(self) -> int:
+        return self.items[0].sample
+
+
+@dataclass
+class _Result:
+    """What a stage selected of one picture; ``separators``: places that stay, None if the stage's policy decides."""
+
+    selection: Selection
+    separators: Tensor | None = None
+
+
+@dataclass
+class _Prompt:
+    """Where things are among the new places of the running call; masks are ``(B, L)`` bool."""
+
+    decoder: Decoder
+    ids: Tensor
+    embeds: Tensor
+    attended: Tensor
+    visual: Tensor
+    _text: dict[int | None, Tensor] = field(default_factory=dict)
+
+    def text(self, system_tokens: int | None) -> Tensor:
+        """Attended, not visual, and behind the system prompt (None: behind the first picture)."""
+        if system_tokens not in self._text:
+            if system_tokens is None:
+                behind = self.visual.long().cumsum(1) > 0
+            else:
+                behind = self.attended.long().cumsum(1) > system_tokens
+            self._text[system_tokens] = behind & self.attended & ~self.visual
+        return self._text[system_tokens]
+
+    @property
+    def instruction(self) -> Tensor:
+        """Text behind the last picture."""
+        ahead = self.visual.flip(1).long().cumsum(1).flip(1) > 0  # here or further on is a picture
+        return self.text(None) & ~ahead
+
+    def present(self, device: torch.device) -> Present:
+        """What the decoder's layers work on now."""
+        span = self.decoder.frame.span
+        return Present(span.mask.to(device), span.past, span.index.to(device), span.alive.shape[1])
 
 
 class Session:
@@ -107,9 +185,7 @@ class Session:
         self._again = False  # generate() without a cache brings the same features with every token
         self._known: dict[tuple[str, int], int] = {}  # ids of the encoded pictures
         self._scored: dict[int, Sequence[float]] = {}  # frame scores of the encoded videos
-        self._visual: Tensor | None = None
-        self._text: dict[int | None, Tensor] = {}
-        self._embeds: Tensor | None = None
+        self._prompt: _Prompt | None = None
         self._install(inner)
         _ATTACHED[inner] = weakref.ref(self)
 
@@ -181,7 +257,7 @@ class Session:
         signals = {signal for stage in self._stages for signal in stage.signals.values()}
         self._tower_tap: Tap = self._adapter.tap([s for s in signals if not isinstance(s, DECODER)])
         layers = self._adapter.text_model.layers
-        self._decoder_tap = DecoderTap(layers, [s for s in signals if isinstance(s, DECODER)], self._describe)
+        self._decoder_tap = DecoderTap(layers, [s for s in signals if isinstance(s, DECODER)], lambda: self._prompt)
         self._handle = inner.register_forward_pre_hook(self._note_ids, with_kwargs=True)
         self._decoder = Decoder(self._adapter.text_model, self, mrope=self._adapter.info.mrope)
         self._own = {m.encoder: vars(inner)[m.encoder] for m in self._adapter.modalities if m.encoder in vars(inner)}
@@ -278,8 +354,7 @@ class Session:
         attended = (
             torch.ones_like(visual) if mask is None or mask.ndim != 2 else mask[:, past:].bool().to(visual.device)
         )
-        self._visual, self._ids, self._attended, self._embeds = visual, ids, attended, embeds
-        self._text = {}
+        self._prompt = _Prompt(self._decoder, ids, embeds, attended, visual)
         self._running, self._pending = self._pending or Trace(self.pruner.name, self.pruner.parameters()), None
         self._running.length = embeds.shape[1]
         self._running.decoder_layers = self._adapter.info.decoder_layers
@@ -358,6 +433,7 @@ class Session:
         stage = next((s for s in self._stages if s.hook is Hook.LLM_INPUT), None)
         self._count(0)
         if stage is None:
+            self._enter()
             return None
         unique = [item for item in self._items if item.trace is not None]
         results: dict[tuple[str, int], Selection] = {}
@@ -372,28 +448,89 @@ class Session:
                 tokens = self._tokens(stage, features, layout, items)
                 for item, row in zip(items, _select(stage, tokens, signals)):
                     results[item.kind, item.number] = row
-        return self._choice(stage, embeds, [results[item.kind, item.number] for item in self._items], 0)
+        choice = self._choice(stage, [_Result(results[item.kind, item.number]) for item in self._items], 0)
+        self._enter()
+        return choice
 
-    def at_layer(self, layer: int, hidden: Tensor, span: Span) -> Choice | None:
+    def _enter(self) -> None:
+        """Remember what of each picture enters the decoder."""
+        for item in self._items:
+            item.entered = len(item.alive), item.width
+
+    def at_layer(self, layer: int, hidden: Tensor, span: Span, cache: Any) -> Choice | None:
         """Run the stage in front of decoder layer ``layer``, beams included."""
         stage = next(s for s in self._stages if s.hook is Hook.LLM_LAYER and s.layer == layer)
-        results: list[Selection | None] = [None] * len(self._items)
+        results: list[_Result] = []
         with self._timed(stage, hidden.device):
-            columns = [span.column[item.sample, item.tokens[item.alive]].to(hidden.device) for item in self._items]
-            for key in dict.fromkeys((item.layout, len(item.alive)) for item in self._items):
-                members = [i for i, item in enumerate(self._items) if (item.layout, len(item.alive)) == key]
-                items = [self._items[i] for i in members]
-                states = torch.stack([hidden[self._items[i].sample, columns[i]] for i in members])
+            for signal in stage.signals.values():
+                if isinstance(signal, InstructionAttention):
+                    paid = self._decoder_tap.ahead(signal, hidden, self._decoder.rotary(hidden), cache)
+                    self._decoder_tap.values[signal] = paid
+            pools = self._pools(stage, span)
+            selections: list[Selection | None] = [None] * len(pools)
+            for key in dict.fromkeys((pool.layout, len(pool.places), pool.entered) for pool in pools):
+                members = [i for i, pool in enumerate(pools) if (pool.layout, len(pool.places), pool.entered) == key]
+                alike = [pools[i] for i in members]
+                columns = [span.column[pool.sample, pool.places].to(hidden.device) for pool in alike]
+                states = torch.stack([hidden[pool.sample, where] for pool, where in zip(alike, columns)])
                 signals = {
-                    name: torch.stack(
-                        [self._decoder_signal(signal, self._items[i].sample, columns[i]) for i in members]
-                    )
+                    name: torch.stack([self._decoder_signal(signal, pool) for pool in alike]).to(hidden.device)
                     for name, signal in stage.signals.items()
                 }
-                tokens = self._tokens(stage, states, key[0], items)
+                tokens = self._tokens(stage, states, key[0], [pool.items[0] for pool in alike])
+                tokens.entered = key[2]
                 for i, row in zip(members, _select(stage, tokens, signals)):
-                    results[i] = row
-        return self._choice(stage, hidden, results, layer, span)
+                    selections[i] = row
+            for pool, selection in zip(pools, selections):
+                results += self._by_item(stage, pool, selection)
+        choice = self._choice(stage, results, layer, span)
+        if choice is not None and choice.values is None:
+            choice.follow = functools.partial(self._decoder_tap.follow, layer)
+        elif choice is not None:
+            self._decoder_tap.forsake(layer)  # what enters is not what was looked at
+        return choice
+
+    def _pools(self, stage: Stage, span: Span) -> list[_Pool]:
+        """What the stage selects from together, in the order of the items."""
+        compete = stage.newlines == "compete"
+        pools: list[_Pool] = []
+        for item in self._items:
+            places = item.tokens[item.alive]
+            if compete and item.layout.newlines:
+                places = item.places[span.alive[item.sample, item.places]]
+            if stage.scope == "sample" and pools and pools[-1].sample == item.sample:
+                pool = pools[-1]
+                pool.items.append(item)
+                pool.places = torch.cat([pool.places, places])
+            else:
+                pool = _Pool([item], places, [], item.layout, 0)
+                pools.append(pool)
+            pool.sizes.append(len(places))
+            pool.entered += item.entered[compete]
+        for pool in pools:
+            if len(pool.items) > 1:
+                pool.layout = Layout.joined([item.layout for item in pool.items])
+        return pools
+
+    @staticmethod
+    def _by_item(stage: Stage, pool: _Pool, selection: Selection) -> list[_Result]:
+        """A pool's selection, picture by picture, in numbers of each picture's living tokens."""
+        compete = stage.newlines == "compete"
+        if len(pool.items) == 1 and not (compete and pool.layout.newlines):
+            return [_Result(selection)]
+        chosen = torch.zeros_like(pool.places, dtype=torch.bool)
+        chosen[selection.index[selection.index >= 0].to(chosen.device)] = True
+        scores = [None] * len(pool.items) if selection.scores is None else selection.scores.split(pool.sizes)
+        results = []
+        for item, places, kept, score in zip(
+            pool.items, pool.places.split(pool.sizes), chosen.split(pool.sizes), scores
+        ):
+            number = item.numbers[torch.searchsorted(item.places, places)]
+            token = number >= 0
+            index = kept[token].nonzero().squeeze(1)
+            score = None if score is None else score[token.to(score.device)]
+            results.append(_Result(Selection(index, scores=score), places[kept & ~token] if compete else None))
+        return results
 
     def finish(self) -> None:
         """The prompt went through all layers."""
@@ -404,10 +541,10 @@ class Session:
     def forget(self) -> None:
         """Let go of the call's tensors."""
         self._decoder_tap.close()
-        self._items, self._text, self._running = [], {}, None
+        self._items, self._running = [], None
         if not self._again:
             self._encoded, self._known, self._scored = {}, {}, {}
-        self._embeds = self._visual = self._ids = self._attended = None
+        self._prompt = None
 
     def _timed(self, stage: Stage, device: torch.device) -> Any:
         at = f"{stage.hook.value}({stage.layer})" if stage.hook is Hook.LLM_LAYER else stage.hook.value
@@ -419,63 +556,48 @@ class Session:
             tokens.frame_scores = [self._scored[item.number] for item in items]
         if not stage.reads_text:
             return tokens
-        rows = [item.sample for item in items]
-        text = self._text_places(None)[rows]
+        prompt, rows = self._prompt, [item.sample for item in items]
+        text = prompt.text(None)[rows]
         width = int(text.sum(dim=1).amax())
         if width:
             order = text.long().argsort(dim=1, descending=True, stable=True)[:, :width]
             valid = text.gather(1, order)
-            words = self._embeds[rows].gather(1, order[..., None].expand(-1, -1, self._embeds.shape[-1]))
+            words = prompt.embeds[rows].gather(1, order[..., None].expand(-1, -1, prompt.embeds.shape[-1]))
             tokens.instruction, tokens.instruction_mask = words * valid[..., None], valid
-            tokens.instruction_ids = self._ids[rows].gather(1, order).masked_fill(~valid, -1)
+            tokens.instruction_ids = prompt.ids[rows].gather(1, order).masked_fill(~valid, -1)
         return tokens
 
-    def _text_places(self, system_tokens: int | None) -> Tensor:
-        """``(B, L)`` bool: attended, not visual, and behind the system prompt (None: behind the first picture)."""
-        if system_tokens not in self._text:
-            if system_tokens is None:
-                behind = self._visual.long().cumsum(1) > 0
-            else:
-                behind = self._attended.long().cumsum(1) > system_tokens
-            self._text[system_tokens] = behind & self._attended & ~self._visual
-        return self._text[system_tokens]
+    def _decoder_signal(self, signal: Signal, pool: _Pool) -> Tensor:
+        values = self._decoder_tap.values[signal][pool.sample]
+        return values if isinstance(signal, CrossModalAttention) else values[pool.places.to(values.device)]
 
-    def _describe(self, signal: Signal) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """For the decoder tap: mask over past and present, text rows and visual rows of the present."""
-        span = self._decoder.frame.span
-        if not isinstance(signal, CrossModalAttention):
-            return span.mask, None, None
-        places = span.index.clamp(max=span.alive.shape[1] - 1)
-        present = span.mask[:, span.past :]
-        text = self._text_places(signal.system_tokens).gather(1, places) & present
-        return span.mask, text, self._visual.gather(1, places) & present
-
-    def _decoder_signal(self, signal: Signal, sample: int, columns: Tensor) -> Tensor:
-        values = self._decoder_tap.values[signal][sample]
-        return values if isinstance(signal, CrossModalAttention) else values[columns]
-
-    def _choice(
-        self, stage: Stage, hidden: Tensor, results: Sequence[Selection], layer: int, span: Span | None = None
-    ) -> Choice | None:
+    def _choice(self, stage: Stage, results: Sequence[_Result], layer: int, span: Span | None = None) -> Choice | None:
         """Write the pictures' selections into the sequence; None if every token stays as it is."""
         policy = self.positions if self.positions != "auto" else stage.positions
         policy = policy or ("keep" if self._adapter.info.mrope else "compact")
-        before = torch.ones_like(self._visual) if span is None else span.alive
+        before = torch.ones_like(self._prompt.visual) if span is None else span.alive
         alive, rank, changed = before.clone(), None, []
-        for item, result in zip(self._items, results):
-            index = result.index[result.index >= 0] if self.pruner.adaptive else result.index
+        widths = [item.width for item in self._items]
+        for item, one in zip(self._items, results):
+            result = one.selection
+            index = (result.index[result.index >= 0] if self.pruner.adaptive else result.index).to(item.alive.device)
             chosen = item.alive[index]  # token numbers
             everything = len(index) == len(item.alive) and result.breaks is None
             self._record(item, stage, result, chosen)
             places = item.tokens[chosen]
             breaks = None
-            if not everything:
+            if not everything or one.separators is not None:
+                if one.separators is not None:
+                    alive[item.sample, item.places] = False
+                    alive[item.sample, one.separators] = True
                 alive[item.sample, item.tokens] = False
                 alive[item.sample, places] = True
                 if result.breaks is not None and item.layout.newlines:
-                    breaks = self._breaks(item, len(result.breaks), alive, hidden)
+                    breaks = self._breaks(item, len(result.breaks), alive, self._prompt.embeds)
                     changed.append(breaks)
                     item.width = len(breaks[1]) + len(chosen)
+                elif one.separators is not None:
+                    item.width = len(one.separators) + len(chosen)
                 else:
                     separators = "drop" if result.order is not None else stage.newlines
                     item.width = self._separators(item, separators, chosen, alive) + len(chosen)
@@ -496,14 +618,14 @@ class Session:
         for item in self._items:
             taken[item.sample] += item.width - item.layout.length
         width = alive.shape[1] + max(taken)
-        untouched = all(item.width == item.layout.length for item in self._items)
+        untouched = widths == [item.width for item in self._items]
         if untouched and not changed and rank is None:
             return None
         values = tuple(torch.cat(parts) for parts in zip(*changed)) if changed else None
         return Choice(alive, width, policy, rank, values)
 
     @staticmethod
-    def _breaks(item: _Item, count: int, alive: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _breaks(item: _Item, count: int, alive: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Give ``count`` separators places, of dropped tokens where the picture has too few: rows, places, embeddings."""
         own = item.places[torch.tensor([n.place for n in item.layout.newlines], device=item.places.device)]
         alive[item.sample, own] = False
@@ -514,7 +636,7 @@ class Session:
         places = torch.cat([own, borrowed])[:count]
         alive[item.sample, places] = True
         rows = torch.full_like(places, item.sample)
-        return rows, places, hidden[item.sample, own[:1].to(hidden.device)].expand(count, -1)
+        return rows, places, embeds[item.sample, own[:1].to(embeds.device)].expand(count, -1)
 
     @staticmethod
     def _separators(item: _Item, policy: str, chosen: Tensor, alive: Tensor) -> int:

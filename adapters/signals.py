@@ -9,13 +9,20 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial, wraps
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from foveate.cuda import class_attention, given_attention, received_attention, rows_to_columns_attention
+from foveate.cuda import (
+    class_attention,
+    given_attention,
+    received_attention,
+    rows_to_columns_attention,
+    transition_score,
+)
 from foveate.errors import InputError, MissingSignalError
 from foveate.pruners.base import (
     ClassAttention,
@@ -24,14 +31,16 @@ from foveate.pruners.base import (
     EncoderFeatures,
     EncoderKeys,
     GivenAttention,
+    InstructionAttention,
     LastTokenAttention,
     ReceivedAttention,
     Signal,
+    TransitionVariation,
 )
 
 FEATURES = (EncoderFeatures, ClassFeatures)
 CLASS_TOKEN = (ClassAttention, ClassFeatures)
-DECODER = (LastTokenAttention, CrossModalAttention)
+DECODER = (LastTokenAttention, CrossModalAttention, InstructionAttention, TransitionVariation)
 
 
 class Tap:
@@ -190,30 +199,86 @@ def _by_segment(signal: Signal, q: Tensor, k: Tensor, bounds: list[int], scale: 
     return result
 
 
-class DecoderTap(Tap):
-    """Attention statistics of decoder layers in prefill. ``describe()`` gives the call's facts when a layer is done.
+@dataclass(frozen=True)
+class Present:
+    """What the running decoder layers work on, as far as statistics need to know.
 
-    ``describe() -> (mask (B, P + K), past, present, text, visual)``: what may be attended, the length of the past, and
-    ``(B, K)`` bool masks of present visual tokens, of text and of visual query rows.
-    Values: ``(B, K)`` for :class:`LastTokenAttention`, ``(B, 2)`` for :class:`CrossModalAttention`.
+    Attributes:
+        mask: ``(B, P + K)`` bool, what may be attended; past: P.
+        index: ``(B, K)`` new places in order of entry, ``length`` where a row is padded; length: L.
     """
 
-    def __init__(self, layers: nn.ModuleList, signals: Iterable[Signal], describe: Callable[[Signal], Any]) -> None:
+    mask: Tensor
+    past: int
+    index: Tensor
+    length: int
+
+    @property
+    def valid(self) -> Tensor:
+        """``(B, K)`` bool: present and attended."""
+        return self.mask[:, self.past :]
+
+    def only(self, places: Tensor) -> Tensor:
+        """Which valid columns belong to ``places (B, L)`` bool: ``(B, K)`` bool."""
+        return places.gather(1, self.index.clamp(max=self.length - 1)) & self.valid
+
+    def by_place(self, values: Tensor) -> Tensor:
+        """``(B, K)`` values of columns as ``(B, L)`` values of places, 0 for places that are not there."""
+        spread = values.new_zeros(len(values), self.length + 1)
+        return spread.scatter(1, self.index.to(values.device), values)[:, : self.length]
+
+
+class Places(Protocol):
+    """What a :class:`DecoderTap` asks about the running call (the session answers). Masks are ``(B, L)`` bool over new places."""
+
+    visual: Tensor
+    instruction: Tensor
+    """Text behind the last picture."""
+
+    def text(self, system_tokens: int | None) -> Tensor:
+        """Text without a system prompt of so many tokens (None: behind the first picture)."""
+
+    def present(self, device: torch.device) -> Present:
+        """What the layers work on now."""
+
+
+class DecoderTap(Tap):
+    """Statistics of decoder layers in prefill; ``asked()`` gives the running call's facts.
+
+    Values: ``(B, L)`` by place, so that a later stage finds them whatever was dropped in between; ``(B, 2)`` for
+    :class:`CrossModalAttention`.
+    """
+
+    def __init__(self, layers: nn.ModuleList, signals: Iterable[Signal], asked: Callable[[], Places]) -> None:
         super().__init__()
-        self.describe = describe
+        self.layers, self.asked = layers, asked
+        self._keys: dict[int, Tensor] = {}  # projected in front of a layer, for that layer
         signals = set(signals)
+        for i in {s.layer for s in signals if isinstance(s, InstructionAttention)}:
+            self._lend_keys(i)
         for i in {s.layer for s in signals}:
-            self._tap_attention(layers[i].self_attn, [s for s in signals if s.layer == i])
+            mine = [s for s in signals if s.layer == i]
+            attention = [s for s in mine if isinstance(s, (LastTokenAttention, CrossModalAttention))]
+            if attention:
+                self._tap_attention(layers[i].self_attn, attention)
+            transitions = [s for s in mine if isinstance(s, TransitionVariation)]
+            if transitions:
+                self._tap_transitions(layers[i], transitions)
+
+    def close(self) -> dict[Signal, Tensor]:
+        self._keys.clear()
+        return super().close()
+
+    # --------------------------------------------------------------------------------------- attention of a layer
 
     def _tap_attention(self, attention: nn.Module, signals: list[Signal]) -> None:
         seen: dict[str, Tensor] = {}
         rotate = _rotation(attention)
 
         def reduce(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            q, k = (seen.pop(name) for name in ("q", "k"))
-            q, k = (x if x.ndim == 4 else x.unflatten(-1, (-1, module.head_dim)) for x in (q, k))
-            q, k = rotate(q.transpose(1, 2), k.transpose(1, 2), *kwargs["position_embeddings"])
-            k = _with_past(k, kwargs.get("past_key_values"), module.layer_idx)
+            q, k = (_heads(seen.pop(name), module).transpose(1, 2) for name in ("q", "k"))
+            q, k = rotate(q, k, *kwargs["position_embeddings"])
+            k = _with_past(k, kwargs.get("past_key_values"), module.layer_idx, stored=True)
             for signal in signals:
                 self.values[signal] = self._statistic(signal, q, k, module.scaling)
 
@@ -224,29 +289,137 @@ class DecoderTap(Tap):
 
     @_exact
     def _statistic(self, signal: Signal, q: Tensor, k: Tensor, scale: float) -> Tensor:
-        mask, text, visual = (x if x is None else x.to(q.device) for x in self.describe(signal))
-        past = mask.shape[1] - q.shape[2]
+        present = self.asked().present(q.device)
+        mask, past = present.mask, present.past
         if isinstance(signal, LastTokenAttention):
             places = torch.arange(q.shape[2], device=q.device)
             last = torch.where(mask[:, past:], places, -1).amax(dim=1, keepdim=True)  # (B, 1)
-            return _rows(q, k, last, None, mask, past, scale)[:, past:]
-        to_visual = _rows(q, k, None, text, mask, past, scale)[:, past:]
-        to_text = _rows(q, k, None, visual, mask, past, scale)[:, past:]
+            return present.by_place(_rows(q, k, last, None, mask, past, scale)[:, past:])
+        text = present.only(self.asked().text(signal.system_tokens).to(q.device))
+        visual = present.only(self.asked().visual.to(q.device))
+        to_visual = _rows(q, k, *_few(text), mask, past, scale)[:, past:]
+        to_text = _rows(q, k, *_few(visual), mask, past, scale)[:, past:]
         return torch.stack([(to_visual * visual).sum(-1), (to_text * text).sum(-1)], dim=-1)
 
+    # ----------------------------------------------------------------------------------- transitions inside a layer
 
-def _with_past(k: Tensor, cache: Any, layer: int) -> Tensor:
-    """New keys ``(B, H, K, d)`` behind the cached ones of earlier calls, if there are any."""
-    past = 0 if cache is None else cache.get_seq_length(layer) - k.shape[2]  # the layer has stored the new ones already
+    def _tap_transitions(self, layer: nn.Module, signals: list[TransitionVariation]) -> None:
+        def add(before: Tensor, after: Any, first: bool) -> None:
+            for signal in signals:
+                share = self._transition(signal, before, after[0] if isinstance(after, tuple) else after)
+                self.values[signal] = share if first else self.values[signal] + share
+
+        def attended(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            add(args[0] if args else kwargs["hidden_states"], output, True)
+
+        def transformed(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            add(args[0] if args else next(iter(kwargs.values())), output, False)
+
+        self.hook(layer.self_attn, attended)
+        self.hook(layer.mlp, transformed)
+
+    def _transition(self, signal: TransitionVariation, before: Tensor, after: Tensor) -> Tensor:
+        present = self.asked().present(before.device)
+        counted = present.valid
+        if signal.softmax_scope == "image":
+            counted = present.only(self.asked().visual.to(before.device))
+        return present.by_place(transition_variation(before, after, counted, direction=signal.direction))
+
+    # ------------------------------------------------------------------------------------- attention ahead of a layer
+
+    @torch.no_grad()
+    def ahead(self, signal: InstructionAttention, hidden: Tensor, rotary: tuple[Tensor, Tensor], cache: Any) -> Tensor:
+        """What the layer's attention would be on ``hidden (B, K, D)``, the hidden states in front of it: ``(B, L)``."""
+        layer = self.layers[signal.layer]
+        attention = layer.self_attn
+        device = next(layer.parameters()).device
+        if device.type != "meta":  # offloaded layers move their inputs themselves
+            hidden, rotary = hidden.to(device), tuple(x.to(device) for x in rotary)
+        normed = layer.input_layernorm(hidden)
+        present = self.asked().present(normed.device)
+        rows, counted = _few(present.only(self.asked().instruction.to(normed.device)))
+        queries = attention.q_proj(normed.gather(1, rows[..., None].expand(-1, -1, normed.shape[-1])))
+        keys = self._keys[signal.layer] = attention.k_proj(normed)
+        q, k = (_heads(x, attention) for x in (queries, keys))
+        if hasattr(attention, "q_norm"):
+            q, k = attention.q_norm(q), attention.k_norm(k)
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
+        rotate = _rotation(attention)
+        k = rotate(k, k, *rotary)[1]
+        q = rotate(q, q, *(x.gather(-2, rows[..., None].expand(*x.shape[:-2], -1, x.shape[-1])) for x in rotary))[0]
+        return self._ahead(
+            q, _with_past(k, cache, signal.layer, stored=False), rows, counted, present, attention.scaling
+        )
+
+    @_exact
+    def _ahead(self, q: Tensor, k: Tensor, rows: Tensor, counted: Tensor, present: Present, scale: float) -> Tensor:
+        past = present.past
+        paid = rows_to_columns_attention(
+            q, k, row_positions=rows + past, row_valid=counted, key_valid=present.mask, scale=scale
+        )
+        return present.by_place(paid[:, past:])
+
+    def follow(self, layer: int, columns: Tensor) -> None:
+        """Of what :meth:`ahead` saw, ``columns (B, K')`` go on into ``layer``."""
+        keys = self._keys.get(layer)
+        if keys is not None:
+            self._keys[layer] = keys.gather(1, columns.to(keys.device)[..., None].expand(-1, -1, keys.shape[-1]))
+
+    def forsake(self, layer: int) -> None:
+        """What :meth:`ahead` saw is not what enters ``layer``."""
+        self._keys.pop(layer, None)
+
+    def _lend_keys(self, i: int) -> None:
+        """Let layer ``i`` use the keys that :meth:`ahead` has projected: its own projection gets nothing to do."""
+        project = self.layers[i].self_attn.k_proj
+        if type(project) is not nn.Linear:
+            return  # quantised or wrapped: it may need its whole input
+
+        def nothing(module: nn.Module, args: Any) -> Any:
+            return (args[0][:, :0],) if self._lends(i) else None
+
+        def lent(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+            return self._keys.pop(i) if self._lends(i) else None
+
+        self._handles += [project.register_forward_pre_hook(nothing), project.register_forward_hook(lent)]
+
+    def _lends(self, i: int) -> bool:
+        # while ahead() itself projects there are no keys yet; gradients need the layer's own projection
+        return i in self._keys and not torch.is_grad_enabled()
+
+
+@_exact
+def transition_variation(before: Tensor, after: Tensor, counted: Tensor, *, direction: str = "signed") -> Tensor:
+    """Transition scores ``(B, K)`` of one sub-block from ``(B, K, D)``, over the turns of the columns ``counted (B, K)``."""
+    score, turn = transition_score(before, after, direction=direction)
+    total = (turn * counted).sum(dim=1, keepdim=True)
+    return score / total.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _heads(x: Tensor, attention: nn.Module) -> Tensor:
+    """``(B, K, H d)`` -> ``(B, K, H, d)``, if it is not that already."""
+    return x if x.ndim == 4 else x.unflatten(-1, (-1, attention.head_dim))
+
+
+def _few(valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns where ``valid (B, K)`` holds, as ``(B, R)`` columns and which of these count; R: those of the fullest row."""
+    width = int(valid.sum(dim=1).amax())
+    order = valid.long().argsort(dim=1, descending=True, stable=True)[:, :width]
+    return order, valid.gather(1, order)
+
+
+def _with_past(k: Tensor, cache: Any, layer: int, *, stored: bool) -> Tensor:
+    """New keys ``(B, H, K, d)`` behind the cached ones of earlier calls; ``stored``: the cache has the new ones already."""
+    past = 0 if cache is None else cache.get_seq_length(layer) - stored * k.shape[2]
     if past <= 0:
         return k
     keys = getattr(cache.layers[layer], "keys", None)
-    if not isinstance(keys, Tensor) or keys.device != k.device or keys.shape[2] != past + k.shape[2]:
+    if not isinstance(keys, Tensor) or keys.device != k.device or keys.shape[2] != past + stored * k.shape[2]:
         raise InputError(
             f"the keys of decoder layer {layer} are offloaded or quantised in the cache; methods that read attention inside "
             "the decoder cannot continue such a cache"
         )
-    return keys
+    return keys if stored else torch.cat([keys, k], dim=2)
 
 
 def _rotation(attention: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -260,17 +433,12 @@ def _rotation(attention: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
     )
 
 
-def _rows(
-    q: Tensor, k: Tensor, rows: Tensor | None, valid: Tensor | None, mask: Tensor, past: int, scale: float
-) -> Tensor:
-    """Attention of a few rows; given as places ``rows (B, R)`` or as a mask ``valid (B, K)`` of rows to average."""
-    if rows is None:
-        # gather the valid rows only: at most as many as the fullest sample has
-        width = int(valid.sum(dim=1).amax())
-        order = valid.long().argsort(dim=1, descending=True, stable=True)[:, :width]
-        rows, valid = order, valid.gather(1, order)
+def _rows(q: Tensor, k: Tensor, rows: Tensor, counted: Tensor | None, mask: Tensor, past: int, scale: float) -> Tensor:
+    """Attention that the query columns ``rows (B, R)`` of ``q (B, H, K, d)`` pay, mean over those ``counted``."""
     picked = q.gather(2, rows[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
-    return rows_to_columns_attention(picked, k, row_positions=rows + past, row_valid=valid, key_valid=mask, scale=scale)
+    return rows_to_columns_attention(
+        picked, k, row_positions=rows + past, row_valid=counted, key_valid=mask, scale=scale
+    )
 
 
 def _remember(tap: Tap, module: nn.Module, seen: dict[str, Any], name: str) -> None:

@@ -12,6 +12,7 @@ from foveate.pruners.hiprune import HiPrune
 from foveate.pruners.quota import QuoTA
 from foveate.pruners.registry import PRUNERS, create, find, register
 from foveate.pruners.todre import ToDRE
+from foveate.pruners.transprune import TransPrune
 from foveate.pruners.visionzip import VisionZip
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "Then",
     "ToDRE",
     "Tokens",
+    "TransPrune",
     "View",
     "VisionZip",
     "create",

@@ -99,6 +99,18 @@ class Layout:
         return _places(self, str(device or "cpu"))
 
     @classmethod
+    def joined(cls, layouts: Sequence[Layout]) -> Layout:
+        """The layout of several pictures one after the other, as one."""
+        views: list[View] = []
+        newlines: list[Newline] = []
+        size = length = 0
+        for layout in layouts:
+            views += [dataclasses.replace(view, start=view.start + size) for view in layout.views]
+            newlines += [Newline(n.place + length, n.first + size, n.last + size) for n in layout.newlines]
+            size, length = size + layout.size, length + layout.length
+        return cls(tuple(views), tuple(newlines))
+
+    @classmethod
     def grid(cls, rows: int, cols: int) -> Layout:
         """The layout of a single picture of ``rows x cols`` tokens."""
         return cls((View(rows, cols),))
@@ -131,6 +143,7 @@ class Tokens:
         project: maps encoder features ``(..., C)`` to decoder embeddings ``(..., D)``; None where there is no projector.
         frame_scores: ``B`` sequences, one score per sampled frame of each video; None for pictures, where nobody gave any,
             and unless the stage reads them.
+        entered: at ``llm_layer``: how many of the tokens entered the decoder; None elsewhere.
     """
 
     embeds: Tensor
@@ -141,6 +154,7 @@ class Tokens:
     instruction_ids: Tensor | None = None
     project: Callable[[Tensor], Tensor] | None = None
     frame_scores: Sequence[Sequence[float]] | None = None
+    entered: int | None = None
 
     @property
     def count(self) -> int:
@@ -253,6 +267,27 @@ class CrossModalAttention(Signal):
     system_tokens: int | None = None
 
 
+@dataclass(frozen=True)
+class InstructionAttention(Signal):
+    """``(B, N)`` attention that decoder layer ``layer`` would pay from the instruction to each present visual token.
+
+    Mean over heads and over the text rows behind the last picture of softmax rows over the whole sequence. It is computed in
+    front of that layer, from the tokens that have not been pruned there yet; zero where no text follows.
+    """
+
+
+@dataclass(frozen=True)
+class TransitionVariation(Signal):
+    """``(B, N)`` how much decoder layer ``layer`` changed each token: its attention and its MLP, residuals left out.
+
+    Of both, :func:`foveate.cuda.transition_score` over its sum. ``softmax_scope`` says over which present tokens that sum
+    runs: ``"sequence"`` text and all, ``"image"`` the visual ones.
+    """
+
+    direction: str = "signed"
+    softmax_scope: str = "sequence"
+
+
 # ---------------------------------------------------------------------------------------------------------- method
 
 
@@ -334,8 +369,11 @@ class Stage:
         signals: argument name -> what to read.
         positions: ``"keep"`` or ``"compact"`` where the method's specification demands one; None = the family's custom
             (compact for one-axis positions, keep for m-RoPE).
-        newlines: what becomes of separators: ``"rows"`` keeps those whose row keeps a token, ``"drop"`` none, ``"keep"`` all.
+        newlines: what becomes of separators: ``"rows"`` keeps those whose row keeps a token, ``"drop"`` none, ``"keep"`` all,
+            ``"compete"`` selects among them as among tokens (at ``llm_layer``; they count in :class:`Tokens`).
             A selection with an ``order`` of its own has no rows and loses them.
+        scope: what is selected from together: each ``"image"`` (or video) by itself, or, at ``llm_layer``, all of a ``"sample"``,
+            with their views in one layout. Under ``"sample"`` and ``"compete"`` a selection has an index and scores only.
         reads_text: fill in the instruction of :class:`Tokens`; reads_frame_scores: fill in its frame scores.
         empty_frames: what becomes of the text that frames a video frame (timestamp, start and end of vision) where the family
             writes any and the stage leaves the frame no token: ``"keep"`` or ``"drop"``.
@@ -347,6 +385,7 @@ class Stage:
     layer: int = 0
     positions: str | None = None
     newlines: str = "rows"
+    scope: str = "image"
     reads_text: bool = False
     reads_frame_scores: bool = False
     empty_frames: str = "keep"

@@ -14,9 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaModel
 from transformers.image_processing_utils import select_best_resolution
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from foveate.adapters import attach
 from foveate.adapters.llava_next import _anyres
+from foveate.adapters.signals import transition_variation
 from foveate.cuda import class_attention, diverse_subset, given_attention, received_attention, rows_to_columns_attention
 from foveate.pruners import (
     CDPruner,
@@ -31,6 +35,7 @@ from foveate.pruners import (
     Selection,
     ToDRE,
     Tokens,
+    TransPrune,
     View,
     VisionZip,
 )
@@ -588,6 +593,149 @@ def quota(params: Params, inputs: Tensors) -> Tensors:
     return {f"out.{name}": value for name, value in outputs.items()}
 
 
+# -------------------------------------------------------------------------------------------------------- TransPrune
+
+
+def transprune(params: Params, inputs: Tensors) -> Tensors:
+    params.get("kind")
+    for names, run in (
+        ({"attn_in"}, transprune_transitions),
+        ({"q_text"}, transprune_step),
+        ({"inputs_embeds"}, transprune_run),
+    ):
+        if names <= set(inputs):
+            return run(params, inputs)
+    raise UnknownParameter(f"transprune: inputs {sorted(inputs)}")
+
+
+def transprune_transitions(params: Params, inputs: Tensors) -> Tensors:
+    params.expect("tokens", len(inputs["attn_in"]))
+    params.expect("dim", inputs["attn_in"].shape[1])
+    direction, scope = params.get("direction", "signed"), params.get("softmax_over", "sequence")
+    if "sequence" not in scope or not ("signed" in direction or "abs" in direction):
+        raise UnknownParameter(f"transprune: direction {direction!r}, softmax_over {scope!r}")
+    params.done()
+
+    def share(block: str) -> Tensor:
+        before, after = inputs[f"{block}_in"][None], inputs[f"{block}_out"][None]
+        everything = torch.ones(1, before.shape[1], dtype=torch.bool)
+        return transition_variation(before, after, everything, direction="signed" if "signed" in direction else "abs")[
+            0
+        ]
+
+    attention, mlp = share("attn"), share("ffn")
+    return {"ttv_attn": attention, "ttv_ffn": mlp, "ttv": attention + mlp}
+
+
+def transprune_step(params: Params, inputs: Tensors) -> Tensors:
+    start, n, entered = params["image_start"], params["num_image"], params["original_num_image"]
+    layers = inputs.get("ttv_layers", torch.empty(0, 1))
+    read = tuple(range(1, len(layers) + 1))
+    pruner = TransPrune(
+        ratios=(params["ratio"],),
+        prune_layers=(max(1, len(read)),),
+        accumulate_layers=read,
+        **params.options("alpha", "direction", "softmax_scope"),
+    )
+    k = inputs["k_all"][None]
+    rows = torch.arange(start + n, k.shape[2])[None]
+    params.expect("query_positions", f"{start + n}..{k.shape[2] - 1}")
+    params.expect("causal", True)
+    image = slice(start, start + n)
+    signals = {f"transition_{i}": layer[None, image] for i, layer in zip(read, layers)}
+    signals["attention"] = rows_to_columns_attention(inputs["q_text"][None], k, row_positions=rows)[:, image]
+    tokens = placeholders(n)
+    tokens.entered = entered
+    selection = select(pruner, ModelInfo(), tokens, **signals)
+    params.expect("keep", selection.index.shape[1])
+    params.done()
+    return {"score": selection.scores[0], "keep": selection.index[0]}
+
+
+def transprune_run(params: Params, inputs: Tensors) -> Tensors:
+    convention = params.get("layer_convention", "1-based")
+    if not convention.startswith("1-based"):
+        raise UnknownParameter(f"transprune: layer_convention {convention!r}")
+    pruner = TransPrune(
+        **params.options("accumulate_layers", "prune_layers", "ratios", "alpha", "direction", "softmax_scope")
+    )
+    positions = params.get("positions", "auto")
+    start, n, after = params["image_start"], params["num_image"], params["text_after"]
+    embeds = inputs["inputs_embeds"]
+    params.expect("hidden", embeds.shape[1])
+    assert len(embeds) == start + n + after
+    text = LlamaConfig(
+        hidden_size=embeds.shape[1],
+        intermediate_size=params["intermediate"],
+        num_hidden_layers=params["layers"],
+        num_attention_heads=params["heads"],
+        num_key_value_heads=params["kv_heads"],
+        hidden_act=params["act"],
+        rms_norm_eps=params["rms_norm_eps"],
+        rope_parameters={"rope_type": "default", "rope_theta": params["rope_theta"]},
+    )
+    params.done()
+    weights = {name.removeprefix("weights/"): x for name, x in inputs.items() if name.startswith("weights/")}
+    model, ids = recorded_model(text, weights, embeds, slice(start, start + n))
+
+    rotations: dict[int, Tensor] = {}  # what each layer's attention rotates the newest token by
+    for i, layer in enumerate(model.language_model.layers):
+
+        def note(module: Any, args: Any, kwargs: Any, i: int = i) -> None:
+            cos, sin = (x[0, -1, :] for x in kwargs["position_embeddings"])
+            slowest = len(cos) // 2 - 1  # less than a turn in any sequence that fits here
+            rotations[i] = torch.atan2(sin[slowest], cos[slowest]) / model.language_model.rotary_emb.inv_freq[slowest]
+
+        layer.self_attn.register_forward_pre_hook(note, with_kwargs=True)
+    with torch.no_grad(), attach(model, pruner, positions=positions) as session:
+        run = model(input_ids=ids, pixel_values=torch.zeros(n, 3, 1, 1), use_cache=True)
+        cache, images = run.past_key_values, session.trace.images
+        kept = [
+            torch.tensor([i for i, image in enumerate(images) if len(image.kept_at(layer))])
+            for layer in pruner.schedule(ModelInfo(decoder_layers=text.num_hidden_layers))
+        ]
+        gone = sorted(set(range(n)) - set(kept[-1].tolist()))
+        survivors = [i for i in range(len(embeds)) if i - start not in gone]
+        lengths = [layer.keys.shape[2] for layer in cache.layers]
+        hidden, turned = [], []
+        for token in inputs["decode_ids"]:
+            step = model(input_ids=token.view(1, 1), past_key_values=cache, use_cache=True)
+            hidden.append(step.last_hidden_state[0, 0])
+            turned.append(torch.stack([rotations[i] for i in sorted(rotations)]).round().long())
+    return {
+        "prefill_hidden": run.last_hidden_state[0, survivors],
+        "decode_hidden": torch.stack(hidden),
+        "decode_positions": torch.stack(turned),
+        "kv_len": torch.tensor(lengths),
+        **{f"keep_{i}": index for i, index in enumerate(kept)},
+    }
+
+
+def recorded_model(text: LlamaConfig, weights: Tensors, embeds: Tensor, image: slice) -> tuple[LlavaModel, Tensor]:
+    """A LLaVA around recorded decoder weights that sees ``embeds (L, D)``, and the ids to call it with.
+
+    Its vocabulary goes on behind the recorded one with the prompt's embeddings. Every visual token is a picture by itself,
+    which no layout of a real tower limits.
+    """
+    known = len(weights["embed_tokens.weight"])
+    text.vocab_size = known + len(embeds) + 1
+    vision = CLIPVisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1, image_size=1, patch_size=1
+    )
+    placeholder = text.vocab_size - 1
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=placeholder, image_token_id=placeholder
+    )
+    model = LlavaModel(config).eval()
+    vocabulary = torch.cat([weights["embed_tokens.weight"], embeds, embeds[:1]])
+    model.language_model.load_state_dict({**weights, "embed_tokens.weight": vocabulary})
+    features = BaseModelOutputWithPooling(pooler_output=list(embeds[image, None]))
+    model.get_image_features = lambda **_: features
+    ids = known + torch.arange(len(embeds))
+    ids[image] = placeholder
+    return model, ids[None]
+
+
 RUNNERS: dict[str, Callable[[Params, Tensors], Tensors]] = {
     "fopru": fopru,
     "globalcom2": globalcom2,
@@ -595,4 +743,5 @@ RUNNERS: dict[str, Callable[[Params, Tensors], Tensors]] = {
     "todre": todre,
     "baselines": baselines,
     "quota": quota,
+    "transprune": transprune,
 }

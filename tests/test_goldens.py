@@ -6,6 +6,7 @@ not have yet is skipped by name; ``--require fopru,hiprune`` turns such a skip, 
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import re
@@ -69,16 +70,26 @@ def test_golden(golden: Golden) -> None:
     if golden.case is None:
         (pytest.fail if golden.required else pytest.skip)(golden.why)
     case = golden.case
-    prefix = case["name"] + "."
     tensors = load_file(FOLDER / f"{golden.method}.safetensors")
-    inputs = {name.removeprefix(prefix): tensors[name] for name in case["inputs"]}
+    inputs = case_inputs(case, tensors)
     results = goldens.run_case(golden.method, case["params"], inputs)
     stated = "expected_objects" in case["params"]  # the runner holds the result against it
     assert case["outputs"] or stated, "a case without outputs proves nothing"
     for name in case["outputs"]:
-        short = name.removeprefix(prefix)
+        short = short_name(case, name)
         assert short in results, f"run_case gave no {short!r}"
         compare(case, name, short, results[short].numpy(), tensors[name].numpy())
+
+
+def short_name(case: dict[str, Any], name: str) -> str:
+    """A tensor's name without that of its case; files separate them with a dot or a slash."""
+    return name.removeprefix(case["name"] + ".").removeprefix(case["name"] + "/")
+
+
+def case_inputs(case: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
+    """The case's inputs by short name; ``weights/*`` stands for all tensors whose names begin so."""
+    names = [n for name in case["inputs"] for n in (sorted(fnmatch.filter(tensors, name)) if "*" in name else [name])]
+    return {short_name(case, name): tensors[name] for name in names}
 
 
 def statements(case: dict[str, Any], name: str, short: str) -> list[str]:
@@ -91,6 +102,10 @@ def compare(case: dict[str, Any], name: str, short: str, found: np.ndarray, expe
     """Floats agree within the stated tolerance, integers exactly; index lists as sets where only the set is promised."""
     assert found.shape == expected.shape, f"{name}: shape {found.shape}, expected {expected.shape}"
     said = statements(case, name, short)
+    if expected.dtype.kind == "f" and not any("tol " in text for text in said):
+        assert any("exact" in text for text in said), f"{name}: nothing says how to compare it"
+        np.testing.assert_array_equal(found, expected, err_msg=name)
+        return
     if expected.dtype.kind == "f":
         atol, rtol = tolerance(next(text for text in said if "tol " in text), case["params"].get("score_kind"))
         np.testing.assert_allclose(found, expected, atol=atol, rtol=rtol, err_msg=name)
@@ -116,7 +131,7 @@ def test_unknown_parameters_are_refused(method: str) -> None:
     path = Path(__file__).parent / "data" / "goldens" / f"{method}.json"
     case = json.loads(path.read_text())["cases"][0]
     tensors = load_file(path.with_suffix(".safetensors"))
-    inputs = {name.removeprefix(case["name"] + "."): tensors[name] for name in case["inputs"]}
+    inputs = case_inputs(case, tensors)
     with pytest.raises(goldens.UnknownParameter, match="unheard_of"):
         goldens.run_case(method, {**case["params"], "unheard_of": 1}, inputs)
 

@@ -46,6 +46,7 @@ def make_tokens(layout: Layout, batch: int, seed: int, text: int = 3) -> Tokens:
         instruction=torch.randn(batch, text, D, generator=g),
         instruction_mask=torch.ones(batch, text, dtype=torch.bool),
         instruction_ids=torch.ones(batch, text, dtype=torch.long),
+        entered=layout.size,
         project=lambda features: features @ projector,
         frame_scores=torch.rand(batch, len(layout.views), generator=g).tolist(),
     )
@@ -91,4 +92,5 @@ def one(tokens: Tokens, b: int) -> Tokens:
         instruction_ids=tokens.instruction_ids[b : b + 1],
         project=tokens.project,
         frame_scores=tokens.frame_scores[b : b + 1],
+        entered=tokens.entered,
     )

@@ -39,8 +39,10 @@ VARIANTS: list[Pruner] = [
     create("quota", assigner="adaptive_avg", cap="official", remainder="largest"),
     create("quota", assigner="linspace", cap="waterfill", remainder="largest"),
     create("quota", assigner="tome", cap="waterfill", remainder="largest"),
+    create("transprune", direction="abs", alpha=0.2),
     create("quota", assigner="separable_tome", cap="waterfill"),
 ]
+BUDGETED = [name for name in sorted(PRUNERS) if hasattr(PRUNERS[name], "keep")]
 GRIDS = st.tuples(st.integers(1, 6), st.integers(1, 6))
 LAYOUTS = st.one_of(
     GRIDS.map(lambda grid: Layout.grid(*grid)),
@@ -54,6 +56,13 @@ LAYOUTS = st.one_of(
 )
 KEEPS = st.one_of(st.integers(1, 40), st.floats(0.01, 1.0))
 CASES = {"layout": LAYOUTS, "keep": KEEPS, "batch": st.integers(1, 3), "seed": st.integers(0, 2**16)}
+
+
+def at(variant: Pruner, keep: object) -> Pruner:
+    """The variant at a budget; of a schedule inside the decoder, its only step."""
+    if variant.name == "transprune":
+        return replace(variant, prune_layers=(2,), ratios=(keep if isinstance(keep, float) else 1 / keep,))
+    return replace(variant, keep=keep)
 
 
 def drawn(variant: Pruner, layout: Layout, batch: int, seed: int) -> Tokens:
@@ -133,7 +142,7 @@ def test_selections_have_the_promised_size_and_form(
     variant: Pruner, layout: Layout, keep: Keep, batch: int, seed: int
 ) -> None:
     """Statement: exactly ``kept_in(layout)`` tokens survive, and the selection is well-formed, on both kinds of tower."""
-    pruner = replace(variant, keep=keep)
+    pruner = at(variant, keep)
     if not supported(pruner, layout):
         return
     tokens = drawn(pruner, layout, batch, seed)
@@ -155,8 +164,8 @@ def test_a_batch_selects_as_its_images_do_alone(
     variant: Pruner, layout: Layout, keep: Keep, batch: int, seed: int
 ) -> None:
     """Statement: selecting again gives the same, and no image influences another one."""
-    pruner = replace(variant, keep=keep)
-    if not supported(pruner, layout):
+    pruner = at(variant, keep)
+    if not supported(pruner, layout) or not pruner.stages(CLIP):
         return
     tokens = drawn(pruner, layout, batch, seed)
     stage = first_stage(pruner)
@@ -180,14 +189,15 @@ def test_a_batch_selects_as_its_images_do_alone(
 @given(grid=GRIDS, keep=KEEPS)
 def test_counts_are_known_from_the_layout_alone(variant: Pruner, grid: tuple[int, int], keep: Keep) -> None:
     """Statement: ``kept(n, grid)`` agrees with the layout's count, lies in 1 .. n, and never exceeds an integer budget."""
-    pruner, n = replace(variant, keep=keep), grid[0] * grid[1]
+    pruner, n = at(variant, keep), grid[0] * grid[1]
     if not supported(pruner, Layout.grid(*grid)):
         return
     kept = pruner.kept(n, grid)
     assert kept == pruner.kept_in(Layout.grid(*grid))
-    assert 1 <= kept <= n
+    assert int(variant.name != "transprune") <= kept <= n  # which rounds down
     if (
         isinstance(keep, int)
+        and hasattr(variant, "keep")
         and getattr(variant, "dominant", None) is None
         and variant.parameters().get("strategy") != "row"
     ):
@@ -201,14 +211,16 @@ def test_a_full_budget_changes_nothing(variant: Pruner, layout: Layout) -> None:
     if not supported(variant, layout) or getattr(variant, "dominant", None) is not None:
         return
     tokens = make_tokens(layout, 2, 0)
-    for keep in (1.0, layout.size, layout.size + 7):
-        selection = run(replace(variant, keep=keep), tokens)
+    for keep in (1.0, layout.size, layout.size + 7) if hasattr(variant, "keep") else (1.0,):
+        if not at(variant, keep).stages(CLIP):
+            continue  # a step that keeps everything is none
+        selection = run(at(variant, keep), tokens)
         assert torch.equal(selection.index, torch.arange(layout.size).expand(2, -1))
         assert selection.values is None
         assert selection.order is None
 
 
-@pytest.mark.parametrize("name", sorted(PRUNERS))
+@pytest.mark.parametrize("name", BUDGETED)
 @pytest.mark.parametrize("keep", [0, -3, 0.0, -0.5, 1.5, float("nan"), float("inf"), True, "half", None])
 def test_impossible_budgets_are_refused(name: str, keep: object) -> None:
     """Statement: a budget that no sequence can meet is refused when the method is configured, with the value named."""
@@ -216,7 +228,7 @@ def test_impossible_budgets_are_refused(name: str, keep: object) -> None:
         create(name, keep=keep)
 
 
-@pytest.mark.parametrize("name", sorted(PRUNERS))
+@pytest.mark.parametrize("name", BUDGETED)
 def test_budgets_above_the_image_are_said(name: str) -> None:
     """Statement: an integer budget larger than the image is capped with a warning, a fitting one says nothing."""
     with pytest.warns(UserWarning, match="exceeds the 12"):
@@ -226,7 +238,7 @@ def test_budgets_above_the_image_are_said(name: str) -> None:
         create(name, keep=8).kept(12, (3, 4))
 
 
-@pytest.mark.parametrize("name", sorted(PRUNERS))
+@pytest.mark.parametrize("name", BUDGETED)
 def test_low_precision_tokens_are_selected_in_float32(name: str) -> None:
     """Statement: bfloat16 tokens are judged like the same values in float32, and merged values come back in bfloat16."""
     layout = Layout.grid(5, 5)
