@@ -1,0 +1,105 @@
+"""From an operation's public function to the code that runs it.
+
+Every operation is one torch operator, ``torch.ops.foveate.<name>``, with the same meaning on every device, a fake
+implementation for ``torch.compile``, and two bodies: a torch reference for any device and CuPy kernels for CUDA.
+
+The environment variable ``FOVEATE_KERNELS`` chooses the body, call by call:
+
+- ``auto`` (default): kernels on CUDA tensors. Where they cannot be had (no CuPy, an old GPU, a geometry they were not
+  written for) the reference answers, after one warning for every reason;
+- ``torch``: the reference;
+- ``cupy``: kernels, or :class:`~foveate.errors.ParameterError`.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate.errors import ParameterError
+
+_MODES = ("auto", "cupy", "torch")
+_LIBRARY = torch.library.Library("foveate", "DEF")
+_reported: set[str] = set()
+
+
+class KernelUnavailable(Exception):
+    """There is no kernel for this call; the message says why. Never leaves foveate.cuda."""
+
+
+def operation(
+    schema: str, *, kernel: Callable[..., Any], fake: Callable[..., Any]
+) -> Callable[..., Callable[..., Any]]:
+    """Decorate a torch reference: make it the operator ``foveate::<schema>`` and return what calls that.
+
+    Args:
+        schema: as for ``torch.library.define``, all arguments positional and without defaults.
+        kernel: same arguments and results as the reference, for CUDA tensors; may raise :class:`KernelUnavailable`.
+        fake: same arguments; returns empty tensors of the right shape, dtype and device.
+
+    Inputs that need a gradient go straight through the reference, which torch can differentiate.
+    """
+
+    def register(reference: Callable[..., Any]) -> Callable[..., Any]:
+        name = schema.partition("(")[0]
+
+        def run(*args: Any) -> Any:
+            forced = _wanted(next(arg.device for arg in args if isinstance(arg, Tensor)))
+            if forced is None:
+                return reference(*args)
+            try:
+                return kernel(*args)
+            except KernelUnavailable as reason:
+                if forced:
+                    raise ParameterError(
+                        f"FOVEATE_KERNELS=cupy, but {name} has no kernel here: {reason}; set FOVEATE_KERNELS=auto"
+                    ) from reason
+                _report(str(reason))
+                return reference(*args)
+
+        _LIBRARY.define(schema)
+        # one body for all devices: where to run is decided inside, so that it can change from call to call
+        _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"foveate::{name}", fake, lib=_LIBRARY)
+        operator = getattr(torch.ops.foveate, name).default
+
+        def call(*args: Any) -> Any:
+            if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+                return reference(*args)
+            return operator(*args)
+
+        return call
+
+    return register
+
+
+def _wanted(device: torch.device) -> bool | None:
+    """None: the reference; True: kernels and nothing else; False: kernels if there are any."""
+    mode = os.environ.get("FOVEATE_KERNELS", "auto")
+    if mode not in _MODES:
+        raise ParameterError(f"FOVEATE_KERNELS={mode!r} is unknown; use one of {', '.join(_MODES)}")
+    if mode == "torch":
+        return None
+    if _has_kernels(device):
+        return mode == "cupy"
+    if mode == "cupy":
+        raise ParameterError(
+            f"FOVEATE_KERNELS=cupy, but the tensors are on {device.type}, where no CuPy kernel runs; move them to an "
+            "NVIDIA GPU or set FOVEATE_KERNELS=auto"
+        )
+    return None
+
+
+def _has_kernels(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None
+
+
+def _report(reason: str) -> None:
+    if reason not in _reported:
+        _reported.add(reason)
+        warnings.warn(f"foveate runs on plain torch, slower, with the same results: {reason}", stacklevel=2)

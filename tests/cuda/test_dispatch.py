@@ -1,0 +1,133 @@
+"""Which body of an operation runs where, and what torch.compile sees of it."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.library import opcheck
+
+from foveate.cuda import dispatch, launch, received_attention
+from foveate.errors import ParameterError
+
+
+@pytest.fixture
+def pair() -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(2, 2, 9, 8), torch.randn(2, 1, 9, 8)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPU tensors count as tensors on a GPU; launching them is the test's business."""
+    monkeypatch.setattr(dispatch, "_has_kernels", lambda device: True)
+    monkeypatch.setattr(dispatch, "_reported", set())
+
+
+def test_an_unknown_mode_is_refused(monkeypatch, pair):
+    monkeypatch.setenv("FOVEATE_KERNELS", "cuda")
+    with pytest.raises(ParameterError, match="FOVEATE_KERNELS='cuda' is unknown; use one of auto, cupy, torch"):
+        received_attention(*pair)
+
+
+def test_forced_kernels_need_a_gpu(monkeypatch, pair):
+    monkeypatch.setenv("FOVEATE_KERNELS", "cupy")
+    with pytest.raises(ParameterError, match="the tensors are on cpu, where no CuPy kernel runs"):
+        received_attention(*pair)
+
+
+def test_torch_mode_never_launches(monkeypatch, pair, gpu):
+    def fail(*_):
+        raise AssertionError("launched")
+
+    monkeypatch.setattr(launch, "_execute", fail)
+    with pytest.raises(AssertionError, match="launched"):
+        received_attention(*pair)
+    monkeypatch.setenv("FOVEATE_KERNELS", "torch")
+    assert received_attention(*pair).shape == (2, 9)
+
+
+def test_a_kernel_that_cannot_be_had_is_replaced_with_one_warning(monkeypatch, pair, gpu):
+    expected = received_attention(*(x.clone().requires_grad_() for x in pair)).detach()  # gradients need the reference
+
+    def fail(*_):
+        raise dispatch.KernelUnavailable("no compiler today")
+
+    monkeypatch.setattr(launch, "_execute", fail)
+    with pytest.warns(
+        UserWarning, match="foveate runs on plain torch, slower, with the same results: no compiler today"
+    ):
+        assert torch.equal(received_attention(*pair), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(received_attention(*pair), expected)
+    monkeypatch.setenv("FOVEATE_KERNELS", "cupy")
+    with pytest.raises(ParameterError, match="received_attention has no kernel here: no compiler today"):
+        received_attention(*pair)
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_without_cupy_or_driver_there_is_no_kernel(installed, monkeypatch):
+    if installed:
+        pytest.importorskip("cupy")
+        if torch.cuda.is_available():
+            pytest.skip("needs a machine without a GPU")
+    else:
+        monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    launch._function.cache_clear()
+    reason = launch._function("attention.cu", "row_lse<float, 64, false>", 0, 0)
+    launch._function.cache_clear()
+    assert isinstance(reason, dispatch.KernelUnavailable)
+    assert ("does not load" if installed else "CuPy is not installed") in str(reason)
+
+
+def test_arguments_of_kernels_have_a_width():
+    x = torch.zeros(3)
+    with pytest.raises(TypeError, match=r"give its width, as in np.int32\(3\)"):
+        launch.launch("attention.cu", "row_lse", (1, 1, 1), 32, (x, 3))
+    assert launch._value(None) == 0
+    assert launch._value(x) == x.data_ptr()
+    assert launch._value(np.float32(0.5)).nbytes == 4
+
+
+def test_an_empty_grid_launches_nothing(monkeypatch):
+    monkeypatch.setattr(launch, "_execute", None)
+    launch.launch("attention.cu", "row_lse", (1, 0, 1), 32, (torch.zeros(0),))
+
+
+def test_rows_copies_only_what_kernels_cannot_read():
+    x = torch.zeros(2, 3, 4, 8)
+    assert launch.rows(x) is x
+    assert launch.rows(x.transpose(1, 2)).data_ptr() == x.data_ptr()
+    for odd in (x[..., 1:], x.mT, x[..., :3].contiguous(), x.double()):
+        fixed = launch.rows(odd)
+        assert torch.equal(fixed, odd.float())
+        assert fixed.data_ptr() % 16 == 0
+        assert all(s * fixed.itemsize % 16 == 0 for s in fixed.stride()[:-1])
+
+
+# ------------------------------------------------------------------------------------------------------- torch.compile
+
+
+def test_operators_are_registered_as_torch_wants_them(pair):
+    opcheck(torch.ops.foveate.received_attention.default, (*pair, 0.5, 1, True, 0, None, None))
+
+
+def test_compiled_functions_hold_the_operator(pair):
+    def function(q, k):
+        return received_attention(2 * q, k, causal=True) + 1
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
+    torch.testing.assert_close(compiled(*pair), function(*pair))
+
+
+def test_shapes_on_a_gpu_are_known_without_one():
+    with FakeTensorMode():
+        q, k = (torch.empty(2, heads, 9, 64, device="cuda", dtype=torch.bfloat16) for heads in (4, 2))
+        out = received_attention(q, k)
+    assert (out.shape, out.dtype, out.device.type) == ((2, 9), torch.float32, "cuda")

@@ -1,0 +1,89 @@
+"""Every kernel that the launchers can ask for compiles for every supported architecture, without a GPU."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+
+import pytest
+import torch
+
+from foveate.cuda import dispatch, launch, received_attention
+
+ARCHITECTURES = (80, 90, 100, 120)
+REGISTERS = 65536  # of a multiprocessor, all architectures
+SHARED = 99 << 10  # bytes that a block may ask for on sm_120, the least of them
+
+
+def calls() -> None:
+    """All operations, so that every kernel is launched once in the instances that matter most."""
+    for dtype, d, causal in (
+        (torch.bfloat16, 64, False),
+        (torch.bfloat16, 128, True),
+        (torch.float16, 64, False),  # the same code as bfloat16 but for one instruction
+        (torch.float32, 128, True),
+    ):
+        q, k = torch.zeros(2, 1, 4, 8, d, dtype=dtype)
+        received_attention(q, k, causal=causal)
+
+
+@pytest.fixture(scope="module")
+def wanted() -> dict[str, dict[str, tuple[int, int]]]:
+    """File -> kernel instance -> (threads, bytes of dynamic shared memory), as the launchers ask."""
+    files: dict[str, dict[str, tuple[int, int]]] = defaultdict(dict)
+
+    def record(file, kernel, grid, threads, values, shared, device):
+        files[file][kernel] = threads, max(shared, files[file].get(kernel, (0, 0))[1])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "_execute", record)
+        patch.setattr(dispatch, "_has_kernels", lambda device: True)
+        patch.setenv("FOVEATE_KERNELS", "cupy")
+        calls()
+    return files
+
+
+def compile_report(source: str, names: list[str], architecture: int) -> dict[str, str]:
+    """Kernel instance -> what ptxas says about it."""
+    nvrtc = pytest.importorskip("cupy.cuda", reason="needs CuPy (extras cuda12, cuda13) for NVRTC").nvrtc
+    pathfinder = pytest.importorskip("cuda.pathfinder", reason="needs cuda-pathfinder, which comes with CuPy")
+    headers = pathfinder.find_nvidia_header_directory("cudart")
+    if headers is None:
+        pytest.skip("needs the CUDA runtime's headers, which come with torch for CUDA")
+    program = nvrtc.createProgram(source, "kernels.cu", (), ())
+    for name in names:
+        nvrtc.addNameExpression(program, name)
+    # as RawModule compiles, and a report
+    options = (f"-arch=sm_{architecture}", "-std=c++17", "-ftz=true", f"-I{headers}", "--ptxas-options=-v")
+    try:
+        nvrtc.compileProgram(program, options)
+    except nvrtc.NVRTCError:
+        pytest.fail(nvrtc.getProgramLog(program))
+    log = nvrtc.getProgramLog(program)
+    reports = re.split(r"Compiling entry function '(\w+)'", log)[1:]
+    by_symbol = dict(zip(reports[::2], reports[1::2]))
+    return {name: by_symbol[nvrtc.getLoweredName(program, name)] for name in names}
+
+
+def number(pattern: str, report: str) -> int:
+    found = re.search(pattern, report)
+    return int(found[1]) if found else 0
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kernels_compile_without_spills_and_fit_a_multiprocessor(architecture, wanted):
+    assert set(wanted) == {path.name for path in launch.FOLDER.glob("*.cu")}  # every file is launched from somewhere
+    for file, instances in wanted.items():
+        reports = compile_report(launch.source(file), list(instances), architecture)
+        for name, (threads, shared) in instances.items():
+            report = reports[name]
+            assert "registers" in report, report
+            assert number(r"(\d+) bytes spill stores", report) == 0, f"{name}: {report}"
+            assert number(r"(\d+) bytes spill loads", report) == 0, f"{name}: {report}"
+            assert number(r"Used (\d+) registers", report) * threads <= REGISTERS, f"{name}: {report}"
+            assert number(r"(\d+) bytes smem", report) + shared <= SHARED, f"{name}: {report}"
+
+
+def test_sources_hold_their_headers():
+    for path in launch.FOLDER.glob("*.cu"):
+        assert '#include "' not in launch.source(path.name)
