@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
+import importlib
 import os
 import platform
 import re
@@ -25,6 +27,7 @@ def environment(model: torch.nn.Module) -> dict[str, Any]:
     return {
         "foveate": foveate.__version__,
         **_commit(),
+        "source_sha256": _source(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
@@ -34,9 +37,10 @@ def environment(model: torch.nn.Module) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": threads,
         "gpu": gpu,
-        "device": str(model.device),
+        "device": model.device.type,
         "dtype": str(model.dtype).removeprefix("torch."),
         "model_class": type(model).__name__,
+        "revision": getattr(model.config, "_commit_hash", None),
         "attention": getattr(model.config, "_attn_implementation", None),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
@@ -48,6 +52,16 @@ def _cpu() -> str:
     except OSError:
         found = None
     return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def _source() -> str:
+    """Digest of the code that decides about results, which tells a changed checkout from its commit."""
+    digest = hashlib.sha256()
+    for part in ("adapters", "cuda", "eval_suites", "pruners"):
+        folder = Path(importlib.import_module(f"foveate.{part}").__file__).parent
+        for path in sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".cu", ".cuh")):
+            digest.update(f"{part}/{path.relative_to(folder).as_posix()}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def _commit() -> dict[str, Any]:

@@ -3,107 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
-from enum import Enum
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from foveate.eval_suites.rows import Row, Status, mean_sd
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
     from rich.table import Table
 
-__all__ = ["Leaderboard", "Line", "Row", "Status", "agreement", "mean_sd", "share", "wilson"]
-
-
-# -------------------------------------------------------------------------------------------------------- statistics
-
-
-def share(part: int, whole: int) -> float | None:
-    """``part / whole``, None of nothing."""
-    return part / whole if whole else None
-
-
-def wilson(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (Wilson 1927); (0, 1) without any observation."""
-    if n == 0:
-        return 0.0, 1.0
-    z = statistics.NormalDist().inv_cdf(0.5 + confidence / 2)
-    p, spread = correct / n, z * z / n
-    centre = (p + spread / 2) / (1 + spread)
-    half = math.sqrt(spread * (p * (1 - p) + spread / 4)) / (1 + spread)
-    return (0.0 if correct == 0 else centre - half), (1.0 if correct == n else centre + half)
-
-
-def mean_sd(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation (n - 1; 0 of a single value)."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def agreement(answers: Sequence[str], reference: Sequence[str]) -> float | None:
-    """Loyalty: the share of answers that are the same text as the unpruned model's, right or wrong."""
-    return share(sum(a == b for a, b in zip(answers, reference, strict=True)), len(reference))
-
-
-# -------------------------------------------------------------------------------------------------------------- rows
-
-
-class Status(str, Enum):
-    """What became of a run."""
-
-    OK = "ok"
-    FAILED = "failed"
-    NOT_APPLICABLE = "not applicable"
-
-
-@dataclass
-class Row:
-    """One method at one budget with one seed, over all samples. What was not measured is None.
-
-    Attributes:
-        method: registry name, ``"unpruned"`` or ``"no-image"``; label: the same with the parameters that were asked for.
-        keep: the budget asked for; None where there is none. seed: of the random choice, None where nothing is drawn.
-        baseline: reads no content; adaptive: the number of tokens depends on the content, or on the processor's rounding.
-        status, reason: what went wrong, if anything did.
-        parameters: all of the method's; positions: what was done with positions, by hook point.
-        kept_requested: visual tokens per image that the budget stands for; tokens_per_layer: visual tokens that each decoder
-            layer really saw, separators counted (both means over the images); tokens_mean, tokens_last: over the layers, and
-            of the last one.
-        n, correct, accuracy, interval: over all samples, with Wilson's 95 % interval; tasks: accuracy by task.
-        relative_accuracy: accuracy divided by that of the unpruned model; loyalty: :func:`agreement`.
-        seconds_per_sample: processor and generation, wall time.
-        answers: what the model said, in the order of the samples; not part of the JSON.
-    """
-
-    method: str
-    label: str
-    keep: int | float | None = None
-    seed: int | None = None
-    baseline: bool = False
-    adaptive: bool = False
-    status: Status = Status.OK
-    reason: str | None = None
-    parameters: dict[str, Any] = field(default_factory=dict)
-    positions: dict[str, str] = field(default_factory=dict)
-    kept_requested: float | None = None
-    tokens_per_layer: list[float] | None = None
-    tokens_mean: float | None = None
-    tokens_last: float | None = None
-    n: int | None = None
-    correct: int | None = None
-    accuracy: float | None = None
-    interval: tuple[float, float] | None = None
-    relative_accuracy: float | None = None
-    tasks: dict[str, float | None] = field(default_factory=dict)
-    loyalty: float | None = None
-    seconds_per_sample: float | None = None
-    answers: list[str] = field(default_factory=list, repr=False)
-
-    def as_json(self) -> dict[str, Any]:
-        """All but the answers."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "answers"}
+__all__ = ["Leaderboard", "Line", "Section"]
 
 
 @dataclass
@@ -180,8 +92,8 @@ class Leaderboard:
 
     @property
     def failures(self) -> list[Row]:
-        """Rows that went wrong (what a model or a method cannot do is no failure)."""
-        return [row for row in self.rows if row.status is Status.FAILED]
+        """Rows that went wrong, or some of whose samples did (what a model or a method cannot do is no failure)."""
+        return [row for row in self.rows if row.status is Status.FAILED or row.errors]
 
     @property
     def sections(self) -> list[Section]:
@@ -278,7 +190,7 @@ class Leaderboard:
         for section in self.sections:
             for line in section.lines:
                 for reason, row in {row.reason: row for row in line.rows if row.reason}.items():
-                    head = "FAILED" if row.status is Status.FAILED else "n/a"
+                    head = _HEAD_OF[row.status]
                     notes.append(f"{head}: {row.label}, {section.title}: {reason}")
         return list(dict.fromkeys(notes))
 
@@ -292,9 +204,17 @@ def _rank(line: Line) -> tuple[Any, ...]:
     return (0, -line.mean("accuracy"), line.mean("tokens_mean"), line.name)
 
 
+_HEAD_OF = {
+    Status.OK: "ERRORS",
+    Status.NOT_APPLICABLE: "n/a",
+    Status.UNFINISHED: "unfinished",
+    Status.FAILED: "FAILED",
+}
+
+
 def _status(line: Line) -> Status:
-    wrong: Iterable[Status] = (row.status for row in line.rows if row.status is not Status.OK)
-    return max(wrong, key=lambda status: status is Status.FAILED, default=Status.OK)
+    """The worst of its rows'."""
+    return max((row.status for row in line.rows), key=list(_HEAD_OF).index)
 
 
 def _budget_title(lines: list[Line]) -> str:
@@ -310,7 +230,7 @@ def _cells(line: Line, tasks: Sequence[str]) -> list[str]:
     if not line.measured:
         return [
             line.name,
-            "FAILED" if _status(line) is Status.FAILED else "n/a",
+            _HEAD_OF[_status(line)],
             *[""] * (len(_HEADS) - 2 + len(tasks)),
         ]
     about = "~" if line.first.adaptive else ""

@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -19,12 +18,12 @@ from foveate.adapters import Session, attach
 from foveate.adapters.base import Adapter, adapter_for
 from foveate.adapters.trace import ImageTrace, Trace
 from foveate.errors import BudgetError, FoveateError, UnsupportedModelError
-from foveate.eval_suites.leaderboard import Row, Status, agreement, share, wilson
 from foveate.eval_suites.models import Loaded
+from foveate.eval_suites.rows import Answer, Row
 from foveate.eval_suites.suites import Sample, Suite
 from foveate.pruners.base import Hook, Keep, Pruner, Stage, budget
 
-__all__ = ["GREY", "BudgetMismatch", "Meter", "Run", "check_image", "check_resized"]
+__all__ = ["GREY", "BudgetMismatch", "Measured", "Meter", "Run", "check_image", "check_resized"]
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +55,22 @@ class Run:
     def keep(self) -> Keep | None:
         return getattr(self.pruner, "keep", None)
 
+    def row(self) -> Row:
+        """A row with the run's names, and nothing measured."""
+        row = Row(self.method, self.label, self.keep, self.seed, self.baseline)
+        if self.pruner is not None:
+            row.parameters, row.adaptive = self.pruner.parameters(), bool(self.pruner.adaptive)
+        return row
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A batch's answers, what was done with positions by hook point, and whether the processor's rounding set the budget."""
+
+    answers: list[Answer]
+    positions: dict[str, str]
+    resized: bool
+
 
 class BudgetMismatch(FoveateError):
     """A method kept another number of tokens than it was asked for, or than it says."""
@@ -70,82 +85,78 @@ class Meter:
         self.model, self.processor, self.suite, self.samples = loaded.model, loaded.processor, suite, samples
         self.batch_size, self.positions = batch_size, positions
         self.adapter: Adapter = adapter_for(self.model)
-        self.unpruned_counts: list[int] = []  # visual tokens of every sample
+        self.unpruned_counts: dict[int, int] = {}  # sample number -> visual tokens
         self._warm: set[str] = set()
 
-    def row(self, run: Run, reference: Row | None, step: Callable[[str, int], None]) -> Row:
-        """Measure one run against the unpruned row (None: this is it)."""
-        step(run.label, 0)
-        row = Row(run.method, run.label, run.keep, run.seed, run.baseline)
-        if run.pruner is not None:
-            row.parameters, row.adaptive = run.pruner.parameters(), bool(run.pruner.adaptive)
-        done = 0
+    def numbers(self, first: int) -> range:
+        """Numbers of the samples of the batch that begins at ``first``."""
+        return range(first, min(first + self.batch_size, len(self.samples)))
 
-        def count(n: int) -> None:
-            nonlocal done
-            done += n
-            step(run.label, n)
+    def count(self, firsts: Iterable[int]) -> int:
+        """How many samples there are in the batches that begin at ``firsts``."""
+        return sum(len(self.numbers(first)) for first in firsts)
 
-        try:
-            self._measure(run, row, count)
-        except (UnsupportedModelError, BudgetError) as error:
-            row.status, row.reason = Status.NOT_APPLICABLE, str(error)
-        except BudgetMismatch as error:
-            row.status, row.reason = Status.FAILED, str(error)
-        except Exception as error:  # the other methods go on
-            logger.info("%s failed", run.label, exc_info=True)
-            row.status, row.reason = Status.FAILED, f"{type(error).__name__}: {error}"
-        if reference is None:
-            if row.status is not Status.OK:
-                raise FoveateError(
-                    f"{type(self.model).__name__} cannot answer {self.suite.name} even without a pruner ({row.reason}); "
-                    "check that model and processor belong together, or give a smaller batch size"
-                )
-            reference = row
-        step(run.label, len(self.samples) - done)
-        if row.status is Status.OK:
-            row.loyalty = agreement(row.answers, reference.answers)
-            row.relative_accuracy = share(row.correct, reference.correct)
-        return row
+    def measure(self, run: Run, firsts: Iterable[int]) -> Iterator[Measured]:
+        """Answer one batch after the other; ``firsts`` are the numbers of their first samples.
 
-    def _measure(self, run: Run, row: Row, count: Callable[[int], None]) -> None:
-        seconds, seen, asked = 0.0, [], []
-        warm = run.label in self._warm
+        A sample that fails has its error for an answer.
+
+        Raises:
+            UnsupportedModelError, BudgetError, ParameterError: the method does not work on this model, or not with this budget.
+            BudgetMismatch: it kept another number of tokens than it should.
+        """
         with self._attached(run) as (session, widths):
-            for first in range(0, len(self.samples), self.batch_size):
+            for first in firsts:
                 batch = self.samples[first : first + self.batch_size]
-                for counted in (True,) if warm else (False, True):  # the first batch of a method runs twice
-                    widths.clear()
-                    if session is not None:
-                        session.trace, session.sample_ids = None, range(first, first + len(batch))
-                    began = time.perf_counter()
-                    answers, ids = self._answer(run, batch)
-                    elapsed = time.perf_counter() - began
-                    if not counted:
-                        continue
-                    seconds += elapsed
-                    row.answers += answers
-                    if session is None:
-                        seen += self._unpruned(ids, widths)
-                    else:
-                        checked = self._pruned(run.pruner, session.trace, ids, widths, first)
-                        seen += checked[0]
-                        asked += checked[1]
-                        row.positions = dict(session.trace.positions)
-                        row.adaptive |= not run.pruner.stages(self.adapter.info)  # the processor's rounding decides
-                    count(len(batch))
-                warm = True
-        self._warm.add(run.label)
-        row.kept_requested = fmean(asked) if asked else None
-        row.tokens_per_layer = [fmean(layer) for layer in zip(*seen)]
-        row.tokens_mean, row.tokens_last = fmean(row.tokens_per_layer), row.tokens_per_layer[-1]
-        row.seconds_per_sample = seconds / len(self.samples)
-        right = [bool(self.suite.score(sample, answer)) for sample, answer in zip(self.samples, row.answers)]
-        row.n, row.correct = len(right), sum(right)
-        row.accuracy, row.interval = share(row.correct, row.n), wilson(row.correct, row.n)
-        for task in self.suite.tasks:
-            hits = [hit for hit, sample in zip(right, self.samples) if sample.task == task]
-            row.tasks[task] = share(sum(hits), len(hits))
+                answers = self._answers(run, session, widths, first, batch)
+                trace = None if session is None else session.trace
+                resized = run.pruner is not None and not run.pruner.stages(self.adapter.info)  # the processor rounds
+                yield Measured(answers, dict(trace.positions) if trace else {}, resized)
+
+    def _answers(
+        self, run: Run, session: Session | None, widths: list[int], first: int, batch: Sequence[Sample]
+    ) -> list[Answer]:
+        """The answers to a batch; if it fails, to its samples one by one."""
+        try:
+            if run.label not in self._warm:  # the first batch of a method runs twice
+                self._ask(run, session, widths, first, batch)
+                self._warm.add(run.label)
+            return self._ask(run, session, widths, first, batch)
+        except (UnsupportedModelError, BudgetError, BudgetMismatch):
+            raise
+        except Exception as error:  # the other samples go on
+            if len(batch) > 1:
+                alone = (self._answers(run, session, widths, i, [sample]) for i, sample in enumerate(batch, first))
+                return [answer for answers in alone for answer in answers]
+            logger.info("%s failed on %s", run.label, batch[0].id, exc_info=True)
+            return [Answer(first, batch[0].id, batch[0].task, error=f"{type(error).__name__}: {error}")]
+
+    def _ask(
+        self, run: Run, session: Session | None, widths: list[int], first: int, batch: Sequence[Sample]
+    ) -> list[Answer]:
+        widths.clear()
+        if session is not None:
+            session.trace, session.sample_ids = None, range(first, first + len(batch))
+        began = time.perf_counter()
+        texts, ids = self._answer(run, batch)
+        seconds = (time.perf_counter() - began) / len(batch)
+        if session is None:
+            seen, asked = self._unpruned(ids, widths, first), [None] * len(batch)
+        else:
+            seen, asked = self._pruned(run.pruner, session.trace, ids, widths, first)
+        return [
+            Answer(
+                number=number,
+                sample=sample.id,
+                task=sample.task,
+                text=text,
+                score=float(self.suite.score(sample, text)),
+                tokens=tuple(tokens),
+                asked=want,
+                seconds=seconds,
+            )
+            for number, (sample, text, tokens, want) in enumerate(zip(batch, texts, seen, asked), first)
+        ]
 
     @contextmanager
     def _attached(self, run: Run) -> Iterator[tuple[Session | None, list[int]]]:
@@ -185,13 +196,13 @@ class Meter:
 
     # ------------------------------------------------------------------------------------------------------ counting
 
-    def _unpruned(self, ids: Tensor, widths: list[int]) -> list[list[int]]:
+    def _unpruned(self, ids: Tensor, widths: list[int], first: int) -> list[list[int]]:
         """Visual tokens seen by each layer, per picture."""
         depth, length = self.adapter.info.decoder_layers, ids.shape[1]
         if widths != [length] * depth:
             raise BudgetMismatch(f"the prompt has {length} tokens, but the decoder's layers saw {widths}")
         counts = self._placeholders(ids)
-        self.unpruned_counts += counts
+        self.unpruned_counts.update(enumerate(counts, first))
         return [[n] * depth for n in counts]
 
     def _placeholders(self, ids: Tensor) -> list[int]:
@@ -224,6 +235,8 @@ class Meter:
                 asked.append(pruner.kept_in(image.layout))
                 check_image(pruner, stages, image, asked[-1])
             else:
+                if sample not in self.unpruned_counts:
+                    raise FoveateError("the unpruned model failed on this sample, so its tokens are not known")
                 asked.append(budget(pruner.keep, self.unpruned_counts[sample]))
                 check_resized(pruner, image.layout.size, asked[-1])
         return [image.tokens_per_layer for image in trace.images], asked

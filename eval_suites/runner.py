@@ -9,25 +9,38 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import hashlib
 import itertools
+import json
+import logging
+import math
 import os
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from foveate.errors import BudgetError, ParameterError
+import torch
+
+from foveate.errors import BudgetError, FoveateError, ParameterError, StoreError, UnsupportedModelError
 from foveate.eval_suites import models, suites
+from foveate.eval_suites.distributed import World, world
 from foveate.eval_suites.environment import environment
-from foveate.eval_suites.leaderboard import Leaderboard, Row
-from foveate.eval_suites.meter import Meter, Run
-from foveate.eval_suites.suites import Suite
+from foveate.eval_suites.leaderboard import Leaderboard
+from foveate.eval_suites.meter import BudgetMismatch, Meter, Run
+from foveate.eval_suites.rows import Status
+from foveate.eval_suites.store import Store
+from foveate.eval_suites.suites import Sample, Suite
 from foveate.pruners.base import Keep, Pruner, check_keep, one_of
 from foveate.pruners.registry import PRUNERS, create
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["BASELINES", "add_arguments", "bench", "main"]
 
@@ -56,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--keep",
         metavar="BUDGETS",
         default="0.5,0.25,0.11",
-        help="fractions like 0.25, or whole numbers of tokens like 64",
+        help="fractions like 0.25 or 1/9, or whole numbers of tokens like 64",
     )
     add("--limit", metavar="N", type=int, default=200, help="number of samples (default: 200)")
     add("--seed", metavar="N", type=int, help="which samples are drawn (default: the suite's own)")
@@ -66,6 +79,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=models.DTYPES, help="default: float32 on a CPU, that of the checkpoint elsewhere")
     help_ = "of the tokens that stay (default: auto; keep for shapes-llava, which never met closed gaps in training)"
     add("--positions", choices=_POSITIONS, help=help_)
+    add("--out", metavar="PATH", help="result file (SQLite): go on where it ends, and add to it after every batch")
+    fresh = (
+        "drop what the result file holds of this model and suite; with 'changed', only if settings or versions differ"
+    )
+    add("--fresh", nargs="?", const="always", default="", choices=("always", "changed"), help=fresh)
+    add("--retry", action="store_true", help="do the samples and methods again that failed")
     add("--json", metavar="PATH", help="write all rows and the environment")
     add("--markdown", metavar="PATH", help="write the table as Markdown; '-' prints it instead of the table")
 
@@ -79,25 +98,37 @@ def main(args: argparse.Namespace) -> int:
     from rich.console import Console
     from transformers.utils import logging
 
-    written = {"--json": args.json, "--markdown": None if args.markdown == "-" else args.markdown}
+    written = {"--out": args.out, "--json": args.json, "--markdown": None if args.markdown == "-" else args.markdown}
     for option, path in written.items():
         if path is not None:
             _check_writable(option, path)
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # what is wrong with a checkpoint is one line of ours
-    board = bench(
-        model=args.model,
-        suite=args.suite,
-        pruners=args.pruners,
-        keep=parse_keep(args.keep),
-        limit=args.limit,
-        seed=args.seed,
-        seeds=args.seeds,
-        batch_size=args.batch_size,
-        device=args.device,
-        dtype=args.dtype,
-        positions=args.positions or ("keep" if args.model in models.EMBEDDED else "auto"),
-    )
+    try:
+        board = bench(
+            model=args.model,
+            suite=args.suite,
+            pruners=args.pruners,
+            keep=parse_keep(args.keep),
+            limit=args.limit,
+            seed=args.seed,
+            seeds=args.seeds,
+            batch_size=args.batch_size,
+            device=args.device,
+            dtype=args.dtype,
+            positions=args.positions or ("keep" if args.model in models.EMBEDDED else "auto"),
+            out=args.out,
+            fresh=args.fresh,
+            retry=args.retry,
+        )
+    except KeyboardInterrupt:
+        saved = (
+            f"what is done is in {args.out}; the same command goes on" if args.out else "nothing was kept (see --out)"
+        )
+        print(f"foveate: stopped; {saved}", file=sys.stderr)
+        return 130
+    if not world().first:
+        return int(bool(board.failures))
     if args.json:
         board.write_json(args.json)
     if args.markdown == "-":
@@ -124,7 +155,7 @@ def _check_writable(option: str, path: str) -> None:
 
 
 def parse_keep(text: str) -> list[Keep]:
-    """``"0.5,64"`` -> ``[0.5, 64]``: what has only digits is a number of tokens, the rest fractions.
+    """``"0.5,1/9,64"`` -> ``[0.5, 0.111…, 64]``: what has only digits is a number of tokens, the rest fractions.
 
     Raises:
         ParameterError: not a number. BudgetError: no usable budget.
@@ -132,10 +163,11 @@ def parse_keep(text: str) -> list[Keep]:
     budgets: list[Keep] = []
     for part in filter(None, map(str.strip, text.split(","))):
         try:
-            budgets.append(check_keep(int(part) if re.fullmatch(r"[+-]?\d+", part) else float(part)))
+            whole = re.fullmatch(r"[+-]?\d+", part)
+            budgets.append(check_keep(int(part) if whole else float(Fraction(part) if "/" in part else part)))
         except BudgetError:
             raise
-        except ValueError:
+        except (ValueError, ZeroDivisionError):
             raise ParameterError(f"keep={part!r} is no number; give fractions in (0, 1] or numbers of tokens") from None
     return budgets
 
@@ -177,6 +209,9 @@ def bench(
     device: str | None = None,
     dtype: str | None = None,
     positions: str = "auto",
+    out: str | os.PathLike[str] | None = None,
+    fresh: str = "",
+    retry: bool = False,
     progress: bool = True,
 ) -> Leaderboard:
     """Measure methods on a suite, beside the unpruned model, a blind one and the baselines.
@@ -193,12 +228,21 @@ def bench(
         batch_size: samples per call of the model.
         device, dtype: see :func:`foveate.eval_suites.models.load`; not for a loaded model.
         positions: as for :func:`foveate.attach`.
-        progress: show a progress bar on stderr.
+        out: a result file (see :class:`foveate.eval_suites.store.Store`). What it holds of this bench is not done again,
+            and every batch is in it before the next one starts. None: nothing is kept.
+        fresh: ``"always"`` drops what ``out`` holds of this model and suite, ``"changed"`` only where it was made with other
+            settings or versions, which is refused otherwise.
+        retry: do the samples and methods again that failed.
+        progress: show a progress bar on stderr, if that is a terminal.
+
+    Under ``torchrun`` or ``accelerate launch`` the processes share the batches, and each returns the whole table.
 
     Returns:
-        A :class:`Leaderboard`. A method that the model cannot serve, or that failed, has a row that says why.
+        A :class:`Leaderboard` of all rows of this model and suite in ``out``. A method that the model cannot serve, or that
+        failed, has a row that says why.
 
     Raises:
+        StoreError: ``out`` cannot be used, or its rows would not compare with these.
         FoveateError: bad input, or a model that cannot answer at all. Everything that can be is checked before the model loads.
     """
     budgets = _distinct([check_keep(k) for k in (keep if isinstance(keep, Sequence) else [keep])])
@@ -212,7 +256,10 @@ def bench(
     one_of("positions", positions, _POSITIONS)
     suite = suites.find(suite) if isinstance(suite, str) else suite
     runs = _plan(pruners, budgets, seeds)
+    others = world()
     if not isinstance(model, models.Loaded):
+        if device is None and others.size > 1 and torch.cuda.is_available():
+            device = f"cuda:{others.local_rank % torch.cuda.device_count()}"
         model = models.load(model, device, dtype)
     seed = suite.seed if seed is None else seed
     samples = list(suite.samples(limit, seed))
@@ -223,19 +270,116 @@ def bench(
         "suite": suite.name,
         "suite_seed": seed,
         "limit": limit,
+        "samples_sha256": _digest(samples),
+        "processes": others.size,
         "chance": fmean(suite.chance[sample.task] for sample in samples),
         "batch_size": batch_size,
         "positions": positions,
     }
-    rows: list[Row] = []
-    with warnings.catch_warnings(), _bar(progress, len(runs) * len(samples)) as step:
-        warnings.filterwarnings("ignore", message="keep=.* exceeds")  # every method says it; see below
-        for run in runs:
-            rows.append(meter.row(run, rows[0] if rows else None, step))
-    most = max(meter.unpruned_counts)
+    _check_parameters(runs, meter)
+    try:
+        with Store(":memory:" if out is None else others.file(out)) as store:
+            number = _open(store, facts, suite, others, fresh, retry)
+            _measure(store, number, meter, runs, others, progress)
+            board = store.board(number)
+    finally:
+        others.close()
+    most = max(meter.unpruned_counts.values(), default=math.inf)
     for large in (k for k in budgets if isinstance(k, int) and k > most):
         warnings.warn(f"keep={large} exceeds the {most} visual tokens of an image; all are kept", stacklevel=2)
-    return Leaderboard(rows, facts, suite.tasks)
+    return board
+
+
+def _open(store: Store, facts: dict[str, Any], suite: Suite, others: World, fresh: str, retry: bool) -> int:
+    """The bench's number in the store; the first process of a machine clears what is in the way."""
+    if others.local_rank == 0:
+        number = store.open_bench(facts, suite.tasks, fresh)
+        if retry:
+            store.retry(number)
+    others.exchange(None)
+    return store.open_bench(facts, suite.tasks)
+
+
+def _measure(store: Store, bench: int, meter: Meter, runs: Sequence[Run], others: World, progress: bool) -> None:
+    """Do what the store does not hold yet.
+
+    Batches are always the same ones, whoever does them and whenever, so that a bench which was interrupted or shared
+    gives the answers of one that was not.
+    """
+    numbers = store.open_runs(bench, [run.row() for run in runs])
+    _share(store, bench, others)
+    meter.unpruned_counts.update((n, a.tokens[0]) for n, a in store.answers(numbers[0]).items() if a.tokens)
+    firsts = [first for i, first in enumerate(range(0, len(meter.samples), meter.batch_size)) if others.mine(i)]
+    done = [store.finished(number) if store.status(number) is Status.OK else None for number in numbers]
+    with warnings.catch_warnings(), _bar(progress and others.first, len(runs) * meter.count(firsts)) as step:
+        warnings.filterwarnings("ignore", message="keep=.* exceeds")  # every method says it; see `bench`
+        for run, number, finished in zip(runs, numbers, done):
+            left = [] if finished is None else [f for f in firsts if not finished.issuperset(meter.numbers(f))]
+            step(run.label, meter.count(firsts) - meter.count(left), skipped=True)
+            _finish(store, number, meter, run, left, step)
+            if run.method == "unpruned":
+                _check_reference(store, number, meter)
+    _share(store, bench, others)
+
+
+def _finish(
+    store: Store, number: int, meter: Meter, run: Run, firsts: Sequence[int], step: Callable[..., None]
+) -> None:
+    """Measure the batches that begin at ``firsts``; a method that cannot go on leaves its reason."""
+    if not firsts:
+        return
+    left = list(firsts)
+    try:
+        for measured in meter.measure(run, firsts):
+            store.add(number, measured.answers, measured.positions, measured.resized)
+            step(run.label, len(measured.answers))
+            left.pop(0)
+    except StoreError:
+        raise
+    except (UnsupportedModelError, BudgetError, ParameterError) as error:
+        store.give_up(number, Status.NOT_APPLICABLE, str(error), left[0])
+    except BudgetMismatch as error:
+        store.give_up(number, Status.FAILED, str(error), left[0])
+    except Exception as error:  # the other methods go on
+        logger.info("%s failed", run.label, exc_info=True)
+        store.give_up(number, Status.FAILED, f"{type(error).__name__}: {error}", left[0])
+    step(run.label, meter.count(left), skipped=True)
+
+
+def _check_reference(store: Store, number: int, meter: Meter) -> None:
+    """Raise :class:`FoveateError` if the bare model could not answer anything."""
+    answers, given_up = store.answers(number), store.reason(number)
+    if given_up or (answers and all(answer.error for answer in answers.values())):
+        raise FoveateError(
+            f"{type(meter.model).__name__} cannot answer {meter.suite.name} even without a pruner "
+            f"({given_up or answers[min(answers)].error}); check that model and processor belong together, or give a "
+            "smaller batch size"
+        )
+
+
+def _share(store: Store, bench: int, others: World) -> None:
+    """Let every process have the answers of all."""
+    if others.size > 1:
+        for results in others.exchange(store.as_json(bench)):
+            store.merge(results)
+
+
+def _check_parameters(runs: Sequence[Run], meter: Meter) -> None:
+    """Raise :class:`ParameterError` if this model cannot do what a user asked a method for; defaults may be impossible."""
+    for run in runs:
+        if run.pruner is not None and run.label != run.method:
+            try:
+                run.pruner.stages(meter.adapter.info)
+            except ParameterError as error:
+                raise ParameterError(f"{run.label} on {type(meter.model).__name__}: {error}") from None
+            except FoveateError:
+                pass  # the model lacks something: the row will say it
+
+
+def _digest(samples: Sequence[Sample]) -> str:
+    """Tells whether a suite still asks the same."""
+    asked = [(sample.id, sample.task, sample.question, sample.answer) for sample in samples]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 
 def _plan(methods: Any, budgets: Sequence[Keep], seeds: int) -> list[Run]:
@@ -297,12 +441,38 @@ def _distinct(budgets: Sequence[Keep]) -> list[Keep]:
 
 
 @contextmanager
-def _bar(shown: bool, total: int) -> Iterator[Callable[[str, int], None]]:
-    """A progress bar on stderr; yields ``step(what, samples)``."""
+def _bar(shown: bool, total: int) -> Iterator[Callable[..., None]]:
+    """A progress bar on stderr; yields ``step(what, samples, skipped=False)``. What is skipped does not count for the rate."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not shown, transient=True) as bar:
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> str:
+            return "" if task.speed is None else f"{task.speed:.3g} samples/s"
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    if not (shown and console.is_terminal):
+        yield lambda what, samples, skipped=False: None
+        return
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=total)
-        yield lambda what, samples: bar.update(task, description=f"{what:<14}", advance=samples)
+        skips = 0
+
+        def step(what: str, samples: int, skipped: bool = False) -> None:
+            nonlocal skips
+            if skipped:
+                skips += samples
+                bar.update(task, description=f"{what:<14}", total=total - skips)
+            else:
+                bar.update(task, description=f"{what:<14}", advance=samples)
+
+        yield step

@@ -39,6 +39,7 @@ _HOME = {
     "InputError": "foveate.errors",
     "MissingSignalError": "foveate.errors",
     "ParameterError": "foveate.errors",
+    "StoreError": "foveate.errors",
     "UnknownNameError": "foveate.errors",
     "UnsupportedModelError": "foveate.errors",
 }

@@ -12,6 +12,7 @@ __all__ = [
     "InputError",
     "MissingSignalError",
     "ParameterError",
+    "StoreError",
     "UnknownNameError",
     "UnsupportedModelError",
 ]
@@ -31,6 +32,10 @@ class ParameterError(FoveateError, ValueError):
 
 class UnknownNameError(FoveateError, LookupError):
     """A method, parameter, suite or family that does not exist."""
+
+
+class StoreError(FoveateError, ValueError):
+    """A result file that cannot be used, or results that do not belong into one table."""
 
 
 class UnsupportedModelError(FoveateError, TypeError):

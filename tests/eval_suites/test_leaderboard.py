@@ -7,7 +7,8 @@ import json
 import pytest
 from rich.console import Console
 
-from foveate.eval_suites.leaderboard import Leaderboard, Row, Status, agreement, mean_sd, share, wilson
+from foveate.eval_suites.leaderboard import Leaderboard
+from foveate.eval_suites.rows import Row, Status, agreement, mean_sd, share, wilson
 
 TASKS = ("colour", "count")
 
