@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -55,7 +57,7 @@ class Adapter(ABC):
         inner = getattr(model, "model", model)
         self.inner: nn.Module = inner if hasattr(inner, "language_model") else model
         self.text_model: nn.Module = self.inner.language_model
-        self.info = self.describe()
+        self.info = replace(self.describe(), token_ids=self._token_ids(), find_file=self._find_file)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -100,7 +102,52 @@ class Adapter(ABC):
         """Whether the family's processor cuts the centre square out of a picture (for drawings only)."""
         return False
 
+    def patch_pixels(self, pixels: Tensor, layouts: list[Layout], kind: str, call: dict[str, Any]) -> list[Tensor]:
+        """Preprocessed pixels under each token, ``[(N, 3, T, h, w)]``; see :class:`~foveate.pruners.base.PatchPixels`."""
+        raise MissingSignalError(f"no pixels can be told apart by token in {type(self.model).__name__}")
+
+    pixel_mean: ClassVar[tuple[float, float, float]] = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
+    pixel_std: ClassVar[tuple[float, float, float]] = (0.26862954, 0.26130258, 0.27577711)
+    """What the family's published processors normalise pictures with."""
+
     # ------------------------------------------------------------------------------------------------------- shared
+
+    def _token_ids(self) -> dict[str, tuple[int, ...]]:
+        """Ids of special tokens by name, from the configuration of the model, its decoder and its generation."""
+        ids: dict[str, set[int]] = {}
+        configs = (self.inner.config, self.text_model.config, getattr(self.model, "generation_config", None))
+        for config in filter(None, configs):
+            for name, value in vars(config).items():
+                if name.endswith("_token_id") and value is not None:
+                    ids.setdefault(name.removesuffix("_token_id"), set()).update(
+                        value if isinstance(value, (list, tuple)) else [value]
+                    )
+        return {name: tuple(sorted(values)) for name, values in ids.items()}
+
+    def _find_file(self, name: str) -> str | None:
+        from transformers.utils import cached_file
+
+        source = getattr(self.inner.config, "_name_or_path", "")
+        try:
+            return cached_file(source, name, local_files_only=True) if source else None
+        except OSError:  # neither in the folder nor in the cache
+            return None
+
+    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation per channel of the processor beside the weights, else of the family's published ones."""
+        for name in ("preprocessor_config.json", "processor_config.json"):
+            if (path := self.info.find_file(name)) is not None:
+                given = json.loads(Path(path).read_text())
+                given = given.get("image_processor", given)
+                if given.get("do_normalize", True) and "image_mean" in given and "image_std" in given:
+                    return tuple(given["image_mean"]), tuple(given["image_std"])
+        return self.pixel_mean, self.pixel_std
+
+    def pixels(self, kind: str, call: dict[str, Any], pixels: Tensor, layouts: list[Layout]) -> list[Tensor]:
+        """Pixels in [0, 1] under each token, one ``(N, 3, T, h, w)`` per image or video."""
+        parts = self.patch_pixels(pixels, layouts, kind, call)
+        mean, std = (parts[0].new_tensor(x).view(3, 1, 1, 1) for x in self.normalisation())
+        return [part * std + mean for part in parts]
 
     @property
     def exact_project(self) -> Callable[[Tensor], Tensor] | None:

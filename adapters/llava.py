@@ -21,6 +21,11 @@ class LlavaAdapter(Adapter):
     family = "llava"
     classes: ClassVar = ("LlavaForConditionalGeneration", "LlavaModel")
 
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        if not self.prefix:  # SigLIP
+            self.pixel_mean = self.pixel_std = (0.5, 0.5, 0.5)
+
     @property
     def tower(self) -> nn.Module:
         return self.inner.vision_tower
@@ -83,6 +88,13 @@ class LlavaAdapter(Adapter):
 
     def layouts(self, kind: str, call: dict[str, Any], output: Any) -> list[Layout]:
         return [Layout.grid(self.side, self.side)] * len(output.pooler_output)
+
+    def patch_pixels(self, pixels: Tensor, layouts: list[Layout], kind: str, call: dict[str, Any]) -> list[Tensor]:
+        patch = self.inner.config.vision_config.patch_size
+        views = pixels.flatten(0, -4)[..., : self.side * patch, : self.side * patch]  # (V, 3, H, W)
+        cut = views.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # (V, 3, rows, h, cols, w)
+        flat = cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (V, n, 3 h w)
+        return [x.unflatten(1, (3, 1, patch, patch)) for x in self.arrange(kind, flat, layouts, call)]
 
     def arrange(self, kind: str, values: Tensor, layouts: list[Layout], call: dict[str, Any]) -> list[Tensor]:
         return list(values)

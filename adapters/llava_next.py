@@ -27,6 +27,11 @@ class LlavaNextAdapter(LlavaAdapter):
         sizes, cropped, limit = self._sizes(call), self._cropped(call), self._limit(call)
         return [self._layout(*size, crops, limit) for size, crops in zip(sizes, cropped, strict=True)]
 
+    def patch_pixels(self, pixels: Tensor, layouts: list[Layout], kind: str, call: dict[str, Any]) -> list[Tensor]:
+        if kind == "image" and pixels.ndim == 5:  # pictures of fewer views are filled up
+            pixels = torch.cat([views[: len(layout.views)] for views, layout in zip(pixels, layouts)])
+        return super().patch_pixels(pixels, layouts, kind, call)
+
     def arrange(self, kind: str, values: Tensor, layouts: list[Layout], call: dict[str, Any]) -> list[Tensor]:
         """The model's own packing, run on the values: unpadding and resizing follow by construction."""
         views = values.float().split([len(layout.views) for layout in layouts])

@@ -62,6 +62,12 @@ class Qwen2VLAdapter(Adapter):
             call["raster"] = self.raster(call[f"{kind}_grid_thw"])
         return list(values[call["raster"]].split([layout.size for layout in layouts]))
 
+    def patch_pixels(self, pixels: Tensor, layouts: list[Layout], kind: str, call: dict[str, Any]) -> list[Tensor]:
+        vision, unit = self.inner.config.vision_config, self.tower.spatial_merge_size**2
+        shape = (unit, vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
+        units = pixels.view(-1, *shape).permute(0, 2, 3, 1, 4, 5).flatten(3, 4)  # (N, 3, T, unit h, w)
+        return list(units.split([layout.size for layout in layouts]))
+
     def raster(self, grid_thw: Tensor) -> Tensor | slice:
         """Index that brings merge units from tower order to raster order."""
         return slice(None)
@@ -85,6 +91,8 @@ class Qwen3VLAdapter(Qwen2VLAdapter):
 
     family = "qwen3_vl"
     classes: ClassVar = ("Qwen3VLForConditionalGeneration", "Qwen3VLModel")
+    pixel_mean: ClassVar = (0.5, 0.5, 0.5)
+    pixel_std: ClassVar = (0.5, 0.5, 0.5)
 
 
 def _layout(frames: int, rows: int, cols: int) -> Layout:

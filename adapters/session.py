@@ -23,6 +23,7 @@ from foveate.pruners.base import (
     Hook,
     InstructionAttention,
     Layout,
+    PatchPixels,
     Pruner,
     Selection,
     Signal,
@@ -255,7 +256,9 @@ class Session:
 
     def _install(self, inner: nn.Module) -> None:
         signals = {signal for stage in self._stages for signal in stage.signals.values()}
-        self._tower_tap: Tap = self._adapter.tap([s for s in signals if not isinstance(s, DECODER)])
+        self._pixels = next((signal for signal in signals if isinstance(signal, PatchPixels)), None)
+        tapped = [s for s in signals if not isinstance(s, (*DECODER, PatchPixels))]
+        self._tower_tap: Tap = self._adapter.tap(tapped)
         layers = self._adapter.text_model.layers
         self._decoder_tap = DecoderTap(layers, [s for s in signals if isinstance(s, DECODER)], lambda: self._prompt)
         self._handle = inner.register_forward_pre_hook(self._note_ids, with_kwargs=True)
@@ -302,7 +305,10 @@ class Session:
         if shrunk:
             output.pooler_output = self._padded(modality, call, output)
         self._known = {}
-        self._encoded[modality.kind] = self._adapter.encoded(modality.kind, output, call, signals)
+        encoded = self._adapter.encoded(modality.kind, output, call, signals)
+        if self._pixels is not None:
+            encoded.signals[self._pixels] = self._adapter.pixels(modality.kind, call, pixels, encoded.layouts)
+        self._encoded[modality.kind] = encoded
         return output
 
     def _padded(self, modality: Modality, call: dict[str, Any], output: Any) -> list[Tensor]:

@@ -6,6 +6,7 @@ from foveate.pruners.cdpruner import CDPruner, ClipText
 from foveate.pruners.compose import Then
 from foveate.pruners.divprune import DivPrune
 from foveate.pruners.fastv import FastV
+from foveate.pruners.focusui import FocusUI
 from foveate.pruners.fopru import FoPru
 from foveate.pruners.globalcom2 import GlobalCom2
 from foveate.pruners.hiprune import HiPrune
@@ -24,6 +25,7 @@ __all__ = [
     "Downsample",
     "FastV",
     "FoPru",
+    "FocusUI",
     "GlobalCom2",
     "Grid",
     "HiPrune",

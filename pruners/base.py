@@ -253,6 +253,13 @@ class UnpooledFrames(Signal):
 
 
 @dataclass(frozen=True)
+class PatchPixels(Signal):
+    """``(B, N, 3, T, h, w)`` RGB in [0, 1] under each token: of T frames, in no set order inside a token."""
+
+    layer: int = 0
+
+
+@dataclass(frozen=True)
 class LastTokenAttention(Signal):
     """``(B, N)`` attention that the last prompt token pays to each present visual token in decoder layer ``layer``."""
 
@@ -302,6 +309,8 @@ class ModelInfo:
         decoder_layers: number of decoder layers; mrope: three-axis positions.
         full_attention: encoder blocks without windows (None: all of them, as in most towers).
         patch_size: side of a patch in pixels.
+        token_ids: ids of special tokens by what the model's configuration calls them: ``"pad"``, ``"eos"``, ``"vision_end"``, …
+        find_file: path of a file of this name that lies beside the model's weights, or None; never asks the network.
         frames_per_view: video frames that the vision encoder fuses into one view.
         pools_frames: video frames are pooled behind the projector, so that :class:`UnpooledFrames` can be read.
     """
@@ -315,6 +324,8 @@ class ModelInfo:
     mrope: bool = False
     full_attention: tuple[int, ...] | None = None
     patch_size: int = 14
+    token_ids: Mapping[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
+    find_file: Callable[[str], str | None] = field(default=lambda name: None, repr=False, compare=False)
     frames_per_view: int = 1
     pools_frames: bool = False
 
@@ -374,6 +385,7 @@ class Stage:
             A selection with an ``order`` of its own has no rows and loses them.
         scope: what is selected from together: each ``"image"`` (or video) by itself, or, at ``llm_layer``, all of a ``"sample"``,
             with their views in one layout. Under ``"sample"`` and ``"compete"`` a selection has an index and scores only.
+        deepstack: levels of DeepStack features (Qwen3-VL) that join behind early layers, ``"all"`` or ``"first"``.
         reads_text: fill in the instruction of :class:`Tokens`; reads_frame_scores: fill in its frame scores.
         empty_frames: what becomes of the text that frames a video frame (timestamp, start and end of vision) where the family
             writes any and the stage leaves the frame no token: ``"keep"`` or ``"drop"``.
@@ -387,6 +399,7 @@ class Stage:
     newlines: str = "rows"
     scope: str = "image"
     reads_text: bool = False
+    deepstack: str = "all"
     reads_frame_scores: bool = False
     empty_frames: str = "keep"
 

@@ -57,12 +57,15 @@ class PatchScorer(nn.Module):
         self.vision_enhancer = Enhancer(width, heads, dropout)
         self.text_enhancer = Enhancer(width, heads, dropout)
 
-    def forward(self, image_embeds: Tensor, text_embeds: Tensor, text_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, image_embeds: Tensor, text_embeds: Tensor, text_mask: Tensor | None = None, pooling: str | None = None
+    ) -> Tensor:
         """Relevance in (-1, 1).
 
         Args:
             image_embeds: ``(B, M, D)`` visual tokens as they enter the decoder; text_embeds: ``(B, N, D)`` the decoder's
                 embeddings of the instruction, ``text_mask (B, N)`` bool where it is padded. Cast to the module's dtype.
+            pooling: other than the module's own.
 
         Returns:
             ``(B, M)`` float32. Mean pooling never forms the M x N matrix.
@@ -71,7 +74,7 @@ class PatchScorer(nn.Module):
         image = self.vision_enhancer(image_embeds.to(dtype)).float()  # (B, M, D)
         text = self.text_enhancer(text_embeds.to(dtype), text_mask).float()  # (B, N, D)
         mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device) if text_mask is None else text_mask
-        if self.pooling == "mean":
+        if (pooling or self.pooling) == "mean":
             text = (text * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
             return (image @ text[..., None]).squeeze(-1)
         return (image @ text.mT).masked_fill(~mask[:, None], -torch.inf).amax(dim=-1)

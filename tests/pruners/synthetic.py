@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from foveate.pruners import Hook, Layout, ModelInfo, Pruner, Selection, Stage, Tokens, View
-from foveate.pruners.base import ClassFeatures, CrossModalAttention, EncoderFeatures, EncoderKeys, Signal
+from foveate.pruners.base import ClassFeatures, CrossModalAttention, EncoderFeatures, EncoderKeys, PatchPixels, Signal
 
 CLIP = ModelInfo(family="llava", tower="CLIPVisionModel")
 QWEN = ModelInfo(
@@ -60,6 +60,8 @@ def make_signal(signal: Signal, tokens: Tokens, seed: int) -> Tensor:
         return torch.rand(batch, 2, generator=g)
     if isinstance(signal, ClassFeatures):
         return torch.randn(batch, len(tokens.layout.views), C, generator=g)
+    if isinstance(signal, PatchPixels):
+        return torch.randint(0, 2, (batch, n, 3, 1, 2, 2), generator=g) / 2
     if isinstance(signal, (EncoderFeatures, EncoderKeys)):
         return torch.randn(batch, n, C, generator=g)
     return torch.rand(batch, n, generator=g) / n
