@@ -79,7 +79,8 @@ def supported(variant: Pruner, layout: Layout) -> bool:
         return all(view.size >= variant.dominant + variant.contextual for view in layout.views if view.size)
     if variant.name == "globalcom2" and (canvas := canvas_of(layout)):  # of a canvas that fits its crops
         rows, cols = canvas.thumbnail.grid
-        return canvas.rows == rows * canvas.down or canvas.cols == cols * canvas.across
+        fits = all(crop.rows <= rows and crop.cols <= cols for crop in canvas.crops)
+        return fits and (canvas.rows == rows * canvas.down or canvas.cols == cols * canvas.across)
     return variant.name != "downsample" or len(layout.views) == 1
 
 
