@@ -7,9 +7,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from foveate.pruners.base import Keep
+if TYPE_CHECKING:
+    from foveate.pruners.base import Keep
 
 __all__ = ["Answer", "Row", "Status", "agreement", "mean_sd", "share", "summarise", "wilson"]
 

@@ -21,7 +21,7 @@ from foveate.errors import StoreError
 from foveate.eval_suites.leaderboard import Leaderboard
 from foveate.eval_suites.rows import Answer, Row, Status, summarise
 
-__all__ = ["MUST_AGREE", "SCHEMA", "Store", "differences"]
+__all__ = ["MUST_AGREE", "SCHEMA", "Store", "differences", "read"]
 
 SCHEMA = 1
 """Version of the tables below. Raise it with every change to them, and teach :meth:`Store._prepare` the way there."""
@@ -99,7 +99,9 @@ _INSERT = (
 )
 
 
-def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def differences(
+    there: Mapping[str, Any], now: Mapping[str, Any], words: tuple[str, str] = ("there", "now")
+) -> list[str]:
     """Which of the facts that must agree do not, in words."""
     found = []
     drawn_otherwise = any(there.get(key) != now.get(key) for key in ("limit", "suite_seed"))
@@ -109,7 +111,7 @@ def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             continue
         if key.endswith("sha256"):
             old, new = (str(value)[:12] for value in (old, new))
-        found.append(f"{name} ({old} there, {new} now)")
+        found.append(f"{name} ({old} {words[0]}, {new} {words[1]})")
     return found
 
 
@@ -286,7 +288,7 @@ class Store:
                 plain = {name: run[name] for name in _RUN}
                 plain |= {name: json.loads(run[name]) for name in ("keep", "seed", "parameters", "positions")}
                 plain |= {name: bool(run[name]) for name in ("baseline", "adaptive")}
-                runs.append(plain | {"answers": [asdict(answer) for answer in self.answers(run["id"]).values()]})
+                runs.append(plain | {"answers": [_plain(answer) for answer in self.answers(run["id"]).values()]})
             benches.append({"tasks": json.loads(head["tasks"]), "facts": json.loads(head["facts"]), "runs": runs})
         return {"format": "foveate results", "schema": SCHEMA, "benches": benches}
 
@@ -296,9 +298,7 @@ class Store:
         Raises:
             StoreError: ``results`` are not that, or of a newer foveate, or do not agree with what is there.
         """
-        if results.get("format") != "foveate results" or not isinstance(results.get("schema"), int):
-            raise StoreError(f"{source}: not results of foveate; `foveate results export FILE --json PATH` writes some")
-        _check_schema(source, results["schema"])
+        _check_format(results, source)
         before = self._count()
         try:
             for bench in results["benches"]:
@@ -364,6 +364,12 @@ class Store:
         return self._db.execute("SELECT count(*) FROM answer").fetchone()[0]
 
 
+def _check_format(results: Any, source: str) -> None:
+    if not isinstance(results, Mapping) or results.get("format") != "foveate results":
+        raise StoreError(f"{source} does not hold results; `foveate results export FILE --json PATH` writes some")
+    _check_schema(source, results["schema"])
+
+
 def _check_schema(path: str, version: int) -> None:
     if version > SCHEMA:
         raise StoreError(
@@ -393,6 +399,10 @@ def _values(answer: Answer) -> list[Any]:
     return [_json(value) if isinstance(value, tuple) else value for value in (getattr(answer, n) for n in _ANSWER)]
 
 
+def _plain(answer: Answer) -> dict[str, Any]:
+    return asdict(answer) | {"tokens": None if answer.tokens is None else list(answer.tokens)}
+
+
 def _answer(plain: Mapping[str, Any]) -> Answer:
     tokens = plain["tokens"]
     tokens = json.loads(tokens) if isinstance(tokens, str) else tokens
@@ -413,8 +423,10 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     if Path(path).suffix.lower() == ".json":
         try:
-            return json.loads(Path(path).read_text(encoding="utf-8"))
-        except (ValueError, UnicodeDecodeError):
+            results = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError:
             raise StoreError(f"{path} is no readable JSON; export it again") from None
+        _check_format(results, str(path))
+        return results
     with Store(path, create=False) as store:
         return store.as_json()

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 import foveate
 from foveate.errors import FoveateError
@@ -40,13 +42,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _fail(error: Exception) -> int:
+def _fail(error: Exception | str) -> int:
     print(f"foveate: error: {error}", file=sys.stderr)
     return 2
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        sys.exit(_fail(f"{message}; see `{self.prog} --help`"))
+
+
 def _parser(command: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="foveate", description="Interchangeable visual-token pruners.")
+    parser = _Parser(prog="foveate", description="Interchangeable visual-token pruners.")
     parser.add_argument("--version", action="version", version=f"foveate {foveate.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
@@ -65,14 +74,20 @@ def _parser(command: str) -> argparse.ArgumentParser:
     shows.add_argument("--json", action="store_true", help="print JSON instead of text")
     shows.set_defaults(run=_show)
 
-    help_ = "run methods over a suite and compare accuracy, tokens and time"
-    bench = commands.add_parser("bench", help=help_, description=f"{help_.capitalize()}.")
-    if command == "bench":  # the runner loads torch, so only who asks for it pays
-        from foveate.eval_suites import runner
-
-        runner.add_arguments(bench)
-        bench.set_defaults(run=runner.main)
+    for name, (module, help_) in _ELSEWHERE.items():
+        its = commands.add_parser(name, help=help_, description=f"{help_[0].upper()}{help_[1:]}.")
+        if command == name:  # only who asks for a command pays for what it imports
+            home = importlib.import_module(module)
+            home.add_arguments(its)
+            its.set_defaults(run=home.main)
     return parser
+
+
+_ELSEWHERE = {
+    "bench": ("foveate.eval_suites.runner", "run methods over a suite and compare accuracy, tokens and time"),
+    "results": ("foveate.eval_suites.results", "export, import and compare result files"),
+}
+"""Commands that live in a module of their own, which has ``add_arguments(parser)`` and ``main(args)``."""
 
 
 def _list(args: argparse.Namespace) -> int:
