@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from foveate.adapters.signals import CLASS_TOKEN, DECODER, Tap
 from foveate.errors import MissingSignalError, UnsupportedModelError
-from foveate.pruners.base import ClassFeatures, Layout, ModelInfo, Signal
+from foveate.pruners.base import ClassFeatures, Layout, ModelInfo, Signal, UnpooledFrames
 
 FAMILIES: list[type[Adapter]] = []
 
@@ -162,6 +162,8 @@ class Adapter(ABC):
             raise MissingSignalError(
                 f"{signal} needs a class token, and the {info.tower} tower of {type(self.model).__name__} has none"
             )
+        if isinstance(signal, UnpooledFrames) and not info.pools_frames:
+            raise MissingSignalError(f"{type(self.model).__name__} does not pool video frames behind its projector")
         decoder = isinstance(signal, DECODER)
         depth = info.decoder_layers if decoder else info.encoder_layers
         if not 0 <= signal.layer < depth:
@@ -198,6 +200,13 @@ class Adapter(ABC):
         scalar = values.ndim == self.patch_dims
         arranged = self.arrange(kind, values[..., None] if scalar else values, layouts, call)
         return [x.squeeze(-1) for x in arranged] if scalar else arranged
+
+    writes_frame_text: ClassVar[bool] = False
+    """Whether prompts hold text around every frame of a video: a timestamp, start and end of vision."""
+
+    def frame_text(self, ids: list[int], frames: list[tuple[int, int]]) -> list[list[int]]:
+        """Places of the text around each frame of a video; ``ids`` is the row, ``frames`` each one's first and last place."""
+        return [[] for _ in frames]
 
     patch_dims: ClassVar[int] = 2
     """Dimensions of a scalar tower value: 2 for ``(V, n)`` batches of views, 1 for packed sequences."""

@@ -132,6 +132,8 @@ class Choice:
         values: ``(rows, places, embeddings)``, ``(M,), (M,), (M, D)``: places that carry something new; None where all keep
             their own.
         follow: told which columns of the old span, ``(B, width)``, go on.
+        mixtures: ``(row, places (N,), survivors (K,), resample)`` per picture whose survivors are mixtures: what the places
+            carry beside their embeddings goes to the survivors by ``resample``.
     """
 
     alive: Tensor
@@ -140,6 +142,7 @@ class Choice:
     rank: Tensor | None = None
     values: tuple[Tensor, Tensor, Tensor] | None = None
     follow: Callable[[Tensor], None] | None = None
+    mixtures: list[tuple[int, Tensor, Tensor, Callable[[Tensor], Tensor]]] = field(default_factory=list)
 
 
 class Selector(Protocol):
@@ -271,6 +274,9 @@ class Decoder:
         kwargs = dict(kwargs)
         if choice is not None:
             kwargs["inputs_embeds"] = self._narrow(0, choice, embeds)
+            if choice.mixtures and kwargs.get("deepstack_visual_embeds") is not None:
+                mask, levels = kwargs["visual_pos_masks"], kwargs["deepstack_visual_embeds"]
+                kwargs["deepstack_visual_embeds"] = [_mixed(choice.mixtures, mask, level) for level in levels]
         kwargs["attention_mask"] = frame.span.mask.long()
         kwargs["position_ids"] = frame.span.positions
         if text_row:
@@ -417,9 +423,7 @@ class Decoder:
             if frame is None or not frame.pruned:
                 return add(hidden, visual_pos_masks, visual_embeds)
             index = frame.span.index.to(visual_pos_masks.device)
-            # (B, L) row of every place in visual_embeds, -1 for text
-            rows = (visual_pos_masks.flatten().long().cumsum(0) - 1).view_as(visual_pos_masks)
-            rows = rows.masked_fill(~visual_pos_masks, -1)
+            rows = _visual_rows(visual_pos_masks)
             rows = rows.gather(1, index.clamp(max=frame.length - 1)).masked_fill(index >= frame.length, -1)
             return add(hidden, rows >= 0, visual_embeds[rows[rows >= 0].to(visual_embeds.device)])
 
@@ -464,6 +468,21 @@ class Decoder:
     def _span_of(self, state: int) -> Span:
         """The span of hidden state number ``state``: what layer ``state - 1`` left, before layer ``state`` narrows it."""
         return [span for span in self.frame.spans if span.first_layer < max(state, 1)][-1]
+
+
+def _visual_rows(visual: Tensor) -> Tensor:
+    """``(B, L)`` number of every place among the visual ones of ``visual (B, L)``, -1 for text."""
+    rows = (visual.flatten().long().cumsum(0) - 1).view_as(visual)
+    return rows.masked_fill(~visual, -1)
+
+
+def _mixed(mixtures: list, visual: Tensor, level: Tensor) -> Tensor:
+    """A DeepStack level ``(number of visual places, D)`` whose surviving rows are mixed as the embeddings were."""
+    rows, mixed = _visual_rows(visual).to(level.device), level.clone()
+    for sample, places, survivors, resample in mixtures:
+        mine = level[rows[sample, places.to(level.device)]]
+        mixed[rows[sample, survivors.to(level.device)]] = resample(mine).to(level.dtype)
+    return mixed
 
 
 def _refuse(cache: Any, state: CacheState | None, mask: Any, batch: int, total: int) -> None:

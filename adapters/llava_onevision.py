@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from foveate.adapters.base import Modality
+from foveate.adapters.base import Encoded, Modality
 from foveate.adapters.llava_next import LlavaNextAdapter
-from foveate.pruners.base import Layout, Newline
+from foveate.adapters.signals import SplitProjectionTap
+from foveate.pruners.base import Layout, ModelInfo, Newline, Signal, UnpooledFrames
 
 
 class LlavaOnevisionAdapter(LlavaNextAdapter):
@@ -30,6 +33,25 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
     def project(self) -> None:
         """None: large canvases and frames are shrunk behind the projector."""
         return None
+
+    def describe(self) -> ModelInfo:
+        return replace(super().describe(), pools_frames=True)
+
+    def tap(self, signals: Iterable[Signal]) -> SplitProjectionTap:
+        signals = set(signals)
+        tap = super().tap(s for s in signals if not isinstance(s, UnpooledFrames))
+        for signal in signals:
+            if isinstance(signal, UnpooledFrames):
+                _collect(tap, self.inner.multi_modal_projector, signal)
+        return tap
+
+    def encoded(self, kind: str, output: Any, call: dict[str, Any], signals: dict[Signal, Tensor]) -> Encoded:
+        unpooled = {s: x for s, x in signals.items() if isinstance(s, UnpooledFrames)}  # (videos * frames, n, D)
+        encoded = super().encoded(kind, output, call, {s: x for s, x in signals.items() if s not in unpooled})
+        for signal, frames in unpooled.items():
+            by_video = list(frames.unflatten(0, (len(encoded.layouts), -1)).flatten(1, 2)) if kind == "video" else None
+            encoded.signals[signal] = by_video or encoded.features
+        return encoded
 
     def layouts(self, kind: str, call: dict[str, Any], output: Any) -> list[Layout]:
         if kind == "image":
@@ -62,3 +84,10 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
 
     def _limit(self, call: dict[str, Any]) -> int:
         return int(self._aspect(call).removeprefix("anyres_max_"))
+
+
+def _collect(tap: SplitProjectionTap, module: nn.Module, signal: Signal) -> None:
+    def listen(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        tap.values[signal] = output
+
+    tap.hook(module, listen)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
@@ -75,6 +75,7 @@ class _Item:
     alive: Tensor  # (K,) token numbers still there, ascending
     width: int  # places still taken, separators included
     trace: ImageTrace | None  # None for beams behind the first
+    text_gone: int = 0  # places of text that went with empty frames
     entered: tuple[int, int] = (0, 0)  # into the decoder: tokens, and places with separators
 
     @property
@@ -176,6 +177,7 @@ class Session:
         except MissingSignalError as error:
             raise MissingSignalError(f"{error}; methods that work here: {', '.join(self._usable())}") from None
         self.layers = frozenset(stage.layer for stage in self._stages if stage.hook is Hook.LLM_LAYER)
+        self._pauses = 0
         self._pending: Trace | None = None  # of an encoder call that no prompt has followed yet
         self._running: Trace | None = None
         self._encoded: dict[str, Encoded] = {}
@@ -206,6 +208,15 @@ class Session:
         if _ATTACHED.get(inner, lambda: None)() is self:
             del _ATTACHED[inner]
         self.forget()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """In this block the model runs unpruned, and the session notes nothing, as if it were detached."""
+        self._pauses += 1
+        try:
+            yield
+        finally:
+            self._pauses -= 1
 
     @property
     def attached(self) -> bool:
@@ -274,7 +285,7 @@ class Session:
 
         @functools.wraps(encode)
         def watched(*args: Any, **kwargs: Any) -> Any:
-            if session._tower_tap.open:  # Qwen3-VL encodes videos through its image encoder
+            if session._pauses or session._tower_tap.open:  # Qwen3-VL encodes videos through its image encoder
                 return encode(*args, **kwargs)
             call = bind(encode, args, kwargs)
             pixels = call[_pixel_argument(modality, call)]
@@ -320,6 +331,8 @@ class Session:
         ]
 
     def _note_ids(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self._pauses:
+            return
         call = bind(module.forward, args, kwargs) if args else kwargs
         encoded = call.get("mm_encoder_outputs") or {}
         self._again = bool(encoded) and not call.get("use_cache", True)
@@ -342,6 +355,8 @@ class Session:
 
     def begin(self, embeds: Tensor, mask: Tensor | None, past: int) -> bool:
         """Find the visual tokens of a call; True if there are any."""
+        if self._pauses:
+            return False
         self._decoder_tap.close()
         ids, self._input_ids = self._input_ids, None
         self._items = []
@@ -546,6 +561,8 @@ class Session:
 
     def forget(self) -> None:
         """Let go of the call's tensors."""
+        if self._pauses:
+            return
         self._decoder_tap.close()
         self._items, self._running = [], None
         if not self._again:
@@ -582,7 +599,7 @@ class Session:
         policy = self.positions if self.positions != "auto" else stage.positions
         policy = policy or ("keep" if self._adapter.info.mrope else "compact")
         before = torch.ones_like(self._prompt.visual) if span is None else span.alive
-        alive, rank, changed = before.clone(), None, []
+        alive, rank, changed, mixtures = before.clone(), None, [], []
         widths = [item.width for item in self._items]
         for item, one in zip(self._items, results):
             result = one.selection
@@ -607,6 +624,10 @@ class Session:
                 else:
                     separators = "drop" if result.order is not None else stage.newlines
                     item.width = self._separators(item, separators, chosen, alive) + len(chosen)
+                if stage.empty_frames == "drop":
+                    item.text_gone += self._drop_frame_text(item, chosen, alive)
+            if result.resample is not None:
+                mixtures.append((item.sample, item.tokens[item.alive], item.tokens[chosen], result.resample))
             if result.values is not None:
                 changed.append((torch.full_like(places, item.sample), places, result.values[: len(places)]))
             if result.order is not None or breaks is not None:
@@ -622,13 +643,29 @@ class Session:
         self._running.positions[stage.hook.value] = policy
         taken = [0] * len(alive)
         for item in self._items:
-            taken[item.sample] += item.width - item.layout.length
+            taken[item.sample] += item.width - item.layout.length - item.text_gone
         width = alive.shape[1] + max(taken)
         untouched = widths == [item.width for item in self._items]
         if untouched and not changed and rank is None:
             return None
         values = tuple(torch.cat(parts) for parts in zip(*changed)) if changed else None
-        return Choice(alive, width, policy, rank, values)
+        return Choice(alive, width, policy, rank, values, mixtures=mixtures)
+
+    def _drop_frame_text(self, item: _Item, chosen: Tensor, alive: Tensor) -> int:
+        """Take the text around frames without a token out of ``alive``; returns how many places that frees."""
+        views = item.layout.views
+        if views[0].kind != "frame" or not self._adapter.writes_frame_text:
+            return 0
+        bounds = torch.tensor([view.start for view in views] + [item.layout.size], device=chosen.device)
+        kept = torch.searchsorted(chosen, bounds).diff().tolist()
+        places = item.tokens.tolist()
+        frames = [(places[view.start], places[view.start + view.size - 1]) for view in views]
+        around = self._adapter.frame_text(self._prompt.ids[item.sample].tolist(), frames)
+        gone = [p for places, k in zip(around, kept) if k == 0 for p in places]
+        gone = torch.tensor(gone, dtype=torch.long, device=alive.device)
+        freed = int(alive[item.sample, gone].sum())
+        alive[item.sample, gone] = False
+        return freed
 
     @staticmethod
     def _breaks(item: _Item, count: int, alive: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -680,6 +717,13 @@ class Session:
         for item in self._items:
             if item.trace is not None:
                 item.trace.tokens_per_layer[layer:] = [item.width] * (depth - layer)
+                item.trace.text_gone_per_layer[layer:] = [item.text_gone] * (depth - layer)
+
+
+def session_of(model: nn.Module) -> Session | None:
+    """The session that is attached to the model, if any."""
+    inner = getattr(model, "model", model)
+    return _ATTACHED.get(inner if hasattr(inner, "language_model") else model, lambda: None)()
 
 
 def _select(stage: Stage, tokens: Tokens, signals: dict[str, Tensor]) -> list[Selection]:

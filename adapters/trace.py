@@ -49,6 +49,8 @@ class ImageTrace:
         sample: row of the batch; kind: ``"image"`` or ``"video"``; layout: its views and separators.
         centre_crop: whether the model's processor shows it the picture's centre square only.
         stages: in order of depth; tokens_per_layer: visual tokens (separators counted) that each decoder layer saw.
+        text_gone_per_layer: text tokens (timestamps, start and end of vision) that each layer did not see, since their video
+            frame has no token left.
     """
 
     sample: int
@@ -57,6 +59,7 @@ class ImageTrace:
     stages: list[StageTrace] = field(default_factory=list)
     tokens_per_layer: list[int] = field(default_factory=list)
     centre_crop: bool = False
+    text_gone_per_layer: list[int] = field(default_factory=list)
 
     @property
     def grid(self) -> tuple[int, int]:

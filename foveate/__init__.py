@@ -5,8 +5,8 @@
     with foveate.attach(model, foveate.HiPrune(keep=1 / 9)) as session:
         out = model.generate(**inputs, max_new_tokens=64)
 
-Public are ``attach``, ``Session`` and ``Trace``, the errors (``FoveateError`` is the base of all) and every method by
-its class name. They load on first use: ``import foveate`` itself loads neither torch nor transformers.
+Public are ``attach``, ``Session`` and ``Trace``, ``FrameScorer`` and ``read_video`` for videos, the errors
+(``FoveateError`` is the base of all) and every method by its class name. They load on first use: ``import foveate`` itself loads neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from foveate.adapters import FrameScorer as FrameScorer
     from foveate.adapters import Session as Session
     from foveate.adapters import Trace as Trace
     from foveate.adapters import attach as attach
+    from foveate.adapters import read_video as read_video
     from foveate.errors import *
     from foveate.pruners import *
 
@@ -31,6 +33,8 @@ if os.path.isfile(os.path.join(_root, "setup.cfg")) and os.path.isdir(os.path.jo
 
 _HOME = {
     "attach": "foveate.adapters",
+    "read_video": "foveate.adapters",
+    "FrameScorer": "foveate.adapters",
     "Session": "foveate.adapters",
     "Trace": "foveate.adapters",
     "FoveateError": "foveate.errors",

@@ -10,8 +10,6 @@ import ast
 import re
 from dataclasses import dataclass
 
-YES, NO = "A", "B"
-
 DECOUPLE = """\
 Question: {question}
 
@@ -45,11 +43,15 @@ CHOICE = "\nA. yes\nB. no\nAnswer with the letter only."
 
 @dataclass(frozen=True)
 class FramePrompts:
-    """The prompts. ``decouple`` and ``information`` have a place ``{question}``, ``objects`` has ``{objects}``."""
+    """The prompts. ``decouple`` and ``information`` have a place ``{question}``, ``objects`` has ``{objects}``.
+
+    ``yes`` is the answer, a single token, whose probability scores a frame.
+    """
 
     decouple: str = DECOUPLE
     objects: str = OBJECTS + CHOICE
     information: str = INFORMATION + CHOICE
+    yes: str = "A"
 
     def about(self, question: str, objects: list[str]) -> str:
         """What each frame is asked; without objects, about the question itself."""

@@ -232,3 +232,43 @@ def _stack(family: str, pixels: list[Tensor], video: bool = False) -> Tensor:
         return torch.stack(pixels)
     most = max(len(p) for p in pixels)
     return torch.stack([torch.cat([p, p.new_zeros(most - len(p), *p.shape[1:])]) for p in pixels])
+
+
+CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 \n.,:;?!<>'\"[]"
+CHAT = (
+    "{% for message in messages %}user\n{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant\n{% endif %}"
+)
+
+
+def qwen_processor(family: str = "qwen2_5_vl") -> Any:
+    """A processor for the tiny model of a Qwen family: one token per character, patches of 8 pixels."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    special = {"<pad>": PAD, "<bos>": 1, "<unk>": 2, "<|image_pad|>": IMAGE, "<|video_pad|>": VIDEO, "<eos>": EOS}
+    special |= {"<|vision_start|>": VISION_START, "<|vision_end|>": VISION_END}
+    vocabulary = special | {c: 3 + i for i, c in enumerate(CHARACTERS)}
+    vocabulary |= {f"<unused{i}>": i for i in set(range(VOCAB)) - set(vocabulary.values())}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        additional_special_tokens=list(special)[3:],
+        padding_side="left",
+    )
+    sizes = {"patch_size": PATCH, "merge_size": 2, "temporal_patch_size": 2}
+    pixels = {"shortest_edge": 16 * 16, "longest_edge": 64 * 64}
+    if family == "qwen3_vl":
+        video = transformers.Qwen3VLVideoProcessor(**sizes, size={**pixels, "longest_edge": 64 * 64 * 16})
+        kind = transformers.Qwen3VLProcessor
+    else:
+        video = transformers.Qwen2VLVideoProcessor(**sizes, size=pixels)
+        kind = transformers.Qwen2_5_VLProcessor if family == "qwen2_5_vl" else transformers.Qwen2VLProcessor
+    image = transformers.Qwen2VLImageProcessor(**sizes, size=pixels)
+    return kind(image_processor=image, tokenizer=fast, video_processor=video, chat_template=CHAT)
