@@ -13,8 +13,9 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from foveate.adapters.signals import CLASS_TOKEN, DECODER, Tap
+from foveate.adapters.vit import Tower
 from foveate.errors import MissingSignalError, UnsupportedModelError
-from foveate.pruners.base import ClassFeatures, Layout, ModelInfo, Signal, UnpooledFrames
+from foveate.pruners.base import ClassFeatures, Layout, ModelInfo, Selection, Signal, UnpooledFrames
 
 FAMILIES: list[type[Adapter]] = []
 
@@ -26,11 +27,13 @@ class Encoded:
     Attributes:
         layouts: the layouts; features: ``(N, D)`` projected embeddings, separators left out.
         signals: ``signal -> [(N, …)]`` (``[(V, C)]`` for class features).
+        survivors: tokens left by merging inside the tower, selections without a batch axis; None where nothing merges there.
     """
 
     layouts: list[Layout]
     features: list[Tensor]
     signals: dict[Signal, list[Tensor]] = field(default_factory=dict)
+    survivors: list[Selection] | None = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,22 @@ class Adapter(ABC):
     pixel_mean: ClassVar[tuple[float, float, float]] = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
     pixel_std: ClassVar[tuple[float, float, float]] = (0.26862954, 0.26130258, 0.27577711)
     """What the family's published processors normalise pictures with."""
+
+    @property
+    def projector(self) -> nn.Module:
+        """The module that maps rows of the tower to decoder embeddings, row by row; asked for where the tower merges."""
+        raise UnsupportedModelError(f"the projector of {type(self.model).__name__} is not known to map row by row")
+
+    def block_tower(self) -> Tower:
+        """The blocks of the vision tower, for methods that merge tokens inside it.
+
+        Raises:
+            UnsupportedModelError: rows cannot leave this tower.
+        """
+        raise UnsupportedModelError(
+            f"tokens cannot be merged inside the {self.info.tower} tower of {type(self.model).__name__}, which joins "
+            "neighbouring patches behind its blocks; use a method that acts at the decoder's entry"
+        )
 
     # ------------------------------------------------------------------------------------------------------- shared
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from foveate.adapters.base import Adapter, Modality
+from foveate.adapters.hf_vit import HFTower
 from foveate.adapters.signals import SplitProjectionTap
 from foveate.errors import UnsupportedModelError
 from foveate.pruners.base import Layout, ModelInfo, Signal
@@ -85,6 +86,18 @@ class LlavaAdapter(Adapter):
 
     def tap(self, signals: Iterable[Signal]) -> SplitProjectionTap:
         return SplitProjectionTap(self.encoder.encoder.layers, self.prefix, signals)
+
+    @property
+    def projector(self) -> nn.Module:
+        return self.inner.multi_modal_projector
+
+    def block_tower(self) -> HFTower:
+        if not isinstance(self.inner.config.vision_feature_layer, int):
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} joins the features of blocks {self.inner.config.vision_feature_layer}, which "
+                "hold different numbers of tokens once they merge"
+            )
+        return HFTower(self.tower, self.encoder)
 
     def layouts(self, kind: str, call: dict[str, Any], output: Any) -> list[Layout]:
         return [Layout.grid(self.side, self.side)] * len(output.pooler_output)

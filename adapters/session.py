@@ -7,17 +7,20 @@ import functools
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from foveate.adapters.attachment import Attachment
 from foveate.adapters.base import Adapter, Encoded, Modality, adapter_for, bind
 from foveate.adapters.decoder import Choice, Decoder, Span
 from foveate.adapters.signals import DECODER, DecoderTap, Present, Tap
+from foveate.adapters.tower_merging import TowerMerging, remaining
 from foveate.adapters.trace import ImageTrace, StageTrace, Trace
-from foveate.errors import AttachError, FoveateError, InputError, MissingSignalError, ParameterError
+from foveate.adapters.vit import block_stages, tower_for
+from foveate.adapters.vit_session import VitSession
+from foveate.errors import FoveateError, InputError, MissingSignalError, ParameterError
 from foveate.pruners.base import (
     CrossModalAttention,
     Hook,
@@ -29,26 +32,32 @@ from foveate.pruners.base import (
     Signal,
     Stage,
     Tokens,
+    keep_all,
     one_of,
 )
 from foveate.pruners.registry import PRUNERS, create
 
-_ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Session]] = weakref.WeakKeyDictionary()
+# stands for all that happens inside the tower, where the sequence enters the decoder
+_TOWER = Stage(Hook.VIT_BLOCK, keep_all)
 
 
-def attach(model: nn.Module, pruner: str | Pruner | type[Pruner], *, positions: str = "auto", **params: Any) -> Session:
+def attach(
+    model: nn.Module, pruner: str | Pruner | type[Pruner], *, positions: str = "auto", **params: Any
+) -> Session | VitSession:
     """Put a pruner on a model. It acts from now on in ``model(...)``, ``model.generate(...)`` and pipelines.
 
     Args:
-        model: a ``transformers`` vision-language model of a known family. Weights, dtype, device, attention
-            implementation and generation config stay as they are.
+        model: a ``transformers`` vision-language model of a known family, or, for methods that merge inside a vision
+            tower, a vision model of timm, open_clip or transformers. Weights, dtype, device, attention implementation and
+            generation config stay as they are.
         pruner: a method's name (``foveate list``), class or instance.
         positions: ``"keep"`` lets surviving tokens keep the positions they had, ``"compact"`` closes the gaps,
             ``"auto"`` follows the method's specification for the family.
         **params: the method's parameters (``foveate show NAME``).
 
     Returns:
-        A :class:`Session`; use it in a ``with`` block, or call :meth:`Session.detach` when done.
+        A :class:`Session`, on a vision model a :class:`VitSession`; use it in a ``with`` block, or call its ``detach()``
+        when done.
 
     Raises:
         UnsupportedModelError: unknown family. MissingSignalError: the method reads what the model cannot provide.
@@ -58,7 +67,11 @@ def attach(model: nn.Module, pruner: str | Pruner | type[Pruner], *, positions: 
         raise ParameterError(
             f"the model comes first: foveate.attach(model, pruner), not {type(pruner).__name__} second"
         )
-    return Session(model, create(pruner, **params), positions)
+    method = create(pruner, **params)
+    tower = tower_for(model)
+    if tower is not None:
+        return VitSession(model, method, tower)
+    return Session(model, method, positions)
 
 
 @dataclass
@@ -145,8 +158,8 @@ class _Prompt:
         return Present(span.mask.to(device), span.past, span.index.to(device), span.alive.shape[1])
 
 
-class Session:
-    """An attached pruner.
+class Session(Attachment):
+    """A pruner attached to a vision-language model.
 
     Attributes:
         model, pruner: what was attached to what; positions: the policy asked for.
@@ -160,18 +173,13 @@ class Session:
 
     def __init__(self, model: nn.Module, pruner: Pruner, positions: str = "auto") -> None:
         one_of("positions", positions, ("auto", "keep", "compact"))
-        self.model, self.pruner, self.positions = model, pruner, positions
+        self._adapter: Adapter = adapter_for(model)
+        inner = self._adapter.inner
+        super().__init__(model, pruner, inner)
+        self.positions = positions
         self.trace: Trace | None = None
         self.sample_ids: Sequence[int] | None = None
         self.frame_scores: Sequence[Sequence[float] | Tensor] | None = None
-        self._adapter: Adapter = adapter_for(model)
-        inner = self._adapter.inner
-        attached = _ATTACHED.get(inner, lambda: None)()
-        if attached is not None:
-            raise AttachError(
-                f"{type(model).__name__} already has {attached.pruner.name!r} attached; call detach() on that session first, "
-                "or combine methods with foveate.Then"
-            )
         try:
             self._stages = self._checked(pruner)
         except MissingSignalError as error:
@@ -190,14 +198,15 @@ class Session:
         self._scored: dict[int, Sequence[float]] = {}  # frame scores of the encoded videos
         self._prompt: _Prompt | None = None
         self._install(inner)
-        _ATTACHED[inner] = weakref.ref(self)
+        self._claim()
 
     # ------------------------------------------------------------------------------------------------- user's verbs
 
     def detach(self) -> None:
-        """Take the pruner off; the model is what it was. Calling it again does nothing."""
         for tap in (self._tower_tap, self._decoder_tap):
             tap.remove()
+        if self._inside is not None:
+            self._inside.remove()
         self._decoder.remove()
         self._handle.remove()
         inner = self._adapter.inner
@@ -205,37 +214,21 @@ class Session:
             watched = vars(inner).pop(modality.encoder, None)
             if watched is not None and modality.encoder in self._own:
                 setattr(inner, modality.encoder, self._own[modality.encoder])
-        if _ATTACHED.get(inner, lambda: None)() is self:
-            del _ATTACHED[inner]
+        self._release()
         self.forget()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """In this block the model runs unpruned, and the session notes nothing, as if it were detached."""
         self._pauses += 1
+        if self._inside is not None:
+            self._inside.active = False
         try:
             yield
         finally:
             self._pauses -= 1
-
-    @property
-    def attached(self) -> bool:
-        """Whether the pruner still acts on the model."""
-        return _ATTACHED.get(self._adapter.inner, lambda: None)() is self
-
-    def __enter__(self) -> Session:
-        if not self.attached:
-            raise AttachError("this session was detached; call foveate.attach again")
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.detach()
-
-    def __repr__(self) -> str:
-        state = "attached to" if self.attached else "detached from"
-        return f"<foveate.Session {self.pruner} {state} {type(self.model).__name__}>"
+            if self._inside is not None:
+                self._inside.active = not self._pauses
 
     # ----------------------------------------------------------------------------------------------------- assembly
 
@@ -258,20 +251,24 @@ class Session:
                     f"{pruner.name} acts in front of decoder layer {stage.layer}, but {type(self.model).__name__} "
                     f"has {depth} layers (1 .. {depth - 1} are possible)"
                 )
-            for signal in stage.signals.values():
+            for signal in () if stage.hook is Hook.VIT_BLOCK else stage.signals.values():
                 self._adapter.check(signal)
+        if block_stages(stages):
+            self._adapter.block_tower().check(block_stages(stages))
         places = [(stage.hook, stage.layer) for stage in stages]
         if len(set(places)) < len(places):
             raise ParameterError(f"{pruner.name} has two stages at one hook point: {places}")
         return stages
 
     def _install(self, inner: nn.Module) -> None:
-        signals = {signal for stage in self._stages for signal in stage.signals.values()}
+        inside = block_stages(self._stages)
+        signals = {signal for stage in self._stages if stage not in inside for signal in stage.signals.values()}
         self._pixels = next((signal for signal in signals if isinstance(signal, PatchPixels)), None)
         tapped = [s for s in signals if not isinstance(s, (*DECODER, PatchPixels))]
         self._tower_tap: Tap = self._adapter.tap(tapped)
         layers = self._adapter.text_model.layers
         self._decoder_tap = DecoderTap(layers, [s for s in signals if isinstance(s, DECODER)], lambda: self._prompt)
+        self._inside = TowerMerging(self._adapter, self.pruner, inside) if inside else None
         self._handle = inner.register_forward_pre_hook(self._note_ids, with_kwargs=True)
         self._decoder = Decoder(self._adapter.text_model, self, mrope=self._adapter.info.mrope)
         self._own = {m.encoder: vars(inner)[m.encoder] for m in self._adapter.modalities if m.encoder in vars(inner)}
@@ -316,7 +313,11 @@ class Session:
         if shrunk:
             output.pooler_output = self._padded(modality, call, output)
         self._known = {}
+        if self._inside is not None:
+            signals = self._inside.signals(signals)
         encoded = self._adapter.encoded(modality.kind, output, call, signals)
+        if self._inside is not None:
+            encoded.survivors = self._inside.survivors(modality.kind, call, encoded.layouts)
         if self._pixels is not None:
             encoded.signals[self._pixels] = self._adapter.pixels(modality.kind, call, pixels, encoded.layouts)
         self._encoded[modality.kind] = encoded
@@ -453,25 +454,33 @@ class Session:
         """Run the stage at ``llm_input``, once per encoded picture."""
         stage = next((s for s in self._stages if s.hook is Hook.LLM_INPUT), None)
         self._count(0)
+        merged = None
+        if self._inside is not None:
+            survivors = [self._encoded[item.kind].survivors[item.number] for item in self._items]
+            merged = self._choice(_TOWER, [_Result(selection) for selection in survivors], 0)
         if stage is None:
             self._enter()
-            return None
+            return merged
         unique = [item for item in self._items if item.trace is not None]
+        left = {id(item): remaining(item.layout, item.alive) for item in unique}
         results: dict[tuple[str, int], Selection] = {}
         with self._timed(stage, embeds.device):
-            for layout in dict.fromkeys(item.layout for item in unique):
-                items = [item for item in unique if item.layout == layout]
-                features = torch.stack([self._encoded[item.kind].features[item.number] for item in items])
+            for layout in dict.fromkeys(left.values()):
+                items = [item for item in unique if left[id(item)] == layout]
+                features = torch.stack([_left(self._encoded[item.kind].features[item.number], item) for item in items])
                 signals = {
-                    name: torch.stack([self._encoded[item.kind].signals[signal][item.number] for item in items])
+                    name: torch.stack(
+                        [_left(self._encoded[item.kind].signals[signal][item.number], item) for item in items]
+                    )
                     for name, signal in stage.signals.items()
                 }
                 tokens = self._tokens(stage, features, layout, items)
                 for item, row in zip(items, _select(stage, tokens, signals)):
                     results[item.kind, item.number] = row
-        choice = self._choice(stage, [_Result(results[item.kind, item.number]) for item in self._items], 0)
+        rows = [_Result(results[item.kind, item.number]) for item in self._items]
+        choice = self._choice(stage, rows, 0, before=None if merged is None else merged.alive)
         self._enter()
-        return choice
+        return merged if choice is None else choice
 
     def _enter(self) -> None:
         """Remember what of each picture enters the decoder."""
@@ -594,11 +603,22 @@ class Session:
         values = self._decoder_tap.values[signal][pool.sample]
         return values if isinstance(signal, CrossModalAttention) else values[pool.places.to(values.device)]
 
-    def _choice(self, stage: Stage, results: Sequence[_Result], layer: int, span: Span | None = None) -> Choice | None:
-        """Write the pictures' selections into the sequence; None if every token stays as it is."""
+    def _choice(
+        self,
+        stage: Stage,
+        results: Sequence[_Result],
+        layer: int,
+        span: Span | None = None,
+        before: Tensor | None = None,
+    ) -> Choice | None:
+        """Write the pictures' selections into the sequence; None if every token stays as it is.
+
+        ``before (B, L)`` bool: places still there, where it is not for the span to say.
+        """
         policy = self.positions if self.positions != "auto" else stage.positions
         policy = policy or ("keep" if self._adapter.info.mrope else "compact")
-        before = torch.ones_like(self._prompt.visual) if span is None else span.alive
+        if before is None:
+            before = torch.ones_like(self._prompt.visual) if span is None else span.alive
         alive, rank, changed, mixtures = before.clone(), None, [], []
         widths = [item.width for item in self._items]
         for item, one in zip(self._items, results):
@@ -739,6 +759,12 @@ def _interleave(tokens: Tensor, separators: Tensor, breaks: Tensor) -> Tensor:
     is_token = torch.ones_like(entering, dtype=torch.bool).index_fill(0, here, False)
     entering[here], entering[is_token] = separators, tokens
     return entering
+
+
+def _left(values: Tensor, item: _Item) -> Tensor:
+    """What is known of a picture's tokens ``(N, …)``, of those that are left; of its views ``(V, …)``, all."""
+    full = item.layout.size
+    return values if len(item.alive) == full or len(values) != full else values[item.alive.to(values.device)]
 
 
 def _pixel_argument(modality: Modality, call: dict[str, Any]) -> str:

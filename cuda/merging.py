@@ -140,6 +140,14 @@ def merged_sizes(keep: Tensor, source: Tensor, target: Tensor, sizes: Tensor | N
     return sizes.gather(1, keep).scatter_add(1, target, sizes.gather(1, source))
 
 
+def size_bias(sizes: Tensor) -> Tensor:
+    """What to add to the attention logits of keys that stand for ``sizes (B, N)`` patches each: ``(B, 1, 1, N)`` float32.
+
+    A key with bias ``log s`` weighs in the softmax like s equal keys.
+    """
+    return sizes.float().log()[:, None, None]
+
+
 def _take_rows(x: Tensor, index: Tensor) -> Tensor:
     """``x (B, N, C)`` at rows ``index (B, K)``: whole rows are copied, which `gather` would do element by element."""
     return x.reshape(-1, x.shape[-1]).index_select(0, _flat(index, x.shape[1])).view(*index.shape, x.shape[-1])

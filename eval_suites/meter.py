@@ -232,7 +232,7 @@ class Meter:
         asked = []
         for sample, image in enumerate(trace.images, first):
             if stages:
-                asked.append(pruner.kept_in(image.layout))
+                asked.append(pruner.kept_on(self.adapter.info, image.layout))
                 check_image(pruner, stages, image, asked[-1])
             else:
                 if sample not in self.unpruned_counts:
@@ -253,7 +253,10 @@ def check_image(pruner: Pruner, stages: Sequence[Stage], image: ImageTrace, aske
     most = layout.size if keep is None else budget(keep, layout.size, math.ceil) + len(layout.views) - 1
     if not pruner.adaptive and asked > most:
         raise BudgetMismatch(f"{pruner.name} announces {asked} tokens where keep={keep} of {layout.size} allows {most}")
-    acting = [stage.layer for stage in stages]
+    acting = [stage.layer if stage.hook is Hook.LLM_LAYER else 0 for stage in stages]
+    # crops merge whole, and what of them was padding goes behind the tower: the picture's shape decides
+    cut = any(stage.hook is Hook.VIT_BLOCK for stage in stages) and len({view.size for view in layout.views}) > 1
+    adaptive = pruner.adaptive or cut
     for layer, seen in enumerate(image.tokens_per_layer):
         kept = image.kept_at(layer)
         if not bool((kept.diff() > 0).all()):
@@ -261,11 +264,11 @@ def check_image(pruner: Pruner, stages: Sequence[Stage], image: ImageTrace, aske
         if not 0 <= seen - len(kept) <= len(layout.newlines):
             raise BudgetMismatch(f"{pruner.name}: layer {layer} saw {seen} tokens where {len(kept)} were kept")
         want = layout.size if layer < min(acting) else asked if layer >= max(acting) else None
-        if pruner.adaptive and layer >= min(acting) and len(kept) > asked:
+        if adaptive and layer >= min(acting) and len(kept) > asked:
             raise BudgetMismatch(
                 f"{pruner.name} kept {len(kept)} of {layout.size} tokens at decoder layer {layer}, more than its budget of {asked}"
             )
-        if not pruner.adaptive and want is not None and len(kept) != want:
+        if not adaptive and want is not None and len(kept) != want:
             raise BudgetMismatch(
                 f"{pruner.name} kept {len(kept)} of {layout.size} tokens at decoder layer {layer} where its budget is {want}"
             )

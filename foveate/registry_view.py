@@ -203,9 +203,22 @@ def _default_method(cls: type[Pruner], parameters: tuple[Parameter, ...]) -> tup
 
 def _stages(method: Pruner, model: ModelInfo) -> tuple[StageCard, ...] | str:
     try:
-        return tuple(_stage(stage) for stage in method.stages(model))
+        return _folded(method.stages(model))
     except FoveateError as error:
         return f"not on this model: {error}"
+
+
+def _folded(stages: Iterable[Stage]) -> tuple[StageCard, ...]:
+    """A card per stage; a run of vision blocks that read the same becomes one, ``"vit_block 0 .. 22"``."""
+    cards: list[StageCard] = []
+    for new in map(_stage, stages):
+        last = cards[-1] if cards else None
+        if last and last.hook.startswith("vit_block") and dataclasses.replace(new, hook=last.hook) == last:
+            first, block = (hook.split(" ")[1] for hook in (last.hook, new.hook))
+            cards[-1] = dataclasses.replace(last, hook=f"vit_block {first} .. {block}")
+        else:
+            cards.append(new)
+    return tuple(cards)
 
 
 def _stage(stage: Stage) -> StageCard:

@@ -10,9 +10,11 @@ from foveate.pruners.focusui import FocusUI
 from foveate.pruners.fopru import FoPru
 from foveate.pruners.globalcom2 import GlobalCom2
 from foveate.pruners.hiprune import HiPrune
+from foveate.pruners.pitome import PiToMe
 from foveate.pruners.quota import QuoTA
 from foveate.pruners.registry import PRUNERS, create, find, register
 from foveate.pruners.todre import ToDRE
+from foveate.pruners.tome import ToMe
 from foveate.pruners.transprune import TransPrune
 from foveate.pruners.visionzip import VisionZip
 
@@ -32,6 +34,7 @@ __all__ = [
     "Hook",
     "Layout",
     "ModelInfo",
+    "PiToMe",
     "Pruner",
     "QuoTA",
     "Random",
@@ -39,6 +42,7 @@ __all__ = [
     "Stage",
     "Then",
     "ToDRE",
+    "ToMe",
     "Tokens",
     "TransPrune",
     "View",

@@ -31,6 +31,7 @@ class Hook(str, Enum):
     """Where a stage acts."""
 
     PIXELS = "pixels"  # in front of the vision tower
+    VIT_BLOCK = "vit_block"  # inside one block of the vision tower, between attention and MLP
     LLM_INPUT = "llm_input"  # where the sequence enters the decoder
     LLM_LAYER = "llm_layer"  # in front of one decoder layer, in prefill
 
@@ -305,7 +306,8 @@ class ModelInfo:
     Attributes:
         family: adapter name (``"llava"``, ``"qwen2_5_vl"``, …); tower: class name of the vision tower.
         encoder_layers: number of encoder blocks; feature_layer: the 0-based block whose output feeds the projector.
-        class_token: whether the tower has one.
+        class_token: whether the tower has one; prefix_tokens: rows in front of the patches (class, distillation, registers),
+            None: the class token alone, where there is one.
         decoder_layers: number of decoder layers; mrope: three-axis positions.
         full_attention: encoder blocks without windows (None: all of them, as in most towers).
         patch_size: side of a patch in pixels.
@@ -328,6 +330,11 @@ class ModelInfo:
     find_file: Callable[[str], str | None] = field(default=lambda name: None, repr=False, compare=False)
     frames_per_view: int = 1
     pools_frames: bool = False
+    prefix_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.prefix_tokens is None:
+            object.__setattr__(self, "prefix_tokens", int(self.class_token))
 
     def block(self, name: str, layer: int | None) -> int:
         """The 0-based encoder block that parameter ``name`` means: None is the feature layer, negative counts from the end.
@@ -436,6 +443,10 @@ class Pruner:
     def kept_in(self, layout: Layout) -> int:
         """How many visual tokens of an image or video of this layout survive (the last stage that prunes)."""
         return sum(self.budgets(layout))
+
+    def kept_on(self, model: ModelInfo, layout: Layout) -> int:
+        """:meth:`kept_in` for methods whose count also depends on the model (on the depth of its tower)."""
+        return self.kept_in(layout)
 
     def kept(self, n_tokens: int, grid: tuple[int, int] | None = None) -> int:
         """How many of ``n_tokens`` visual tokens of a single picture survive; for crops and videos see :meth:`kept_in`.

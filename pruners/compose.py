@@ -11,7 +11,7 @@ from foveate.pruners.base import Hook, Layout, ModelInfo, Pruner, Stage
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_DEPTH = {Hook.PIXELS: 0, Hook.LLM_INPUT: 1, Hook.LLM_LAYER: 2}
+_DEPTH = {Hook.PIXELS: 0, Hook.VIT_BLOCK: 1, Hook.LLM_INPUT: 2, Hook.LLM_LAYER: 3}
 
 
 @dataclass(frozen=True, init=False)
@@ -57,6 +57,12 @@ class Then(Pruner):
 
     def kept_in(self, layout: Layout) -> int:
         kept = self.pruners[0].kept_in(layout)
+        for pruner in self.pruners[1:]:
+            kept = pruner.kept(kept)
+        return kept
+
+    def kept_on(self, model: ModelInfo, layout: Layout) -> int:
+        kept = self.pruners[0].kept_on(model, layout)
         for pruner in self.pruners[1:]:
             kept = pruner.kept(kept)
         return kept

@@ -18,10 +18,19 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaModel
 from transformers.image_processing_utils import select_best_resolution
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from foveate.adapters import attach
+from foveate.adapters import MergeTrace, attach
 from foveate.adapters.llava_next import _anyres
 from foveate.adapters.signals import transition_variation
-from foveate.cuda import class_attention, diverse_subset, given_attention, received_attention, rows_to_columns_attention
+from foveate.cuda import (
+    class_attention,
+    diverse_subset,
+    given_attention,
+    merge_tokens,
+    received_attention,
+    rows_to_columns_attention,
+    similarity_energy,
+)
+from foveate.cuda.merging import size_bias
 from foveate.pruners import (
     CDPruner,
     DivPrune,
@@ -31,22 +40,26 @@ from foveate.pruners import (
     HiPrune,
     Layout,
     ModelInfo,
+    PiToMe,
     QuoTA,
     Selection,
     ToDRE,
     Tokens,
+    ToMe,
     TransPrune,
     View,
     VisionZip,
 )
 from foveate.pruners.allocation import CAPS, checked_scores, frame_budgets, frame_grid, frame_weights, with_newlines
-from foveate.pruners.base import budget
+from foveate.pruners.base import budget, ranked
 from foveate.pruners.frame_questions import parsed_objects
 from foveate.pruners.globalcom2 import canvas_of, crop_ratios, global_map, richness, token_score
 from foveate.pruners.hiprune import anchor_count, anchors
+from foveate.pruners.merging import BlockStage, BlockTokens, Groups
 from foveate.pruners.quota import resampled
 from foveate.pruners.resampling import GRID, pooled
 from foveate.pruners.todre import attended_pivot, diversification, irrelevant
+from foveate.pruners.tome import schedule
 
 Case = Mapping[str, Any]
 Tensors = dict[str, Tensor]
@@ -445,6 +458,160 @@ def todre_remove(params: Params, inputs: Tensors) -> Tensors:
     return {"alpha_t2v": shares[:, 0], "alpha_v2t": shares[:, 1], "remove_at": first[0]}
 
 
+# ----------------------------------------------------------------------------------------------------------- mergers
+
+
+def tower(prefix: int, layers: int = 1) -> ModelInfo:
+    """A vision model of nothing but blocks."""
+    return ModelInfo(encoder_layers=layers, feature_layer=layers - 1, prefix_tokens=prefix)
+
+
+def merge_step(
+    stage: BlockStage, prefix: int, metric: Tensor, x: Tensor, sizes: Tensor | None
+) -> tuple[Groups, Tensor, Tensor]:
+    """One block's selection and merge."""
+    count = stage.removes(x.shape[1])
+    groups = stage.select(BlockTokens(x, prefix, count), metric)
+    return groups, *merge_tokens(x, groups.keep, groups.source, groups.target, sizes)
+
+
+def merged(prefix: int, history: list[Groups], x: Tensor, sizes: Tensor) -> tuple[Tensors, MergeTrace]:
+    """What all kinds of merger cases end with."""
+    batch, n = len(x), history[0].keep.shape[1] + history[0].source.shape[1]
+    trace = MergeTrace("", {}, prefix, [n, x.shape[1]], list(enumerate(history)), (batch, x.device))
+    return {"x_out": x, "size_out": sizes[..., None], "assign": trace.rows()}, trace
+
+
+def even_odd(groups: Groups) -> Tensors:
+    """Positions in the sets of even and odd rows."""
+    even = groups.keep % 2 == 0
+    return {
+        "unm_pos": groups.keep[even].view(len(even), -1) // 2,
+        "src_pos": groups.source // 2,
+        "dst_pos": groups.keep.gather(1, groups.target) // 2,
+    }
+
+
+def chain(stages: list[BlockStage], prefix: int, counts: list[int], x: Tensor) -> Tensors:
+    """Blocks without attention: the current tokens are the metric."""
+    history, sizes = [], None
+    for stage, count in zip(stages, counts, strict=True):
+        groups, x, sizes = merge_step(stage, prefix, x, x, sizes)
+        history.append(groups)
+        if x.shape[1] != count:
+            raise AssertionError(f"block {stage.layer} leaves {x.shape[1]} tokens, the case states {count}")
+    return merged(prefix, history, x, sizes)[0]
+
+
+def tome(params: Params, inputs: Tensors) -> Tensors:
+    kind = params["kind"]
+    if kind == "schedule":
+        return tome_schedule(params)
+    if kind == "proportional_attention":
+        q, k, v, size = (inputs[name] for name in ("q", "k", "v", "size"))
+        scale, heads = params["scale"], params["heads"]
+        params.done()
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, size_bias(size[..., 0]), scale=scale)
+        if out.shape[1] != heads:
+            raise AssertionError(f"tome: {out.shape[1]} heads, the case states {heads}")
+        return {"out": out.transpose(1, 2).flatten(2), "k_mean": k.mean(dim=1)}
+    prefix = int(params.get("class_token", False)) + int(params.get("distill_token", False))
+    if kind == "chain":
+        remark = params["metric"]
+        r, counts = params["r"], params["token_counts"]
+        params.done("smallest_decision_gap")
+        if not remark.startswith("the current tokens"):
+            raise UnknownParameter(f"tome: metric {remark!r}")
+        pruner = ToMe(r=r, order="official", prop_attn=params.get("prop_attn", True))
+        stages = list(pruner.stages(tower(prefix, len(counts))))
+        return chain(stages, prefix, counts, inputs["x"])
+    if kind not in ("layer", "kth"):
+        raise UnknownParameter(f"tome: kind {kind!r}")
+    metric, size = inputs["metric"], inputs.get("size")
+    x = inputs.get("x", metric)
+    how = {"matching": "kth", "k": params["k"]} if kind == "kth" else {"r": params["r_requested"]}
+    (stage,) = ToMe(order="official", **how).stages(tower(prefix))
+    params.expect("r_effective", stage.removes(x.shape[1]))
+    params.done("smallest_decision_gap")
+    groups, x, sizes = merge_step(stage, prefix, metric, x, None if size is None else size[..., 0])
+    results, trace = merged(prefix, [groups], x, sizes)
+    positions = even_odd(groups)
+    rows = torch.arange(x.shape[1])
+    if (
+        prefix == 2
+    ):  # the official unmerge forgets that merging moved the distillation token, the first odd row, to place 1
+        odd = positions["unm_pos"].shape[1]
+        rows = torch.cat([rows[:1], rows[odd : odd + 1], rows[1:odd], rows[odd + 1 :]])
+    return {**results, **positions, "x_unmerged": trace.unmerge(x[:, rows])}
+
+
+def tome_schedule(params: Params) -> Tensors:
+    layers, r, form = params["layers"], params["r"], params["form"]
+    params.done()
+    if form == "(r, inflection)":
+        return {"out": torch.tensor(schedule(r[0], layers, r[1]))}
+    if form not in ("int", "list"):
+        raise UnknownParameter(f"tome: schedule form {form!r}")
+    return {"out": torch.tensor(schedule(tuple(r) if form == "list" else r, layers))}
+
+
+def pitome_stage(layer: Case, prefix: int, i: int = 0, layers: int = 1) -> BlockStage:
+    """A block of the wanted variant with a margin given outright."""
+    order = {"pitome": "plain", "bsm_pitome": "deit", "bsm": "llava"}[layer["variant"]]
+    pruner = PiToMe(
+        ratio=layer["ratio"],
+        order=order,
+        margin=(layer["margin"],) * 2,
+        alpha=layer.get("alpha", 1.0),
+        metric="keys",
+        weighting="size",
+    )
+    return pruner.block(0 if order == "deit" else i, tower(prefix, layers))
+
+
+def pitome(params: Params, inputs: Tensors) -> Tensors:
+    kind, prefix = params["kind"], int(params["class_token"])
+    if kind == "chain":
+        remark, layers, counts = params["metric"], params["layers"], params["token_counts"]
+        params.done("smallest_energy_gap", "smallest_decision_gap")
+        if not remark.startswith("the current tokens"):
+            raise UnknownParameter(f"pitome: metric {remark!r}")
+        stages = [pitome_stage(layer, prefix, i, len(layers)) for i, layer in enumerate(layers)]
+        return chain(stages, prefix, counts, inputs["x"])
+    if kind != "layer":
+        raise UnknownParameter(f"pitome: kind {kind!r}")
+    variant, margin, alpha = params["variant"], params["margin"], params.get("alpha", 1.0)
+    stage = pitome_stage({"variant": variant, "ratio": params["ratio"], "margin": margin, "alpha": alpha}, prefix)
+    metric, size = inputs["metric"], inputs.get("size")
+    x = inputs.get("x", metric)
+    params.expect("r", stage.removes(x.shape[1]))
+    params.done("smallest_decision_gap", "smallest_energy_gap")
+    groups, x, sizes = merge_step(stage, prefix, metric, x, None if size is None else size[..., 0])
+    results, _ = merged(prefix, [groups], x, sizes)
+    if variant == "bsm":
+        return {**results, **even_odd(groups)}
+    energy = similarity_energy(metric[:, prefix:], margin, alpha=alpha)
+    order = ranked(energy)
+    r = groups.source.shape[1]
+    pairs = r if variant == "pitome" else order.shape[1] // 2
+    first = groups.keep.shape[1] - pairs  # the targets leave last
+    source, stay = groups.source - prefix, groups.keep[:, prefix:first] - prefix
+    results |= {
+        "energy": energy,
+        "order": order,
+        "b_idx": groups.keep[:, first:] - prefix,
+        "dst_pos": groups.target - first,
+    }
+    if variant == "pitome":
+        return {**results, "protected_idx": stay, "a_idx": source}
+    sources = order[:, 0::2]
+
+    def position(tokens: Tensor) -> Tensor:
+        return (tokens[:, :, None] == sources[:, None]).long().argmax(dim=-1)
+
+    return {**results, "a_idx": sources, "unm_pos": position(stay), "src_pos": position(source)}
+
+
 # --------------------------------------------------------------------------------------------------------- baselines
 
 
@@ -741,6 +908,8 @@ RUNNERS: dict[str, Callable[[Params, Tensors], Tensors]] = {
     "globalcom2": globalcom2,
     "hiprune": hiprune,
     "todre": todre,
+    "tome": tome,
+    "pitome": pitome,
     "baselines": baselines,
     "quota": quota,
     "transprune": transprune,

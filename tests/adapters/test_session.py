@@ -15,6 +15,7 @@ import transformers
 
 import foveate
 from foveate.pruners.base import Hook, ModelInfo, Selection, Stage, Tokens
+from foveate.pruners.merging import Merger
 from tests.models import FAMILIES, IMAGE, TEXT, inputs, picture, tiny
 from tests.test_oracles import TopNorm, dropped_places, masked_logits, rope_positions, scene_inputs
 
@@ -248,7 +249,7 @@ def test_half_precision_stays_what_it_is(family: str, dtype: torch.dtype) -> Non
         try:
             session = foveate.attach(model, name, **({"keep": 0.5} if hasattr(method, "keep") else {}))
         except foveate.UnsupportedModelError:
-            assert name == "downsample"
+            assert name == "downsample" or (issubclass(method, Merger) and family.startswith("qwen"))
             continue
         with session:
             logits = model(**given).logits

@@ -88,7 +88,7 @@ def test_every_row_tells_all_there_is_to_tell(board):
         if row.method not in ("unpruned", "no-image"):
             assert row.parameters.get("keep") == row.keep
             assert row.positions
-            assert row.kept_requested <= (4 if row.keep == 0.25 else 5)
+            assert row.kept_requested <= {0.25: 4, 5: 5, None: 15}[row.keep]
 
 
 def test_accuracy_by_task_adds_up(board, loaded):

@@ -14,12 +14,15 @@ from foveate.errors import BudgetError, FoveateError
 from foveate.pruners import PRUNERS, Layout, Pruner, Selection, Tokens, create
 from foveate.pruners.base import Keep
 from foveate.pruners.globalcom2 import canvas_of
+from foveate.pruners.merging import Merger
 from tests.pruners.synthetic import CLIP, QWEN, anyres, first_stage, make_signals, make_tokens, one, run
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*tokens")
 
+# mergers inside the tower select rows of blocks, not visual tokens: test_mergers.py
+BUDGETED = sorted(name for name, cls in PRUNERS.items() if not issubclass(cls, Merger))
 VARIANTS: list[Pruner] = [
-    *(create(name) for name in sorted(PRUNERS)),
+    *(create(name) for name in BUDGETED),
     create("random", shuffle=True),
     create("random", layer=2),
     create("grid", variant="stride"),

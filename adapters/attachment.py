@@ -1,0 +1,70 @@
+"""What every session is: one method on one model, to be taken off again."""
+
+from __future__ import annotations
+
+import weakref
+from abc import ABC, abstractmethod
+from types import TracebackType
+from typing import TypeVar
+
+from torch import nn
+
+from foveate.errors import AttachError
+from foveate.pruners.base import Pruner
+
+_ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Attachment]] = weakref.WeakKeyDictionary()
+Self = TypeVar("Self", bound="Attachment")
+
+
+class Attachment(ABC):
+    """An attached pruner.
+
+    Attributes:
+        model, pruner: what was attached to what.
+    """
+
+    def __init__(self, model: nn.Module, pruner: Pruner, root: nn.Module) -> None:
+        """``root``: the module that only one pruner may act on at a time.
+
+        Raises:
+            AttachError: one acts on it already.
+        """
+        self.model, self.pruner, self._root = model, pruner, root
+        attached = _ATTACHED.get(root, lambda: None)()
+        if attached is not None:
+            raise AttachError(
+                f"{type(model).__name__} already has {attached.pruner.name!r} attached; call detach() on that session first, "
+                "or combine methods with foveate.Then"
+            )
+
+    def _claim(self) -> None:
+        """Act on the model from now on."""
+        _ATTACHED[self._root] = weakref.ref(self)
+
+    def _release(self) -> None:
+        """Act on it no longer."""
+        if self.attached:
+            del _ATTACHED[self._root]
+
+    @abstractmethod
+    def detach(self) -> None:
+        """Take the pruner off; the model is what it was. Calling it again does nothing."""
+
+    @property
+    def attached(self) -> bool:
+        """Whether the pruner still acts on the model."""
+        return _ATTACHED.get(self._root, lambda: None)() is self
+
+    def __enter__(self: Self) -> Self:
+        if not self.attached:
+            raise AttachError("this session was detached; call foveate.attach again")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        state = "attached to" if self.attached else "detached from"
+        return f"<foveate.{type(self).__name__} {self.pruner} {state} {type(self.model).__name__}>"

@@ -1,0 +1,162 @@
+"""PiToMe: merge inside big clusters of similar tokens, leave isolated tokens alone.
+
+Tran, Nguyen, Nguyen, Nguyen, Le, Xie, Sonntag, Zou, Nguyen, Niepert, "Accelerating Transformers with Spectrum-Preserving Token
+Merging", NeurIPS 2024, arXiv 2405.16148. Every token gets an *energy*, its mean similarity to all others beyond a margin
+that falls with depth. Tokens of high energy belong to large redundant clusters; they are split by turns along the energy
+ranking and merged with their best partner, while tokens of low energy are protected. Headline: 40 to 60 % fewer operations
+for 0.5 points of ImageNet accuracy off the shelf, where other mergers lose 2.6.
+
+Follows the published code where it differs from the paper (continuous energy, blocks without protection by family), with
+attention that counts patches as the paper says. Sets depend on the parity of energy ranks, so energies are exact float32.
+On a few photographs and self-supervised features ToMe stayed closer to the unmerged model at equal counts: compare both on
+yours (``foveate bench``). Cost: N^2 similarities of key width per block, four times those of ToMe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from foveate.cuda import best_match, similarity_energy
+from foveate.errors import ParameterError
+from foveate.pruners.base import Hook, ModelInfo, gather, one_of, ranked
+from foveate.pruners.merging import BlockKeys, BlockStage, BlockTokens, Groups, Merger, check_ratio, share
+from foveate.pruners.registry import register
+from foveate.pruners.tome import bipartite
+
+_LLAVA_TOME_BLOCKS = 13  # of the published CLIP patch
+
+
+@register("pitome")
+@dataclass(frozen=True)
+class PiToMe(Merger):
+    """PiToMe: energy-ranked bipartite merging.
+
+    Attributes:
+        ratio: share of its patches that every block keeps, or one share per block (missing ones are 1). Usual: 0.9 to 0.975
+            for classification, 0.85 to 0.95 for LLaVA. Below 0.5 a block loses half of its patches.
+        order: which blocks protect isolated tokens: ``"deit"`` the second half of them, ``"mae"`` the first half, ``"plain"``
+            all; ``"llava"`` is the published CLIP patch of LLaVA: blocks 0 .. 12 are ToMe's, all merge behind their MLP, by
+            their output, into plain means.
+        margin: of block 0, falling linearly to 0; or (first, end). None: 0.75, with ``order="llava"`` 0.9. The published
+            code has 0.9 for AugReg and BLIP, 0.95 for LAVIS-CLIP, (0.75, 0.35) for BLIP-2.
+        alpha: slope of the energy below the margin; hardly matters.
+        metric: similarity of the block's ``"keys"`` or of the ``"tokens"``. None: keys, with ``order="llava"`` tokens.
+        prop_attn: attention counts a token as often as it has patches (None: yes, with ``order="llava"`` no).
+        weighting: a group becomes its ``"size"``-weighted mean, its plain ``"mean"``, or its target alone (``"prune"``).
+            None: size, with ``order="llava"`` mean.
+        energy: ``"code"`` subtracts the margin, ``"paper"`` keeps the similarity itself above it.
+        centered: subtract the picture's mean metric first; helps where all keys share a large component (DINOv2).
+    """
+
+    title: ClassVar[str] = "Merge inside large clusters of similar tokens, protect isolated ones"
+    paper: ClassVar[str] = "arXiv 2405.16148 (NeurIPS 2024)"
+    cost: ClassVar[str] = "N^2 similarities of key width per block"
+
+    ratio: float | tuple[float, ...] = 0.9
+    order: str = "deit"
+    margin: float | tuple[float, float] | None = None
+    alpha: float = 1.0
+    metric: str | None = None
+    prop_attn: bool | None = None
+    weighting: str | None = None
+    energy: str = "code"
+    centered: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("ratio", "margin"):
+            value = getattr(self, name)
+            if isinstance(value, Sequence) and not isinstance(value, str):
+                object.__setattr__(self, name, tuple(value))
+        check_ratio(self.ratio)
+        one_of("order", self.order, ("deit", "mae", "plain", "llava"))
+        one_of("energy", self.energy, ("code", "paper"))
+        if self.metric is not None:
+            one_of("metric", self.metric, ("keys", "tokens"))
+        if self.weighting is not None:
+            one_of("weighting", self.weighting, ("size", "mean", "prune"))
+        if isinstance(self.margin, tuple) and len(self.margin) != 2:
+            raise ParameterError(f"margin={self.margin}: give that of block 0, or a pair (first, end)")
+
+    def block(self, i: int, model: ModelInfo) -> BlockStage:
+        prefix, depth, llava = model.prefix_tokens, model.encoder_layers, self.order == "llava"
+        metric = self.metric or ("tokens" if llava else "keys")
+        variant, margin, ratio = self.variant(i, depth), self.margin_of(i, depth), self.ratio_of(i)
+
+        def removes(n: int) -> int:
+            patches = max(0, n - prefix)
+            return min(share(ratio, n if variant == "bsm" else patches), patches // 2)
+
+        def select(tokens: BlockTokens, metric: Tensor | None = None) -> Groups:
+            features = (tokens.embeds if metric is None else metric).float()
+            if self.centered:
+                patches = features[:, prefix:]
+                features = torch.cat([features[:, :prefix], patches - patches.mean(dim=1, keepdim=True)], dim=1)
+            if variant == "bsm":
+                return bipartite(features, tokens.count, prefix=prefix)
+            energy = similarity_energy(features[:, prefix:], margin, alpha=self.alpha, jump=self.energy == "paper")
+            merge = protected_matching if variant == "pitome" else energy_matching
+            return merge(features, energy, tokens.count, prefix=prefix)
+
+        return BlockStage(
+            Hook.VIT_BLOCK,
+            select,
+            {"metric": BlockKeys()} if metric == "keys" else {},
+            layer=i,
+            removes=removes,
+            proportional=not llava if self.prop_attn is None else self.prop_attn,
+            weighting=self.weighting or ("mean" if llava else "size"),
+            behind_mlp=llava,
+        )
+
+    def variant(self, i: int, depth: int) -> str:
+        """``"pitome"`` (protects), ``"bsm_pitome"`` (ranks by energy, protects nothing) or ``"bsm"`` (ToMe) in block ``i``."""
+        if self.order == "llava":
+            return "bsm" if i < _LLAVA_TOME_BLOCKS else "pitome"
+        first_half = i < (depth + 1) // 2
+        return "bsm_pitome" if self.order != "plain" and first_half == (self.order == "deit") else "pitome"
+
+    def margin_of(self, i: int, depth: int) -> float:
+        """The margin of block ``i``."""
+        margin = self.margin if self.margin is not None else 0.9 if self.order == "llava" else 0.75
+        first, end = margin if isinstance(margin, tuple) else (margin, 0.0)
+        return first + (end - first) * i / depth
+
+    def ratio_of(self, i: int) -> float:
+        """The keep ratio of block ``i``."""
+        return self.ratio if not isinstance(self.ratio, tuple) else self.ratio[i] if i < len(self.ratio) else 1.0
+
+
+def protected_matching(metric: Tensor, energy: Tensor, r: int, *, prefix: int = 0) -> Groups:
+    """The 2r patches of highest energy are paired, all others protected (variant "pitome").
+
+    ``metric (B, N, d)`` with ``energy (B, N - prefix)`` of its patches; r at most half of them. Rows leave as prefix,
+    protected, targets, by falling energy.
+    """
+    order = prefix + ranked(energy)
+    source, targets, protected = order[:, 0 : 2 * r : 2], order[:, 1 : 2 * r : 2], order[:, 2 * r :]
+    _, match = best_match(gather(metric, source), gather(metric, targets))
+    keep = torch.cat([_prefix(metric, prefix), protected, targets], dim=1)
+    return Groups(keep, source, prefix + protected.shape[1] + match)
+
+
+def energy_matching(metric: Tensor, energy: Tensor, r: int, *, prefix: int = 0) -> Groups:
+    """All patches are split along the energy ranking, and the ``r`` best pairs merge (variant "bsm_pitome").
+
+    Rows leave as prefix, unmerged sources by falling similarity, targets by falling energy.
+    """
+    order = prefix + ranked(energy)
+    sources, targets = order[:, 0::2], order[:, 1::2]
+    score, match = best_match(gather(metric, sources), gather(metric, targets))
+    best = ranked(score)
+    stay = sources.gather(1, best[:, r:])
+    keep = torch.cat([_prefix(metric, prefix), stay, targets], dim=1)
+    return Groups(keep, sources.gather(1, best[:, :r]), prefix + stay.shape[1] + match.gather(1, best[:, :r]))
+
+
+def _prefix(metric: Tensor, prefix: int) -> Tensor:
+    return torch.arange(prefix, device=metric.device).expand(len(metric), -1)
