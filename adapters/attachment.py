@@ -16,6 +16,11 @@ _ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Attachment]] = weakr
 Self = TypeVar("Self", bound="Attachment")
 
 
+def attached_to(root: nn.Module) -> Attachment | None:
+    """The session that acts on ``root``, if any."""
+    return _ATTACHED.get(root, lambda: None)()
+
+
 class Attachment(ABC):
     """An attached pruner.
 
@@ -30,7 +35,7 @@ class Attachment(ABC):
             AttachError: one acts on it already.
         """
         self.model, self.pruner, self._root = model, pruner, root
-        attached = _ATTACHED.get(root, lambda: None)()
+        attached = attached_to(root)
         if attached is not None:
             raise AttachError(
                 f"{type(model).__name__} already has {attached.pruner.name!r} attached; call detach() on that session first, "
@@ -53,7 +58,7 @@ class Attachment(ABC):
     @property
     def attached(self) -> bool:
         """Whether the pruner still acts on the model."""
-        return _ATTACHED.get(self._root, lambda: None)() is self
+        return attached_to(self._root) is self
 
     def __enter__(self: Self) -> Self:
         if not self.attached:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.adapters.attachment import Attachment
+from foveate.adapters.attachment import Attachment, attached_to
 from foveate.adapters.base import Adapter, Encoded, Modality, adapter_for, bind
 from foveate.adapters.decoder import Choice, Decoder, Span
 from foveate.adapters.signals import DECODER, DecoderTap, Present, Tap
@@ -743,7 +743,7 @@ class Session(Attachment):
 def session_of(model: nn.Module) -> Session | None:
     """The session that is attached to the model, if any."""
     inner = getattr(model, "model", model)
-    return _ATTACHED.get(inner if hasattr(inner, "language_model") else model, lambda: None)()
+    return attached_to(inner if hasattr(inner, "language_model") else model)
 
 
 def _select(stage: Stage, tokens: Tokens, signals: dict[str, Tensor]) -> list[Selection]:
