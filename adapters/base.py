@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from foveate.adapters.signals import CLASS_TOKEN, DECODER, Tap
+from foveate.adapters.signals import CLASS_TOKEN, DECODER, NEURONS, Tap
+from foveate.adapters.sparse_mlp import check_gated
 from foveate.adapters.vit import Tower
 from foveate.errors import MissingSignalError, UnsupportedModelError
 from foveate.pruners.base import ClassFeatures, Layout, ModelInfo, Selection, Signal, UnpooledFrames
@@ -190,6 +191,8 @@ class Adapter(ABC):
             raise MissingSignalError(
                 f"{signal} asks for layer {signal.layer}, but the {part} has {depth} (0 .. {depth - 1})"
             )
+        if isinstance(signal, NEURONS):
+            check_gated(self.text_model.layers[signal.layer].mlp, f"the MLP of decoder layer {signal.layer}")
 
     def encoded(self, kind: str, output: Any, call: dict[str, Any], signals: dict[Signal, Tensor]) -> Encoded:
         """Sort an encoder call's results by image."""

@@ -14,11 +14,13 @@ import types
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from foveate.adapters.sparse_mlp import SparseMLP
 from foveate.errors import AttachError, InputError, UnsupportedModelError
 
 # Decoders that hooks sit on; decides whether a pruned cache may be continued.
@@ -41,11 +43,15 @@ class Held:
 
 @dataclass
 class CacheState:
-    """Travels with a cache that was filled under pruning. ``length`` counts unpruned places."""
+    """Travels with a cache that was filled under pruning.
+
+    ``length`` counts unpruned places; ``neurons``: ``(B, F)`` bool by layer, what its MLP runs when the prompt is continued.
+    """
 
     decoder: weakref.ref[nn.Module]
     length: int
     held: list[Held]
+    neurons: dict[int, Tensor] = field(default_factory=dict)
     inside: bool = False  # a forward pass is under way and needs the cache's real lengths
 
 
@@ -72,6 +78,7 @@ class Span:
         place_positions: ``(…, B, L)`` rotary position of every living place; shift: ``(B,)`` as in :class:`Held`.
         held: ``(B, P)`` past places, -1 where padded.
         mask: ``(B, P + K)`` bool, what may be attended.
+        evict: what is not here leaves the caches of the layers above too.
     """
 
     first_layer: int
@@ -82,6 +89,7 @@ class Span:
     shift: Tensor
     held: Tensor
     mask: Tensor
+    evict: bool = False
     layer_kwargs: dict[str, Any] | None = field(default=None, repr=False)
     _column: Tensor | None = field(default=None, repr=False)
 
@@ -131,6 +139,7 @@ class Choice:
         rank: ``(B, L)`` order of entry: a permutation of the living places among themselves; None = unchanged.
         values: ``(rows, places, embeddings)``, ``(M,), (M,), (M, D)``: places that carry something new; None where all keep
             their own.
+        evict: drop them from the caches of earlier layers too, in the end.
         follow: told which columns of the old span, ``(B, width)``, go on.
         mixtures: ``(row, places (N,), survivors (K,), resample)`` per picture whose survivors are mixtures: what the places
             carry beside their embeddings goes to the survivors by ``resample``.
@@ -141,17 +150,30 @@ class Choice:
     positions: str
     rank: Tensor | None = None
     values: tuple[Tensor, Tensor, Tensor] | None = None
+    evict: bool = False
     follow: Callable[[Tensor], None] | None = None
     mixtures: list[tuple[int, Tensor, Tensor, Callable[[Tensor], Tensor]]] = field(default_factory=list)
 
 
+class Call(Enum):
+    """What a call of the decoder brings."""
+
+    CONTINUATION = "continuation"
+    TEXT_PROMPT = "text prompt"  # to be read, without visual tokens
+    PROMPT = "prompt"  # with visual tokens
+
+
 class Selector(Protocol):
-    """What the decoder asks while a prompt with visual tokens runs through it (the session answers)."""
+    """What the decoder asks while a prompt with visual tokens runs through it (the session answers).
+
+    ``layers`` are those that tokens may leave in front of, ``neuron_layers`` those whose MLP may run in part.
+    """
 
     layers: frozenset[int]
+    neuron_layers: frozenset[int]
 
-    def begin(self, embeds: Tensor, mask: Tensor | None, past: int) -> bool:
-        """A call starts: does it bring visual tokens?"""
+    def begin(self, embeds: Tensor, mask: Tensor | None, past: int) -> Call:
+        """A call starts: what does it bring?"""
 
     def at_input(self, embeds: Tensor) -> Choice | None:
         """Which new places enter the decoder; None keeps all."""
@@ -159,8 +181,14 @@ class Selector(Protocol):
     def at_layer(self, layer: int, hidden: Tensor, span: Span, cache: Any) -> Choice | None:
         """Which of the span's places enter decoder layer ``layer``; None keeps all."""
 
-    def finish(self) -> None:
-        """The call ended without error."""
+    def neurons(self) -> dict[int, Tensor]:
+        """By layer, ``(B, F)`` bool: the neurons that run from now on."""
+
+    def erased(self, hidden: Tensor, span: Span) -> dict[int, Tensor]:
+        """By layer, ``(B, L)`` bool: places whose keys and values are zeroed; ``hidden`` left the last layer."""
+
+    def finish(self, cache_lengths: list[int] | None) -> None:
+        """The prompt ended without error; what each layer's cache holds for it, None without a cache."""
 
     def forget(self) -> None:
         """The call is over, well or not: let go of its tensors."""
@@ -174,7 +202,7 @@ class _Frame:
     past: int  # unpruned past places
     mask: Tensor  # (B, past + L) bool, the caller's
     held: list[Held]
-    prompt: bool
+    call: Call
     current: Held  # which of ``held`` the running layers have
     pruned: bool = False  # a stage has taken something away, or put something else in its place
     spans: list[Span] = field(default_factory=list)
@@ -204,6 +232,7 @@ class Decoder:
         self.mrope = mrope
         self.frame: _Frame | None = None
         self._cache: Any = None  # of the running call, from its first moment on
+        self.mlps = {i: SparseMLP(text_model.layers[i].mlp) for i in sorted(selector.neuron_layers)}
         self._handles = [
             text_model.register_forward_pre_hook(self._enter, with_kwargs=True),
             text_model.register_forward_hook(self._exit, with_kwargs=True),
@@ -226,8 +255,8 @@ class Decoder:
 
     def remove(self) -> None:
         """Take the hooks away."""
-        for handle in self._handles:
-            handle.remove()
+        for part in (*self._handles, *self.mlps.values()):
+            part.remove()
         if vars(self.text_model).pop("_deepstack_process", None) is not None and self._own is not None:
             self.text_model._deepstack_process = self._own
         _LIVE.discard(self.text_model)
@@ -247,15 +276,15 @@ class Decoder:
         batch, length = embeds.shape[:2]
         past = state.length if state else int(cache.get_seq_length()) if cache is not None else 0
         mask = kwargs.get("attention_mask")
-        prompt = self.selector.begin(embeds, mask, past)
-        if not prompt and state is None:
+        call = self.selector.begin(embeds, mask, past)
+        if call is Call.CONTINUATION and state is None:
             return None
         _refuse(cache, state, mask, batch, past + length)
         mask = torch.ones(batch, past + length, device=embeds.device) if mask is None else mask.to(embeds.device)
         positions, text_row = self._positions(kwargs.get("position_ids"), batch, past, length, embeds.device)
         nothing = torch.zeros(batch, dtype=torch.long, device=embeds.device)
         held = state.held if state else [Held(0, torch.arange(past, device=embeds.device).expand(batch, past), nothing)]
-        frame = _Frame(length, past, mask.bool(), held, prompt, held[0])
+        frame = _Frame(length, past, mask.bool(), held, call, held[0])
         frame.spans.append(
             self._span(
                 frame,
@@ -267,8 +296,11 @@ class Decoder:
                 shift=held[0].shift,
             )
         )
-        choice = self.selector.at_input(embeds) if prompt else None
+        choice = self.selector.at_input(embeds) if call is Call.PROMPT else None
         self.frame = frame
+        if call is Call.CONTINUATION:
+            for i, mlp in self.mlps.items():
+                mlp.serve(state.neurons.get(i))
         if choice is None and state is None:
             return None  # nothing pruned here: the caller's own arguments go on
         kwargs = dict(kwargs)
@@ -311,7 +343,7 @@ class Decoder:
             positions = span.place_positions + nearer[:, None]
             frame.spans.append(self._span(frame, here, span.index, span.alive, span.rank, positions, here.shift))
             frame.current = held
-        if frame.prompt and i in self.selector.layers:
+        if frame.call is Call.PROMPT and i in self.selector.layers:
             choice = self.selector.at_layer(i, hidden, frame.span, kwargs.get("past_key_values"))
             if choice is not None:
                 hidden = self._narrow(i, choice, hidden)
@@ -376,6 +408,7 @@ class Decoder:
         if choice.positions == "compact":
             positions, shift = self._compact(before, choice.alive, rank)
         after = self._span(frame, Held(layer, before.held, shift), index, choice.alive, rank, positions, shift)
+        after.evict = choice.evict or (before.evict and before.first_layer == layer)
         if choice.values is not None:
             rows, where, values = (x.to(hidden.device) for x in choice.values)
             columns = before.column.to(hidden.device)[rows, where]
@@ -436,16 +469,18 @@ class Decoder:
         if frame is None:
             return None
         cache = getattr(output, "past_key_values", None)
-        if cache is not None and (frame.pruned or hasattr(cache, "foveate")):
-            self._remember(cache)
+        if cache is not None:
+            self._keep_books(cache, output.last_hidden_state)
         if frame.pruned:
             output.last_hidden_state = frame.span.restore(output.last_hidden_state)
             if getattr(output, "hidden_states", None) is not None:
                 output.hidden_states = tuple(
                     self._span_of(i).restore(hidden) for i, hidden in enumerate(output.hidden_states)
                 )
-        if frame.prompt:
-            self.selector.finish()
+        if frame.call is Call.PROMPT:
+            depth = len(self.text_model.layers)
+            lengths = None if cache is None else [type(cache).get_seq_length(cache, i) for i in range(depth)]
+            self.selector.finish(lengths)
         return output
 
     def _close(self, module: nn.Module, args: tuple, output: Any) -> None:
@@ -453,17 +488,70 @@ class Decoder:
         for filled in (self._cache, getattr(output, "past_key_values", None)):
             if hasattr(filled, "foveate"):
                 filled.foveate.inside = False
+        for mlp in self.mlps.values():
+            mlp.serve(None)
         self.frame = self._cache = None
         self.selector.forget()
 
-    def _remember(self, cache: Any) -> None:
+    # ------------------------------------------------------------------------------------------------------- cache
+
+    def _keep_books(self, cache: Any, hidden: Tensor) -> None:
+        """Leave with the cache what continuing it needs; evict and erase what the prompt's stages asked for."""
         frame = self.frame
+        state: CacheState | None = getattr(cache, "foveate", None)
+        if frame.call is Call.CONTINUATION:
+            neurons = state.neurons if state else {}
+        else:
+            neurons = self.selector.neurons()
+        if frame.call is Call.PROMPT:
+            for layer, gone in self.selector.erased(hidden, frame.span).items():
+                self._erase(cache, layer, gone)
+        if not (frame.pruned or state or neurons):
+            return
         held = []
         for span in frame.spans:
             new = torch.where(span.index < frame.length, span.index + frame.past, -1)
             held.append(Held(span.first_layer, torch.cat([span.held, new], dim=1), span.shift))
-        cache.foveate = CacheState(weakref.ref(self.text_model), frame.past + frame.length, held)
+        held = self._evict(cache, held)
+        cache.foveate = CacheState(weakref.ref(self.text_model), frame.past + frame.length, held, neurons)
         cache.get_seq_length = types.MethodType(_unpruned_length, cache)
+
+    def _evict(self, cache: Any, held: list[Held]) -> list[Held]:
+        """Take out of earlier layers' caches what an evicting span does not hold; returns what is held then."""
+        after: list[Held] = []
+        target: Tensor | None = None
+        stop = len(self.text_model.layers)
+        for span, here in zip(reversed(self.frame.spans), reversed(held)):
+            if target is not None:
+                columns = self._columns(here.places, target)
+                for layer in range(here.first_layer, stop):
+                    keys, values = _entry(cache, layer, here.places.shape[1])
+                    cache.layers[layer].keys, cache.layers[layer].values = (
+                        x.gather(2, columns.to(x.device)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+                        for x in (keys, values)
+                    )
+                here = Held(here.first_layer, target, here.shift)
+            if span.evict:
+                target = here.places
+            stop = here.first_layer
+            if after and after[-1].places is here.places and after[-1].shift is here.shift:
+                after.pop()  # layers that hold the same at the same positions are one run
+            after.append(here)
+        return after[::-1]
+
+    def _columns(self, held: Tensor, wanted: Tensor) -> Tensor:
+        """Where the places ``wanted (B, M)`` stand among ``held (B, P)``; anything for -1."""
+        total = self.frame.past + self.frame.length
+        at = torch.arange(held.shape[1], device=held.device).expand_as(held)
+        where = held.new_zeros(len(held), total + 1).scatter(1, held.masked_fill(held < 0, total), at)
+        return where.gather(1, wanted.masked_fill(wanted < 0, total))
+
+    def _erase(self, cache: Any, layer: int, gone: Tensor) -> None:
+        span = self._span_of(layer + 1)
+        new = gone.gather(1, span.index.clamp(max=self.frame.length - 1)) & (span.index < self.frame.length)
+        gone = torch.cat([torch.zeros_like(span.held, dtype=torch.bool), new], dim=1)
+        entry = cache.layers[layer]
+        entry.keys, entry.values = (zero_rows(x, gone) for x in _entry(cache, layer, gone.shape[1]))
 
     def _span_of(self, state: int) -> Span:
         """The span of hidden state number ``state``: what layer ``state - 1`` left, before layer ``state`` narrows it."""
@@ -483,6 +571,26 @@ def _mixed(mixtures: list, visual: Tensor, level: Tensor) -> Tensor:
         mine = level[rows[sample, places.to(level.device)]]
         mixed[rows[sample, survivors.to(level.device)]] = resample(mine).to(level.dtype)
     return mixed
+
+
+def zero_rows(cached: Tensor, gone: Tensor) -> Tensor:
+    """Keys or values ``(B, H, P, d)`` with zeros at ``gone (B, P)`` bool. They still take part in attention."""
+    return cached.masked_fill(gone.to(cached.device)[:, None, :, None], 0)
+
+
+def _entry(cache: Any, layer: int, length: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of a layer, ``(B, H, length, d)``.
+
+    Raises:
+        InputError: the cache keeps them in another form.
+    """
+    found = getattr(cache.layers[layer], "keys", None), getattr(cache.layers[layer], "values", None)
+    if not all(isinstance(x, Tensor) and x.ndim == 4 and x.shape[2] == length for x in found):
+        raise InputError(
+            f"{type(cache.layers[layer]).__name__} of decoder layer {layer} does not keep plain keys and values; methods that take "
+            "tokens out of filled caches need the default dynamic cache"
+        )
+    return found
 
 
 def _refuse(cache: Any, state: CacheState | None, mask: Any, batch: int, total: int) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from foveate.adapters.attachment import Attachment, attached_to
 from foveate.adapters.base import Adapter, Encoded, Modality, adapter_for, bind
-from foveate.adapters.decoder import Choice, Decoder, Span
+from foveate.adapters.decoder import Call, Choice, Decoder, Span
 from foveate.adapters.signals import DECODER, DecoderTap, Present, Tap
 from foveate.adapters.tower_merging import TowerMerging, remaining
 from foveate.adapters.trace import ImageTrace, StageTrace, Trace
@@ -99,7 +99,7 @@ class _Item:
         return blank.index_copy(0, self.layout.places(self.places.device), count)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Pool:
     """Visual tokens of one sample that a stage in front of a decoder layer selects from together.
 
@@ -116,6 +116,11 @@ class _Pool:
     def sample(self) -> int:
         return self.items[0].sample
 
+    @property
+    def key(self) -> tuple[Layout, int, int]:
+        """Pools of one key can be stacked."""
+        return self.layout, len(self.places), self.entered
+
 
 @dataclass
 class _Result:
@@ -130,10 +135,11 @@ class _Prompt:
     """Where things are among the new places of the running call; masks are ``(B, L)`` bool."""
 
     decoder: Decoder
-    ids: Tensor
+    ids: Tensor | None
     embeds: Tensor
     attended: Tensor
     visual: Tensor
+    trace: Trace | None = None
     _text: dict[int | None, Tensor] = field(default_factory=dict)
 
     def text(self, system_tokens: int | None) -> Tensor:
@@ -156,6 +162,10 @@ class _Prompt:
         """What the decoder's layers work on now."""
         span = self.decoder.frame.span
         return Present(span.mask.to(device), span.past, span.index.to(device), span.alive.shape[1])
+
+    def timed(self, name: str, device: torch.device) -> contextlib.AbstractContextManager[None]:
+        """Count the body's time in the trace, if there is one."""
+        return contextlib.nullcontext() if self.trace is None else self.trace.timed(name, device)
 
 
 class Session(Attachment):
@@ -185,6 +195,7 @@ class Session(Attachment):
         except MissingSignalError as error:
             raise MissingSignalError(f"{error}; methods that work here: {', '.join(self._usable())}") from None
         self.layers = frozenset(stage.layer for stage in self._stages if stage.hook is Hook.LLM_LAYER)
+        self.neuron_layers = frozenset(stage.layer for stage in self._stages if stage.hook is Hook.LLM_MLP)
         self._pauses = 0
         self._pending: Trace | None = None  # of an encoder call that no prompt has followed yet
         self._running: Trace | None = None
@@ -246,6 +257,10 @@ class Session(Attachment):
         stages = pruner.stages(self._adapter.info)
         depth = self._adapter.info.decoder_layers
         for stage in stages:
+            if stage.hook in (Hook.LLM_MLP, Hook.LLM_CACHE) and not 0 <= stage.layer < depth:
+                raise ParameterError(
+                    f"{pruner.name} acts in decoder layer {stage.layer}, but there are 0 .. {depth - 1}"
+                )
             if stage.hook is Hook.LLM_LAYER and not 1 <= stage.layer < depth:
                 raise ParameterError(
                     f"{pruner.name} acts in front of decoder layer {stage.layer}, but {type(self.model).__name__} "
@@ -354,13 +369,28 @@ class Session(Attachment):
 
     # ----------------------------------------------------------------------------------- answers to the decoder hooks
 
-    def begin(self, embeds: Tensor, mask: Tensor | None, past: int) -> bool:
-        """Find the visual tokens of a call; True if there are any."""
+    def begin(self, embeds: Tensor, mask: Tensor | None, past: int) -> Call:
+        """Find the visual tokens of a call, and whether it is to be read."""
         if self._pauses:
-            return False
+            return Call.CONTINUATION
         self._decoder_tap.close()
         ids, self._input_ids = self._input_ids, None
         self._items = []
+        if self._bring(ids, embeds, mask, past):
+            self._decoder_tap.open = True
+            return Call.PROMPT
+        if not any(
+            past == 0 or (stage.refresh and embeds.shape[1] > 1) for stage in self._stages if stage.hook is Hook.LLM_MLP
+        ):
+            return Call.CONTINUATION
+        nothing = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+        attended = ~nothing if mask is None or mask.ndim != 2 else mask[:, past:].bool().to(embeds.device)
+        self._prompt = _Prompt(self._decoder, None, embeds, attended, nothing)
+        self._decoder_tap.open = True
+        return Call.TEXT_PROMPT
+
+    def _bring(self, ids: Tensor | None, embeds: Tensor, mask: Tensor | None, past: int) -> bool:
+        """Does the call bring visual tokens? They become the running call's items."""
         if ids is None or not self._brought or ids.shape != embeds.shape[:2]:
             self._encoded, self._pending = {}, None
             return False
@@ -376,12 +406,11 @@ class Session(Attachment):
         attended = (
             torch.ones_like(visual) if mask is None or mask.ndim != 2 else mask[:, past:].bool().to(visual.device)
         )
-        self._prompt = _Prompt(self._decoder, ids, embeds, attended, visual)
         self._running, self._pending = self._pending or Trace(self.pruner.name, self.pruner.parameters()), None
+        self._prompt = _Prompt(self._decoder, ids, embeds, attended, visual, self._running)
         self._running.length = embeds.shape[1]
         self._running.decoder_layers = self._adapter.info.decoder_layers
         self._running.images = [item.trace for item in self._items if item.trace is not None]
-        self._decoder_tap.open = True
         return True
 
     def _find(self, modality: Modality, here: Tensor) -> list[_Item]:
@@ -490,35 +519,61 @@ class Session(Attachment):
     def at_layer(self, layer: int, hidden: Tensor, span: Span, cache: Any) -> Choice | None:
         """Run the stage in front of decoder layer ``layer``, beams included."""
         stage = next(s for s in self._stages if s.hook is Hook.LLM_LAYER and s.layer == layer)
-        results: list[_Result] = []
         with self._timed(stage, hidden.device):
             for signal in stage.signals.values():
                 if isinstance(signal, InstructionAttention):
                     paid = self._decoder_tap.ahead(signal, hidden, self._decoder.rotary(hidden), cache)
                     self._decoder_tap.values[signal] = paid
-            pools = self._pools(stage, span)
-            selections: list[Selection | None] = [None] * len(pools)
-            for key in dict.fromkeys((pool.layout, len(pool.places), pool.entered) for pool in pools):
-                members = [i for i, pool in enumerate(pools) if (pool.layout, len(pool.places), pool.entered) == key]
-                alike = [pools[i] for i in members]
-                columns = [span.column[pool.sample, pool.places].to(hidden.device) for pool in alike]
-                states = torch.stack([hidden[pool.sample, where] for pool, where in zip(alike, columns)])
-                signals = {
-                    name: torch.stack([self._decoder_signal(signal, pool) for pool in alike]).to(hidden.device)
-                    for name, signal in stage.signals.items()
-                }
-                tokens = self._tokens(stage, states, key[0], [pool.items[0] for pool in alike])
-                tokens.entered = key[2]
-                for i, row in zip(members, _select(stage, tokens, signals)):
-                    selections[i] = row
-            for pool, selection in zip(pools, selections):
+            results: list[_Result] = []
+            for pool, selection in self._selected(stage, hidden, span):
                 results += self._by_item(stage, pool, selection)
         choice = self._choice(stage, results, layer, span)
+        if choice is not None:
+            choice.evict = stage.evict
         if choice is not None and choice.values is None:
             choice.follow = functools.partial(self._decoder_tap.follow, layer)
         elif choice is not None:
             self._decoder_tap.forsake(layer)  # what enters is not what was looked at
         return choice
+
+    def _selected(self, stage: Stage, hidden: Tensor, span: Span) -> list[tuple[_Pool, Selection]]:
+        """Run a stage on the living tokens in ``hidden (B, K, D)``; pools of one form as one batch."""
+        pools = self._pools(stage, span)
+        done: list[tuple[_Pool, Selection]] = []
+        for key in dict.fromkeys(pool.key for pool in pools):
+            alike = [pool for pool in pools if pool.key == key]
+            columns = [span.column[pool.sample, pool.places].to(hidden.device) for pool in alike]
+            states = torch.stack([hidden[pool.sample, where] for pool, where in zip(alike, columns)])
+            signals = {
+                name: torch.stack([self._decoder_signal(signal, pool) for pool in alike]).to(hidden.device)
+                for name, signal in stage.signals.items()
+            }
+            tokens = self._tokens(stage, states, alike[0].layout, [pool.items[0] for pool in alike])
+            tokens.entered = alike[0].entered
+            done += zip(alike, _select(stage, tokens, signals))
+        return sorted(done, key=lambda pair: pools.index(pair[0]))
+
+    def neurons(self) -> dict[int, Tensor]:
+        """What the MLPs run from now on."""
+        values = self._decoder_tap.values
+        return {
+            stage.layer: stage.select(**{name: values[signal] for name, signal in stage.signals.items()})
+            for stage in self._stages
+            if stage.hook is Hook.LLM_MLP
+        }
+
+    def erased(self, hidden: Tensor, span: Span) -> dict[int, Tensor]:
+        """Which places lose their keys and values in which layers."""
+        gone = {}
+        for stage in self._stages:
+            if stage.hook is Hook.LLM_CACHE:
+                gone[stage.layer] = torch.zeros_like(self._prompt.visual)
+                with self._timed(stage, hidden.device):
+                    for pool, selection in self._selected(stage, hidden, span):
+                        index = selection.index[selection.index >= 0].to(pool.places.device)
+                        gone[stage.layer][pool.sample, pool.places] = True
+                        gone[stage.layer][pool.sample, pool.places[index]] = False
+        return gone
 
     def _pools(self, stage: Stage, span: Span) -> list[_Pool]:
         """What the stage selects from together, in the order of the items."""
@@ -562,8 +617,9 @@ class Session(Attachment):
             results.append(_Result(Selection(index, scores=score), places[kept & ~token] if compete else None))
         return results
 
-    def finish(self) -> None:
+    def finish(self, cache_lengths: list[int] | None) -> None:
         """The prompt went through all layers."""
+        self._running.cache_lengths = cache_lengths
         self.trace = self._running
 
     # ------------------------------------------------------------------------------------------------------ helpers
@@ -579,7 +635,7 @@ class Session(Attachment):
         self._prompt = None
 
     def _timed(self, stage: Stage, device: torch.device) -> Any:
-        at = f"{stage.hook.value}({stage.layer})" if stage.hook is Hook.LLM_LAYER else stage.hook.value
+        at = stage.hook.value if stage.hook in (Hook.PIXELS, Hook.LLM_INPUT) else f"{stage.hook.value}({stage.layer})"
         return self._running.timed(at, device)
 
     def _tokens(self, stage: Stage, embeds: Tensor, layout: Layout, items: list[_Item]) -> Tokens:
@@ -659,7 +715,7 @@ class Session(Attachment):
                     entering = _interleave(entering, breaks[1], result.breaks)
                 rank[item.sample, entering] = entering.sort().values
             item.alive = chosen
-        self._count(layer)
+        self._count(layer, stage.evict)
         self._running.positions[stage.hook.value] = policy
         taken = [0] * len(alive)
         for item in self._items:
@@ -731,12 +787,13 @@ class Session(Attachment):
             owner[item.alive] = torch.where(result.owner >= 0, item.alive[result.owner.clamp(min=0)], -1)
         item.trace.stages.append(StageTrace(stage.hook.value, stage.layer, chosen, owner, scores))
 
-    def _count(self, layer: int) -> None:
-        """From ``layer`` on, the decoder sees what is left now."""
+    def _count(self, layer: int, evict: bool = False) -> None:
+        """From ``layer`` on, the decoder sees what is left now; with ``evict``, no cache keeps more."""
         depth = self._adapter.info.decoder_layers
         for item in self._items:
             if item.trace is not None:
                 item.trace.tokens_per_layer[layer:] = [item.width] * (depth - layer)
+                item.trace.cached_per_layer[0 if evict else layer :] = [item.width] * (depth - (0 if evict else layer))
                 item.trace.text_gone_per_layer[layer:] = [item.text_gone] * (depth - layer)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any, Protocol
@@ -18,7 +19,10 @@ from torch import Tensor, nn
 
 from foveate.cuda import (
     class_attention,
+    core_neurons,
     given_attention,
+    match_counts,
+    neuron_counts,
     received_attention,
     rows_to_columns_attention,
     transition_score,
@@ -27,6 +31,8 @@ from foveate.errors import InputError, MissingSignalError
 from foveate.pruners.base import (
     ClassAttention,
     ClassFeatures,
+    CoreMatches,
+    CoreNeurons,
     CrossModalAttention,
     EncoderFeatures,
     EncoderKeys,
@@ -34,13 +40,15 @@ from foveate.pruners.base import (
     InstructionAttention,
     LastTokenAttention,
     ReceivedAttention,
+    RowMatches,
     Signal,
     TransitionVariation,
 )
 
 FEATURES = (EncoderFeatures, ClassFeatures)
 CLASS_TOKEN = (ClassAttention, ClassFeatures)
-DECODER = (LastTokenAttention, CrossModalAttention, InstructionAttention, TransitionVariation)
+NEURONS = (CoreNeurons, CoreMatches, RowMatches)
+DECODER = (LastTokenAttention, CrossModalAttention, InstructionAttention, TransitionVariation, *NEURONS)
 
 
 class Tap:
@@ -241,12 +249,15 @@ class Places(Protocol):
     def present(self, device: torch.device) -> Present:
         """What the layers work on now."""
 
+    def timed(self, name: str, device: torch.device) -> AbstractContextManager[None]:
+        """Count the body's time under ``name``."""
+
 
 class DecoderTap(Tap):
     """Statistics of decoder layers in prefill; ``asked()`` gives the running call's facts.
 
     Values: ``(B, L)`` by place, so that a later stage finds them whatever was dropped in between; ``(B, 2)`` for
-    :class:`CrossModalAttention`.
+    :class:`CrossModalAttention`, ``(B, F)`` for :class:`CoreNeurons`.
     """
 
     def __init__(self, layers: nn.ModuleList, signals: Iterable[Signal], asked: Callable[[], Places]) -> None:
@@ -264,6 +275,9 @@ class DecoderTap(Tap):
             transitions = [s for s in mine if isinstance(s, TransitionVariation)]
             if transitions:
                 self._tap_transitions(layers[i], transitions)
+            neurons = [s for s in mine if isinstance(s, NEURONS)]
+            if neurons:
+                self._tap_neurons(layers[i].mlp.down_proj, neurons)
 
     def close(self) -> dict[Signal, Tensor]:
         self._keys.clear()
@@ -305,9 +319,11 @@ class DecoderTap(Tap):
 
     def _tap_transitions(self, layer: nn.Module, signals: list[TransitionVariation]) -> None:
         def add(before: Tensor, after: Any, first: bool) -> None:
-            for signal in signals:
-                share = self._transition(signal, before, after[0] if isinstance(after, tuple) else after)
-                self.values[signal] = share if first else self.values[signal] + share
+            after = after[0] if isinstance(after, tuple) else after
+            with self.asked().timed("transitions", before.device):
+                for signal in signals:
+                    share = self._transition(signal, before, after)
+                    self.values[signal] = share if first else self.values[signal] + share
 
         def attended(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             add(args[0] if args else kwargs["hidden_states"], output, True)
@@ -324,6 +340,35 @@ class DecoderTap(Tap):
         if signal.softmax_scope == "image":
             counted = present.only(self.asked().visual.to(before.device))
         return present.by_place(transition_variation(before, after, counted, direction=signal.direction))
+
+    # --------------------------------------------------------------------------------------- neurons inside a layer
+
+    def _tap_neurons(self, down: nn.Module, signals: list[Signal]) -> None:
+        def reduce(module: nn.Module, args: Any, kwargs: Any) -> None:
+            hidden = args[0]
+            with self.asked().timed("neurons", hidden.device):
+                self._neurons(signals, hidden)
+
+        self.hook(down, reduce, before=True)
+
+    @_exact
+    def _neurons(self, signals: list[Signal], hidden: Tensor) -> None:
+        present = self.asked().present(hidden.device)
+        counts: dict[tuple[float, str], Tensor] = {}  # alike for all signals with these parameters
+        for signal in signals:
+            if isinstance(signal, RowMatches):
+                self.values[signal] = present.by_place(row_matches(hidden, present.valid, signal.row))
+                continue
+            key = signal.rho, signal.topk
+            if key not in counts:
+                counts[key] = neuron_counts(hidden, signal.rho, valid=present.valid, topk=signal.topk)
+            if isinstance(signal, CoreMatches):
+                core = core_neurons(counts[key], signal.beta)
+                self.values[signal] = present.by_place(match_counts(hidden > 0, core))
+            elif signal.shared:
+                self.values[signal] = core_neurons(counts[key].sum(0, True), signal.beta).expand(len(hidden), -1)
+            else:
+                self.values[signal] = core_neurons(counts[key], signal.beta)
 
     # ------------------------------------------------------------------------------------- attention ahead of a layer
 
@@ -394,6 +439,15 @@ def transition_variation(before: Tensor, after: Tensor, counted: Tensor, *, dire
     score, turn = transition_score(before, after, direction=direction)
     total = (turn * counted).sum(dim=1, keepdim=True)
     return score / total.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def row_matches(hidden: Tensor, valid: Tensor, row: int) -> Tensor:
+    """Neurons of ``hidden (B, K, F)`` active on each column and on the ``-row``-th last valid one, or the first: ``(B, K)``."""
+    behind = valid.flip(1).long().cumsum(1).flip(1)  # valid columns from here to the end
+    wanted = behind.amax(dim=1).clamp(max=-row)
+    place = ((behind == wanted[:, None]) & valid).long().argmax(dim=1)
+    active = hidden > 0
+    return match_counts(active, active[torch.arange(len(active), device=active.device), place])
 
 
 def _heads(x: Tensor, attention: nn.Module) -> Tensor:

@@ -49,6 +49,7 @@ class ImageTrace:
         sample: row of the batch; kind: ``"image"`` or ``"video"``; layout: its views and separators.
         centre_crop: whether the model's processor shows it the picture's centre square only.
         stages: in order of depth; tokens_per_layer: visual tokens (separators counted) that each decoder layer saw.
+        cached_per_layer: how many of them each layer's KV cache holds when the prompt is through.
         text_gone_per_layer: text tokens (timestamps, start and end of vision) that each layer did not see, since their video
             frame has no token left.
     """
@@ -59,6 +60,7 @@ class ImageTrace:
     stages: list[StageTrace] = field(default_factory=list)
     tokens_per_layer: list[int] = field(default_factory=list)
     centre_crop: bool = False
+    cached_per_layer: list[int] = field(default_factory=list)
     text_gone_per_layer: list[int] = field(default_factory=list)
 
     @property
@@ -100,6 +102,7 @@ class ImageTrace:
             "views": [dataclasses.asdict(view) for view in self.layout.views],
             "newlines": [dataclasses.asdict(newline) for newline in self.layout.newlines],
             "tokens_per_layer": list(self.tokens_per_layer),
+            "cached_per_layer": list(self.cached_per_layer),
             "stages": [
                 {
                     "hook": stage.hook,
@@ -121,6 +124,8 @@ class Trace:
         method: registry name; parameters: the method's; positions: policy at each stage.
         images: one entry per image and video, in prompt order (for beams: of the first beam).
         length: tokens of the unpruned prompt; decoder_layers: depth.
+        cache_lengths: entries of each layer's KV cache when the prompt is through, text, padding and what was there before
+            counted; None without a cache.
     """
 
     method: str
@@ -129,12 +134,18 @@ class Trace:
     decoder_layers: int = 0
     positions: dict[str, str] = field(default_factory=dict)
     images: list[ImageTrace] = field(default_factory=list)
+    cache_lengths: list[int] | None = None
     _spans: dict[str, list[Any]] = field(default_factory=dict, repr=False)
 
     @property
     def tokens_per_layer(self) -> list[int]:
         """Visual tokens seen by each decoder layer, all images together."""
         return [sum(column) for column in zip(*(image.tokens_per_layer for image in self.images))]
+
+    @property
+    def cached_per_layer(self) -> list[int]:
+        """Visual tokens in each layer's KV cache when the prompt is through, all images together."""
+        return [sum(column) for column in zip(*(image.cached_per_layer for image in self.images))]
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -193,6 +204,7 @@ class Trace:
             "positions": dict(self.positions),
             "length": self.length,
             "decoder_layers": self.decoder_layers,
+            "cache_lengths": self.cache_lengths,
             "seconds": self.seconds,
             "images": [image.as_json() for image in self.images],
         }
@@ -200,14 +212,21 @@ class Trace:
     def __str__(self) -> str:
         lines = [f"{self.method}({', '.join(f'{k}={v!r}' for k, v in self.parameters.items())})"]
         for n, image in enumerate(self.images):
-            seen = image.tokens_per_layer
-            runs = [f"{seen[i]} from layer {i}" for i in range(len(seen)) if i == 0 or seen[i] != seen[i - 1]]
+            seen = _runs(image.tokens_per_layer)
+            if image.cached_per_layer != image.tokens_per_layer:
+                seen += f"; cached: {_runs(image.cached_per_layer)}"
             grids = " + ".join("x".join(map(str, view.grid)) for view in image.layout.views)
-            lines.append(
-                f"  {image.kind} {n} (row {image.sample}): {image.layout.size} tokens ({grids}); seen: {', '.join(runs)}"
-            )
+            lines.append(f"  {image.kind} {n} (row {image.sample}): {image.layout.size} tokens ({grids}); seen: {seen}")
+        if self.cache_lengths:
+            lines.append(f"  KV cache, text included: {_runs(self.cache_lengths)}")
         lines += [f"  {name}: {seconds * 1e3:.2f} ms" for name, seconds in self.seconds.items()]
         return "\n".join(lines)
+
+
+def _runs(counts: list[int]) -> str:
+    """``"576 from layer 0, 72 from layer 12"``."""
+    starts = [i for i in range(len(counts)) if i == 0 or counts[i] != counts[i - 1]]
+    return ", ".join(f"{counts[i]} from layer {i}" for i in starts)
 
 
 def _number(x: float) -> float | None:

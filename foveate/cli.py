@@ -85,6 +85,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
 
 _ELSEWHERE = {
     "bench": ("foveate.eval_suites.runner", "run methods over a suite and compare accuracy, tokens and time"),
+    "speed": ("foveate.eval_suites.speed", "time methods on models of any size with random weights"),
     "results": ("foveate.eval_suites.results", "export, import and compare result files"),
 }
 """Commands that live in a module of their own, which has ``add_arguments(parser)`` and ``main(args)``."""

@@ -34,6 +34,8 @@ class Hook(str, Enum):
     VIT_BLOCK = "vit_block"  # inside one block of the vision tower, between attention and MLP
     LLM_INPUT = "llm_input"  # where the sequence enters the decoder
     LLM_LAYER = "llm_layer"  # in front of one decoder layer, in prefill
+    LLM_MLP = "llm_mlp"  # inside one decoder layer's MLP: read in prefill, run in part in decode
+    LLM_CACHE = "llm_cache"  # one decoder layer's keys and values, once the prompt is through
 
 
 # --------------------------------------------------------------------------------------------------- visual tokens
@@ -296,6 +298,39 @@ class TransitionVariation(Signal):
     softmax_scope: str = "sequence"
 
 
+@dataclass(frozen=True)
+class CoreNeurons(Signal):
+    """``(B, F)`` bool, which neurons of decoder layer ``layer``'s gated MLP the prompt uses most.
+
+    Of :func:`foveate.cuda.neuron_counts` over all present tokens of a sample, text and all, the :func:`foveate.cuda.core_neurons`.
+    ``shared``: one set from the counts of the whole batch.
+    """
+
+    rho: float = 0.2
+    beta: float = 0.4
+    topk: str = "mean"
+    shared: bool = False
+
+
+@dataclass(frozen=True)
+class CoreMatches(Signal):
+    """``(B, N)`` int64, how many of the sample's :class:`CoreNeurons` of that layer are active on each visual token."""
+
+    rho: float = 0.2
+    beta: float = 0.4
+    topk: str = "mean"
+
+
+@dataclass(frozen=True)
+class RowMatches(Signal):
+    """``(B, N)`` int64, how many neurons of decoder layer ``layer``'s gated MLP are active on each visual token and on a text one.
+
+    ``row`` counts that token from the end of the prompt, -1 is the last.
+    """
+
+    row: int = -1
+
+
 # ---------------------------------------------------------------------------------------------------------- method
 
 
@@ -380,8 +415,10 @@ class Stage:
     """One place where a method acts.
 
     Attributes:
-        hook: the hook point; layer: which decoder layer, for ``Hook.LLM_LAYER``.
+        hook: the hook point; layer: which decoder layer, for the ``llm_`` points but ``llm_input``.
         select: ``select(tokens, **signals) -> Selection``; at ``llm_layer`` the index runs over the tokens still there.
+            At ``llm_cache`` the keys and values of tokens that are not selected are zeroed in that layer, and nothing else.
+            At ``llm_mlp`` it is ``select(**signals) -> (B, F)`` bool, the neurons that run when the answer is decoded.
             At ``Hook.PIXELS`` it is ``select(pixel_values) -> pixel_values``; the fewer features of smaller pictures then
             come first among the tokens at ``llm_input``, zeros fill up.
         signals: argument name -> what to read.
@@ -392,6 +429,9 @@ class Stage:
             A selection with an ``order`` of its own has no rows and loses them.
         scope: what is selected from together: each ``"image"`` (or video) by itself, or, at ``llm_layer``, all of a ``"sample"``,
             with their views in one layout. Under ``"sample"`` and ``"compete"`` a selection has an index and scores only.
+        evict: at ``llm_layer``: tokens that go leave the caches of the earlier layers as well, once the prompt is through.
+        refresh: at ``llm_mlp``: several tokens behind a filled cache are a new prompt, read in full, and give a new set; otherwise
+            they continue the answer with the set there is.
         deepstack: levels of DeepStack features (Qwen3-VL) that join behind early layers, ``"all"`` or ``"first"``.
         reads_text: fill in the instruction of :class:`Tokens`; reads_frame_scores: fill in its frame scores.
         empty_frames: what becomes of the text that frames a video frame (timestamp, start and end of vision) where the family
@@ -405,6 +445,8 @@ class Stage:
     positions: str | None = None
     newlines: str = "rows"
     scope: str = "image"
+    evict: bool = False
+    refresh: bool = True
     reads_text: bool = False
     deepstack: str = "all"
     reads_frame_scores: bool = False
@@ -417,7 +459,7 @@ class Pruner:
 
     Class attributes (for ``foveate list`` and ``foveate show``): ``name`` is set by :func:`register`; ``title``, ``paper``,
     ``cost`` and ``families`` describe the method; ``adaptive`` is True when the number of kept tokens depends on content,
-    ``needs_grid`` when it depends on the shape of the grid. Both may be properties: ask a method, not its class.
+    ``needs_grid`` when it depends on the shape of the grid. ``budget_parameter`` names the parameter that is a :data:`Keep`. Both may be properties: ask a method, not its class.
     """
 
     name: ClassVar[str] = ""
@@ -427,6 +469,7 @@ class Pruner:
     families: ClassVar[tuple[str, ...]] = ("all",)
     adaptive: ClassVar[bool] = False
     needs_grid: ClassVar[bool] = False
+    budget_parameter: ClassVar[str] = "keep"
 
     def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
         """Where the method acts on this model.

@@ -11,6 +11,7 @@ from foveate.pruners.base import Hook, Layout, ModelInfo, Pruner, Stage
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+# of what changes the sequence; reading neurons and zeroing a cache do not
 _DEPTH = {Hook.PIXELS: 0, Hook.VIT_BLOCK: 1, Hook.LLM_INPUT: 2, Hook.LLM_LAYER: 3}
 
 
@@ -50,8 +51,9 @@ class Then(Pruner):
         stages: list[tuple[Pruner, Stage]] = []
         for pruner in self.pruners:
             for stage in pruner.stages(model):
-                if stages:
-                    _check_order(*stages[-1], pruner, stage)
+                before = [pair for pair in stages if pair[1].hook in _DEPTH]
+                if before and stage.hook in _DEPTH:
+                    _check_order(*before[-1], pruner, stage)
                 stages.append((pruner, stage))
         return tuple(stage for _, stage in stages)
 

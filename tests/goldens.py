@@ -17,15 +17,21 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaModel
 from transformers.image_processing_utils import select_best_resolution
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from foveate.adapters import MergeTrace, attach
+from foveate.adapters.decoder import zero_rows
 from foveate.adapters.llava_next import _anyres
-from foveate.adapters.signals import transition_variation
+from foveate.adapters.signals import row_matches, transition_variation
+from foveate.adapters.sparse_mlp import SparseMLP
 from foveate.cuda import (
     class_attention,
+    core_neurons,
     diverse_subset,
     given_attention,
+    match_counts,
     merge_tokens,
+    neuron_counts,
     received_attention,
     rows_to_columns_attention,
     similarity_energy,
@@ -33,6 +39,7 @@ from foveate.cuda import (
 from foveate.cuda.merging import size_bias
 from foveate.pruners import (
     CDPruner,
+    CoreMatching,
     DivPrune,
     FastV,
     FoPru,
@@ -52,6 +59,7 @@ from foveate.pruners import (
 )
 from foveate.pruners.allocation import CAPS, checked_scores, frame_budgets, frame_grid, frame_weights, with_newlines
 from foveate.pruners.base import budget, ranked
+from foveate.pruners.corematching import above_knee, knee
 from foveate.pruners.frame_questions import parsed_objects
 from foveate.pruners.globalcom2 import canvas_of, crop_ratios, global_map, richness, token_score
 from foveate.pruners.hiprune import anchor_count, anchors
@@ -903,6 +911,108 @@ def recorded_model(text: LlamaConfig, weights: Tensors, embeds: Tensor, image: s
     return model, ids[None]
 
 
+# ------------------------------------------------------------------------------------------------------ CoreMatching
+
+
+def corematching(params: Params, inputs: Tensors) -> Tensors:
+    params.get("kind")
+    params.get("source")
+    for names, run in (
+        ({"k_in", "v_in"}, corematching_released),
+        ({"gate", "up", "down"}, corematching_mlp),
+        ({"counts"}, corematching_knee),
+        ({"act"}, corematching_core),
+    ):
+        if names <= set(inputs):
+            return run(params, inputs)
+    raise UnknownParameter(f"corematching: inputs {sorted(inputs)}")
+
+
+def corematching_released(params: Params, inputs: Tensors) -> Tensors:
+    act = inputs["act"][None]
+    start, n = params["image_start"], params["num_image"]
+    length = act.shape[1]
+    params.expect("seq", length)
+    params.expect("neurons", act.shape[2])
+    params.expect("cache_mode", "zero")
+    pruner = CoreMatching(mode="released")
+    (stage, *_) = pruner.stages(ModelInfo())
+    (signal,) = stage.signals.values()
+    params.expect("reference_row", length + signal.row)
+    matches = row_matches(act, torch.ones(1, length, dtype=torch.bool), signal.row)[:, start : start + n]
+    expect_knee(params, matches)
+    params.done("rule", "distance")
+    index = kept(stage.select(placeholders(n), matches=matches))
+    gone = torch.zeros(1, length, dtype=torch.bool)
+    gone[:, start : start + n] = True
+    gone[:, start + index] = False
+    cached = {f"{name}_out": zero_rows(inputs[f"{name}_in"][None], gone)[0] for name in "kv"}
+    return {"counts": matches[0], "keep": index, **cached}
+
+
+def kept(selection: Selection) -> Tensor:
+    """Of a single picture, without padding."""
+    return selection.index[0][selection.index[0] >= 0]
+
+
+def expect_knee(params: Params, counts: Tensor) -> None:
+    place, value = knee(counts)
+    params.expect("knee_index", place.item())
+    params.expect("knee_value", float(value))
+
+
+def corematching_mlp(params: Params, inputs: Tensors) -> Tensors:
+    pruner = CoreMatching(**params.options("rho", "beta", "topk"))
+    gate, up, down = (inputs[name] for name in ("gate", "up", "down"))
+    config = LlamaConfig(
+        hidden_size=gate.shape[1], intermediate_size=len(gate), num_attention_heads=1, hidden_act=params["act"]
+    )
+    for name, rule in (("prefill", "dense"), ("decode", "restricted to core")):
+        if rule not in params[name]:
+            raise UnknownParameter(f"corematching: {name}")
+    params.done()
+    mlp = LlamaMLP(config).requires_grad_(False)
+    mlp.load_state_dict({"gate_proj.weight": gate, "up_proj.weight": up, "down_proj.weight": down})
+    seen: list[Tensor] = []
+    mlp.down_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    sparse = SparseMLP(mlp)
+    prefill = mlp(inputs["x_prefill"][None])
+    core = core_neurons(neuron_counts(seen[0], pruner.rho, topk=pruner.topk), pruner.beta)
+    sparse.serve(core)
+    decode = torch.cat([mlp(x.view(1, 1, -1)) for x in inputs["x_decode"]])
+    return {"y_prefill": prefill[0], "core": core[0].nonzero().squeeze(1), "y_decode": decode[:, 0]}
+
+
+def corematching_knee(params: Params, inputs: Tensors) -> Tensors:
+    counts = inputs["counts"][None]
+    expect_knee(params, counts)
+    above = {name: above_knee(counts, rule)[0].nonzero().squeeze(1) for name, rule in (("ge", ">="), ("gt", ">"))}
+    params.expect("keep_gt_is_empty", not len(above["gt"]))
+    params.done()
+    return {f"keep_{name}": index for name, index in above.items()}
+
+
+def corematching_core(params: Params, inputs: Tensors) -> Tensors:
+    act = inputs["act"][None]
+    pruner = CoreMatching(**params.options("rho", "beta", "topk", "threshold", "budget", "min_keep", "max_keep"))
+    counts = neuron_counts(act, pruner.rho, topk=pruner.topk)
+    core = core_neurons(counts, pruner.beta)
+    params.expect("budget", int(pruner.beta * act.shape[2]))
+    params.expect("k_per_token", int(counts.sum()) // act.shape[1])
+    params.expect("selected", int(core.sum()))
+    found = {"neuron_counts": counts[0], "core": core[0].nonzero().squeeze(1)}
+    if "image_start" in params.values:
+        image = slice(start := params["image_start"], start + params["num_image"])
+        matches = match_counts(act[:, image] > 0, core)
+        expect_knee(params, matches)
+        if (rule := params.get("rule")) is not None and f"count {pruner.threshold} knee" not in rule:
+            raise UnknownParameter(f"corematching: rule {rule!r}")
+        selection = pruner.core_tokens(placeholders(matches.shape[1]), matches)
+        found |= {"counts": matches[0], "keep": kept(selection)}
+    params.done("tie_at_boundary", "tie_rule")
+    return found
+
+
 RUNNERS: dict[str, Callable[[Params, Tensors], Tensors]] = {
     "fopru": fopru,
     "globalcom2": globalcom2,
@@ -913,4 +1023,5 @@ RUNNERS: dict[str, Callable[[Params, Tensors], Tensors]] = {
     "baselines": baselines,
     "quota": quota,
     "transprune": transprune,
+    "corematching": corematching,
 }

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from foveate.pruners import Hook, Layout, ModelInfo, Pruner, Selection, Stage, Tokens, View
-from foveate.pruners.base import ClassFeatures, CrossModalAttention, EncoderFeatures, EncoderKeys, PatchPixels, Signal
+from foveate.pruners.base import (
+    ClassFeatures,
+    CoreMatches,
+    CrossModalAttention,
+    EncoderFeatures,
+    EncoderKeys,
+    PatchPixels,
+    Signal,
+)
 
 CLIP = ModelInfo(family="llava", tower="CLIPVisionModel")
 QWEN = ModelInfo(
@@ -56,6 +64,8 @@ def make_signal(signal: Signal, tokens: Tokens, seed: int) -> Tensor:
     """A random value of the signal's shape."""
     g = torch.Generator().manual_seed(seed)
     batch, n = tokens.embeds.shape[:2]
+    if isinstance(signal, CoreMatches):
+        return torch.randint(0, 9, (batch, n), generator=g)
     if isinstance(signal, CrossModalAttention):
         return torch.rand(batch, 2, generator=g)
     if isinstance(signal, ClassFeatures):

@@ -65,7 +65,7 @@ def at(variant: Pruner, keep: object) -> Pruner:
     """The variant at a budget; of a schedule inside the decoder, its only step."""
     if variant.name == "transprune":
         return replace(variant, prune_layers=(2,), ratios=(keep if isinstance(keep, float) else 1 / keep,))
-    return replace(variant, keep=keep)
+    return replace(variant, **{variant.budget_parameter: keep})
 
 
 def drawn(variant: Pruner, layout: Layout, batch: int, seed: int) -> Tokens:
