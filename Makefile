@@ -1,4 +1,5 @@
-# `make bench` and `make test` set up everything in .venv by themselves: all they need is Python >= 3.10, pip and make.
+# `make bench`, `make demo` and `make test` set up everything in .venv by themselves: all they need is Python >= 3.10, pip
+# and make.
 # PYTHON=python3.12 chooses the interpreter, ARGS="..." adds arguments to the command that is run.
 
 PYTHON ?= python3
@@ -7,10 +8,13 @@ BIN := .venv/bin
 BENCH := --model shapes-llava --suite shapes --pruners all --keep 0.5,0.25,0.11 --limit 200
 
 .DELETE_ON_ERROR:
-.PHONY: bench test lint format clean
+.PHONY: bench demo test lint format clean
 
 bench: .venv/core.stamp
 	$(BIN)/foveate bench $(BENCH) $(ARGS)
+
+demo: .venv/demo.stamp
+	$(BIN)/foveate demo $(ARGS)
 
 test: .venv/dev.stamp
 	$(BIN)/python -m pytest $(ARGS)
@@ -26,15 +30,19 @@ format: .venv/lint.stamp
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
-# Stamps: nothing is installed twice unless the project's own requirements changed. `dev` covers the other two.
+# Stamps: nothing is installed twice unless the project's own requirements changed. `dev` covers the other three.
 
 .venv/core.stamp: setup.cfg pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --editable .
 	@touch $@
 
+.venv/demo.stamp: setup.cfg pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --editable '.[demo]'
+	@touch .venv/core.stamp $@
+
 .venv/dev.stamp: setup.cfg pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --editable '.[dev]'
-	@touch .venv/core.stamp .venv/lint.stamp $@
+	@touch .venv/core.stamp .venv/demo.stamp .venv/lint.stamp $@
 
 # ruff alone, at the version that setup.cfg names, without torch and the rest
 .venv/lint.stamp: setup.cfg pyproject.toml | $(BIN)/python

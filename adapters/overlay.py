@@ -291,10 +291,14 @@ def _heat(scores: np.ndarray) -> np.ndarray:
     """Scores as colours ``(N, 3)``, from their 1st to their 99th percentile so that a single peak does not flatten the rest."""
     known = np.isfinite(scores)
     low, high = np.percentile(scores[known], (1, 99)) if known.any() else (0.0, 1.0)
-    level = np.nan_to_num((scores - low) / max(high - low, 1e-12)).clip(0, 1)
+    return heat_colours(np.nan_to_num((scores - low) / max(high - low, 1e-12)))
+
+
+def heat_colours(level: np.ndarray) -> np.ndarray:
+    """Levels in [0, 1] as viridis colours, ``(…, 3)`` float32 in 0 .. 255."""
     table = _colours(_VIRIDIS)
     steps = np.linspace(0, 1, len(table))
-    return np.stack([np.interp(level, steps, table[:, i]) for i in range(3)], axis=-1).astype(np.float32)
+    return np.stack([np.interp(level.clip(0, 1), steps, table[:, i]) for i in range(3)], axis=-1).astype(np.float32)
 
 
 def _grouped(pixels: np.ndarray, panel: Panel, known: Facts, colours: np.ndarray) -> np.ndarray:

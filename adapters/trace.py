@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -168,6 +169,21 @@ class Trace:
             yield
             elapsed = time.perf_counter() - began
             spans.append(lambda: elapsed)
+
+    def cpu(self) -> Trace:
+        """A copy that holds no memory of the device."""
+
+        def moved(x: Any) -> Any:
+            if isinstance(x, Tensor):
+                return x.cpu()
+            if isinstance(x, list):
+                return [moved(item) for item in x]
+            if isinstance(x, (ImageTrace, StageTrace)):
+                return dataclasses.replace(x, **{f.name: moved(getattr(x, f.name)) for f in dataclasses.fields(x)})
+            return x
+
+        spans = {name: [partial(float, seconds)] for name, seconds in self.seconds.items()}
+        return dataclasses.replace(self, images=moved(self.images), _spans=spans)
 
     def show(
         self, image: Image | Sequence[Image] | None = None, number: int = 0, show: str = "kept", **options: Any

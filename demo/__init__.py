@@ -1,1 +1,1 @@
-"""The Gradio app: see what every method keeps, on your own picture."""
+"""The Gradio app: `foveate demo` shows what a model keeps of a picture. Needs the extra ``demo``."""

@@ -1,4 +1,4 @@
-"""The ``foveate`` command: ``list`` and ``show`` the methods, ``bench`` them.
+"""The ``foveate`` command: ``list`` and ``show`` the methods, ``bench`` them, ``demo`` them in a browser.
 
 Exit codes: 0 all went well, 1 a run that finished but failed, 2 bad input (one line on stderr says what and what to do).
 """
@@ -86,6 +86,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
 _ELSEWHERE = {
     "bench": ("foveate.eval_suites.runner", "run methods over a suite and compare accuracy, tokens and time"),
     "speed": ("foveate.eval_suites.speed", "time methods on models of any size with random weights"),
+    "demo": ("foveate.demo.launch", "see in a browser what a model keeps of your picture"),
     "results": ("foveate.eval_suites.results", "export, import and compare result files"),
 }
 """Commands that live in a module of their own, which has ``add_arguments(parser)`` and ``main(args)``."""

@@ -1,0 +1,90 @@
+"""``foveate demo``: its arguments, and the server."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+
+from foveate.errors import FoveateError, ParameterError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``foveate demo``."""
+    add = parser.add_argument
+    add(
+        "--model",
+        metavar="NAME",
+        default="shapes-llava",
+        help="shapes-llava (embedded), a folder, or a name on the hub",
+    )
+    add("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
+    add("--dtype", help="float32, bfloat16 or float16 (default: float32 on a CPU, that of the checkpoint elsewhere)")
+    add("--max-new-tokens", metavar="N", type=int, default=32, help="longest answer (default: 32)")
+    add("--port", metavar="N", type=int, default=7860, help="where to serve (default: 7860)")
+    add("--host", default="127.0.0.1", help="address to serve on (default: 127.0.0.1, this machine only)")
+    add(
+        "--share",
+        action="store_true",
+        help="also serve through Gradio's public relay; anybody with the link can use it",
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Serve until interrupted.
+
+    Raises:
+        FoveateError: Gradio is missing, the model cannot be loaded, or the port is taken.
+    """
+    if importlib.util.find_spec("gradio") is None:
+        raise FoveateError('the demo needs Gradio, which is not installed; pip install "foveate[demo]" brings it')
+    if not 0 < args.port < 65536:
+        raise ParameterError(f"--port {args.port}: give a number from 1 to 65535")
+    if args.max_new_tokens < 1:
+        raise ParameterError(f"--max-new-tokens {args.max_new_tokens}: give at least 1")
+    app = create(args.model, args.device, args.dtype, args.max_new_tokens)
+    try:
+        serve(app, host=args.host, port=args.port, share=args.share)
+    except OSError as error:
+        if "port" not in str(error):
+            raise
+        raise FoveateError(f"port {args.port} on {args.host} is taken; give another with --port") from None
+    return 0
+
+
+def create(model: str = "shapes-llava", device: str | None = None, dtype: str | None = None, max_new_tokens: int = 32):
+    """Load a model and build the app, :class:`foveate.demo.app.App`."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
+    from transformers.utils import logging
+
+    from foveate.demo.app import App
+    from foveate.demo.engine import Engine
+    from foveate.eval_suites import models
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    return App(Engine(models.load(model, device, dtype), max_new_tokens))
+
+
+def serve(app, host: str = "127.0.0.1", port: int | None = None, share: bool = False, block: bool = True) -> str:
+    """Start the server; returns its address (if it does not block)."""
+    from foveate.demo.app import HERE, MAX_BYTES, theme
+
+    _, address, _ = app.blocks.queue(max_size=128, default_concurrency_limit=8).launch(
+        server_name=host,
+        server_port=port,
+        share=share,
+        inbrowser=False,
+        prevent_thread_lock=not block,
+        show_error=True,
+        max_file_size=MAX_BYTES,
+        footer_links=["settings"],
+        enable_monitoring=False,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        theme=theme(),
+        css_paths=[HERE / "style.css"],
+        quiet=not block,
+    )
+    return address

@@ -1,0 +1,216 @@
+"""What the app shows, as HTML: answers, the drawing with its tokens, comparisons."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from html import escape
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from foveate.adapters.overlay import Facts, draw, facts, heat_colours, panels
+from foveate.adapters.trace import ImageTrace
+from foveate.demo.engine import Answer
+from foveate.demo.examples import Example
+from foveate.pruners import PRUNERS, Pruner
+
+WIDTH = 768
+
+_HINT = "Point at a token, or move with the arrow keys, to see what became of it."
+_LEGENDS = {
+    "kept": "kept tokens are clear, dropped ones dark and grey",
+    "scores": '<span class="ramp" role="img" aria-label="from dark violet to yellow"></span> low to high · kept tokens outlined',
+    "groups": "merged tokens share a colour · the dot marks the token that speaks for them",
+}
+
+
+def answers(unpruned: Answer, pruned: Answer, pruner: Pruner) -> str:
+    """Both answers side by side, with what they cost."""
+    same = unpruned.text == pruned.text
+    mark = f'<span class="fv-same {"yes" if same else "no"}">{"same answer" if same else "another answer"}</span>'
+    return (
+        '<div class="fv-answers">'
+        + _card("All tokens", unpruned, unpruned, "", "unpruned")
+        + _card(f"With {pruner.name}", pruned, unpruned, mark, "pruned")
+        + "</div>"
+    )
+
+
+def _card(title: str, answer: Answer, whole: Answer, mark: str, kind: str) -> str:
+    share = answer.mean_tokens / max(whole.mean_tokens, 1e-9)
+    return (
+        f'<section class="fv-card {kind}"><h3>{escape(title)}{mark}</h3>'
+        f'<p class="said">{escape(answer.text) or "(nothing)"}</p>'
+        f'<p class="facts"><b>{_count(answer.mean_tokens)}</b> visual tokens per layer ({share:.0%}) · '
+        f"{_seconds(answer.seconds)}</p>"
+        f'<div class="fv-bar" role="img" aria-label="{share:.0%} of the visual tokens"><i style="width:{share:.1%}"></i></div>'
+        "</section>"
+    )
+
+
+def figure(trace: ImageTrace, image: Image.Image | Sequence[Image.Image], show: str, layer: int) -> str:
+    """The drawing, with everything that ``tokens.js`` needs to answer questions about tokens."""
+    known = facts(trace, layer)
+    drawing = draw(trace, image, show=show, layer=layer, width=WIDTH)
+    kept, total = int(known.kept.sum()), trace.layout.size
+    width, height = drawing.size
+    seen = f"Decoder layer {layer} sees" if progressive(trace) else "The decoder sees"
+    caption = f"<b class='fv-count'>{kept} of {total}</b> tokens ({kept / total:.0%})"
+    data = escape(json.dumps(_tokens(trace, known, layer, drawing.size), separators=(",", ":"), allow_nan=False))
+    return (
+        f'<figure class="fv-figure" data-tokens="{data}">'
+        f'<figcaption><span>{seen} {caption}</span><span class="legend">{_LEGENDS[show]}</span></figcaption>'
+        f'<div class="fv-stage" tabindex="0" role="group" aria-label="Picture with {kept} of {total} tokens kept; '
+        f'arrow keys move from token to token"><img src="{data_url(drawing)}" alt="" width="{width}" height="{height}">'
+        f'<svg viewBox="0 0 {width} {height}" aria-hidden="true"></svg></div>'
+        f'<p class="fv-token" aria-live="polite" data-hint="{_HINT}">{_HINT}</p></figure>'
+    )
+
+
+def _tokens(trace: ImageTrace, known: Facts, layer: int, size: tuple[int, int]) -> dict:
+    where = panels(trace.layout, WIDTH)
+    return {
+        "size": size,
+        "layer": layer,
+        "panels": [
+            {
+                "title": panel.title if len(where) > 1 else "",
+                "x": panel.box[0],
+                "y": panel.box[1],
+                "cell": panel.cell,
+                "rows": panel.tokens.shape[0],
+                "cols": panel.tokens.shape[1],
+                "first": int(panel.tokens[0, 0]),
+            }
+            for panel in where
+        ],
+        "left": known.left.tolist(),
+        "scores": None if np.isnan(known.scores).all() else [_rounded(x) for x in known.scores.tolist()],
+        "owner": None if known.owner is None else known.owner.tolist(),
+        "markers": np.flatnonzero(known.markers).tolist(),
+    }
+
+
+def views(trace: ImageTrace) -> list[str]:
+    """What there is to show of a trace."""
+    known = facts(trace, start_layer(trace))
+    possible = ["kept"]
+    if not np.isnan(known.scores).all():
+        possible.append("scores")
+    if known.owner is not None:
+        possible.append("groups")
+    return possible
+
+
+def progressive(trace: ImageTrace) -> bool:
+    """Whether the decoder's layers see different tokens."""
+    return len(set(trace.tokens_per_layer)) > 1
+
+
+def start_layer(trace: ImageTrace) -> int:
+    """The layer to show first: that in front of which the first stage acts."""
+    return trace.stages[0].layer if trace.stages else 0
+
+
+def comparison(image: Image.Image, unpruned: Answer, rows: Sequence[tuple[Pruner, Answer]]) -> str:
+    """Methods in a grid, and which share of their tokens each two have in common."""
+    cards = "".join(_compared(image, unpruned, pruner, answer) for pruner, answer in rows)
+    return (
+        f'<p class="fv-note">Without a method the answer is <strong>{escape(unpruned.text)}</strong>, with '
+        f"{_count(unpruned.mean_tokens)} visual tokens in {_seconds(unpruned.seconds)}.</p>"
+        f'<div class="fv-grid">{cards}</div>{_agreement(rows)}'
+    )
+
+
+def _compared(image: Image.Image, unpruned: Answer, pruner: Pruner, answer: Answer) -> str:
+    (trace,) = answer.trace.images
+    layer = start_layer(trace)
+    kept = len(trace.kept_at(layer))
+    same = unpruned.text == answer.text
+    return (
+        f'<article class="fv-card"><img src="{data_url(draw(trace, image, layer=layer, width=384))}" '
+        f'alt="{escape(pruner.name)}: {kept} of {trace.layout.size} tokens kept"><div class="text"><h3>{escape(pruner.name)}'
+        f'<span class="fv-same {"yes" if same else "no"}">{"same" if same else "other"}</span></h3>'
+        f'<p class="said">{escape(answer.text) or "(nothing)"}</p>'
+        f'<p class="facts"><b>{kept}</b> of {trace.layout.size} tokens · {_seconds(answer.seconds)}</p></div></article>'
+    )
+
+
+def overlap(rows: Sequence[tuple[Pruner, Answer]]) -> np.ndarray:
+    """Intersection over union of the tokens that each two methods keep (behind their first stage)."""
+    kept = []
+    for _, answer in rows:
+        (trace,) = answer.trace.images
+        kept.append(set(trace.kept_at(start_layer(trace)).tolist()))
+    return np.array([[len(a & b) / max(len(a | b), 1) for b in kept] for a in kept])
+
+
+def _agreement(rows: Sequence[tuple[Pruner, Answer]]) -> str:
+    if len({answer.trace.images[0].layout for _, answer in rows}) > 1:
+        return '<p class="fv-note">The methods saw pictures of different sizes, so their tokens cannot be compared.</p>'
+    table = overlap(rows)
+    names = [escape(pruner.name) for pruner, _ in rows]
+    colours = heat_colours(table).round().astype(int)
+    lines = []
+    for name, values, shades in zip(names, table, colours):
+        cells = []
+        for value, shade in zip(values, shades):
+            ink = "#101218" if shade @ (0.299, 0.587, 0.114) > 120 else "#ffffff"
+            cells.append(f'<td style="background:rgb({",".join(map(str, shade))});color:{ink}">{value:.2f}</td>')
+        lines.append(f'<tr><th scope="row">{name}</th>{"".join(cells)}</tr>')
+    heads = "".join(f'<th scope="col">{name}</th>' for name in names)
+    return (
+        '<h3 class="fv-h">Agreement</h3><p class="fv-note">Kept tokens that two methods have in common, as a share of all that '
+        "either keeps (intersection over union).</p>"
+        f'<div class="fv-scroll"><table class="fv-table"><thead><tr><td></td>{heads}</tr></thead><tbody>{"".join(lines)}</tbody>'
+        "</table></div>"
+    )
+
+
+def examples(known: Sequence[Example]) -> str:
+    """A button with a small picture for each example."""
+    buttons = []
+    for index, example in enumerate(known):
+        picture = ImageOps.fit(example.picture(), (160, 160))
+        name = escape(example.name)
+        buttons.append(
+            f'<button type="button" data-index="{index}" aria-label="Example: {name}">'
+            f'<img src="{data_url(picture)}" alt=""><span>{name}</span></button>'
+        )
+    return f'<div class="fv-examples" role="group" aria-label="Examples">{"".join(buttons)}</div>'
+
+
+def about(name: str) -> str:
+    """A method in two lines."""
+    cls = PRUNERS[name]
+    return (
+        f'<p class="fv-note"><strong>{escape(cls.title)}</strong><br>{escape(cls.paper)}'
+        f"{' · ' + escape(cls.cost) if cls.cost else ''}</p>"
+    )
+
+
+def data_url(picture: Image.Image) -> str:
+    """The picture as a ``data:`` URL, PNG."""
+    file = io.BytesIO()
+    picture.save(file, "PNG", compress_level=4)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _rounded(x: float) -> float | None:
+    return float(f"{x:.4g}") if np.isfinite(x) else None
+
+
+def _count(x: float) -> str:
+    return f"{x:.1f}".removesuffix(".0")
+
+
+def _seconds(x: float) -> str:
+    return f"{x * 1e3:.0f} ms" if x < 1 else f"{x:.1f} s"
+
+
+def text_url(text: str, kind: str) -> str:
+    """The text as a ``data:`` URL of media type ``kind``."""
+    return f"data:{kind};base64," + base64.b64encode(text.encode()).decode()

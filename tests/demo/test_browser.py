@@ -1,0 +1,146 @@
+"""The app in a real browser: what a visitor does."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from foveate.demo.examples import EXAMPLES
+
+pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra dev)")
+from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync --no-first-run"
+PATIENCE = 60_000  # ms: a loaded machine is slow, not wrong
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium found (Debian: apt install chromium)")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=CHROMIUM, headless=True, args=FLAGS.split())
+        yield launched
+        launched.close()
+
+
+def window(browser: Browser) -> BrowserContext:
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    context.set_default_timeout(PATIENCE)
+    return context
+
+
+def visit(context: BrowserContext, address: str) -> Page:
+    page = context.new_page()
+    page.goto(address)
+    expect(page.locator(".fv-stage img")).to_be_visible(timeout=PATIENCE)
+    return page
+
+
+def upload(page: Page, file: Path) -> None:
+    page.get_by_role("button", name="Remove Image").click()
+    page.locator("#fv-picture input[type=file]").set_input_files(file)
+    expect(page.locator("#fv-picture img")).to_be_visible(timeout=PATIENCE)
+
+
+def choose(page: Page, method: str) -> None:
+    """Pick a method, which asks at once."""
+    box = page.locator("#fv-method input")
+    box.click()
+    page.get_by_role("option", name=method, exact=True).click()
+
+
+def answered(page: Page, method: str, count: str) -> None:
+    expect(page.locator(".fv-card.pruned h3")).to_contain_text(f"With {method}", timeout=PATIENCE)
+    expect(page.locator(".fv-count")).to_have_text(count, timeout=PATIENCE)
+
+
+def test_a_visitor_uploads_asks_looks_closer_and_exports(browser, address, tmp_path):
+    asked_elsewhere: list[str] = []
+    failures: list[str] = []
+    page = window(browser).new_page()
+    page.on(
+        "request", lambda r: None if r.url.startswith((address, "data:", "blob:")) else asked_elsewhere.append(r.url)
+    )
+    page.on("pageerror", lambda error: failures.append(str(error)))
+    page.goto(address)
+    answered(page, "visionzip", "36 of 144")  # the first screen shows a result
+
+    own = tmp_path / "own.png"
+    EXAMPLES[1].picture().save(own)
+    upload(page, own)
+    page.locator("#fv-question textarea").fill(EXAMPLES[1].question)
+    before = page.locator(".fv-stage img").get_attribute("src")
+    choose(page, "fastv")
+    page.locator("#fv-run").click()
+    answered(page, "fastv", "36 of 144")
+    expect(page.locator(".fv-card.unpruned .said")).to_have_text("c p", timeout=PATIENCE)
+    expect(page.locator(".fv-card.pruned .said")).not_to_be_empty()
+    assert page.locator(".fv-stage img").get_attribute("src") != before
+
+    layer = page.locator("#fv-layer input[type=range]")  # FastV drops tokens inside the decoder
+    layer.focus()
+    page.keyboard.press("Home")
+    expect(page.locator(".fv-count")).to_have_text("144 of 144", timeout=PATIENCE)
+
+    budget = page.locator("#fv-budget input[type=range]")
+    budget.scroll_into_view_if_needed()
+    box = budget.bounding_box()
+    page.mouse.move(box["x"] + box["width"] * 0.25, box["y"] + box["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.75, box["y"] + box["height"] / 2, steps=4)
+    page.mouse.up()
+    expect(page.locator(".fv-count")).not_to_have_text(re.compile("^(36|144) of"), timeout=PATIENCE)
+    shown = page.locator("#fv-budget input[type=number]").input_value()
+    assert page.locator(".fv-count").inner_text() == f"{round(144 * int(shown) / 100)} of 144"
+
+    stage = page.locator(".fv-stage")
+    stage.hover(position={"x": 5, "y": 5})
+    expect(page.locator(".fv-token")).to_contain_text("Token 0 · row 0, column 0")
+    stage.focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowDown")
+    expect(page.locator(".fv-token")).to_contain_text("Token 13 · row 1, column 1")
+
+    page.get_by_role("button", name="Export").click()
+    with page.expect_download() as download:
+        page.locator("#fv-json").click()
+    told = json.loads(download.value.path().read_text())
+    assert told["trace"]["method"] == "fastv"
+    with page.expect_download() as download:
+        page.locator("#fv-png").click()
+    assert download.value.path().read_bytes().startswith(b"\x89PNG")
+
+    page.get_by_role("tab", name="Compare").click()
+    expect(page.locator("#fv-comparison article")).to_have_count(6, timeout=PATIENCE)
+    page.get_by_role("tab", name="Inspect").click()
+    expect(page.locator(".fv-card.pruned h3")).to_contain_text("With fastv")
+    assert asked_elsewhere == []
+    assert failures == []
+    page.context.close()
+
+
+def test_a_refused_upload_says_why_and_the_page_goes_on(browser, address, tmp_path):
+    page = visit(window(browser), address)
+    Image.new("1", (6000, 6000)).save(tmp_path / "huge.png")
+    upload(page, tmp_path / "huge.png")
+    page.locator("#fv-run").click()
+    expect(page.get_by_text("at most 20 million are accepted")).to_be_visible(timeout=PATIENCE)
+    page.locator("#fv-examples button").nth(1).click()
+    expect(page.locator(".fv-card.unpruned .said")).to_have_text("c p", timeout=PATIENCE)
+    page.context.close()
+
+
+def test_the_page_fits_a_phone(browser, address):
+    page = visit(window(browser), address)
+    page.set_viewport_size({"width": 390, "height": 844})
+    expect(page.locator(".fv-stage img")).to_be_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.locator(".fv-stage").bounding_box()["width"] <= 390
+    page.context.close()
