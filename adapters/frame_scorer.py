@@ -89,7 +89,7 @@ class FrameScorer:
         self.prompts = prompts or FramePrompts()
         self.turn, self.decouple, self.language = turn, decouple, language or (model, processor)
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
-        self.yes = _single_token(processor, self.prompts.yes)
+        self.yes = None if self.prompts.yes is None else _single_token(processor, self.prompts.yes)
         self._scores: _Recent[FrameScores] = _Recent(cache_size)
         self._replies: _Recent[str] = _Recent(cache_size)
 
@@ -189,7 +189,8 @@ class FrameScorer:
         places, column = last.unique(return_inverse=True)
         logits = self.model(**inputs, use_cache=False, logits_to_keep=places).logits  # (B, places, vocabulary)
         rows = logits[torch.arange(len(frames), device=logits.device), column.to(logits.device)]
-        return rows.float().softmax(dim=-1)[:, self.yes].tolist()
+        probabilities = rows.float().softmax(dim=-1)
+        return (probabilities.amax(dim=-1) if self.yes is None else probabilities[:, self.yes]).tolist()
 
 
 GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}

@@ -10,11 +10,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from foveate.adapters import Session, attach
+from foveate.adapters import FrameScorer, Session, attach
 from foveate.adapters.base import Adapter, adapter_for
 from foveate.adapters.trace import ImageTrace, Trace
 from foveate.errors import BudgetError, FoveateError, UnsupportedModelError
@@ -87,6 +88,7 @@ class Meter:
         self.adapter: Adapter = adapter_for(self.model)
         self.unpruned_counts: dict[int, int] = {}  # sample number -> visual tokens
         self._warm: set[str] = set()
+        self._frame_scorer: FrameScorer | None = None
 
     def numbers(self, first: int) -> range:
         """Numbers of the samples of the batch that begins at ``first``."""
@@ -134,10 +136,12 @@ class Meter:
     def _ask(
         self, run: Run, session: Session | None, widths: list[int], first: int, batch: Sequence[Sample]
     ) -> list[Answer]:
-        widths.clear()
         if session is not None:
             session.trace, session.sample_ids = None, range(first, first + len(batch))
         began = time.perf_counter()
+        if run.pruner is not None and self._reads_frame_scores(run.pruner, batch):
+            session.frame_scores = [self.frame_scorer.score(sample.video, sample.question) for sample in batch]
+        widths.clear()  # the scorer may be the same model
         texts, ids = self._answer(run, batch)
         seconds = (time.perf_counter() - began) / len(batch)
         if session is None:
@@ -171,24 +175,45 @@ class Meter:
     @torch.no_grad()
     def _answer(self, run: Run, batch: Sequence[Sample]) -> tuple[list[str], Tensor]:
         """The answers, and the prompt's token ids ``(B, L)``."""
-        images = [sample.image for sample in batch]
+        media = [_media(sample) for sample in batch]
         if run.method == "no-image":
-            images = [Image.new("RGB", image.size, GREY) for image in images]
+            media = [_grey(one) for one in media]
         elif run.pruner is not None and not self._works_on_pixels(run.pruner):
-            images = [run.pruner.prepare(image) for image in images]
-        texts = [self._prompt(sample.question) for sample in batch]
-        inputs = self.processor(images=images, text=texts, padding=True, return_tensors="pt")
+            media = [_prepared(run.pruner, one) for one in media]
+        texts = [self._prompt(sample) for sample in batch]
+        media = {"videos": media, "do_sample_frames": False} if _is_video(batch[0]) else {"images": media}
+        inputs = self.processor(**media, text=texts, padding=True, return_tensors="pt")
         inputs = inputs.to(self.model.device, self.model.dtype)
         output = self.model.generate(**inputs, max_new_tokens=self.suite.max_new_tokens, **_NO_SAMPLING)
         ids = inputs["input_ids"]
         new = self.processor.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
         return [text.strip() for text in new], ids
 
-    def _prompt(self, question: str) -> str:
+    def _prompt(self, sample: Sample) -> str:
         if not getattr(self.processor, "chat_template", None):
-            return self.suite.prompt(question)
-        content = [{"type": "image"}, {"type": "text", "text": question}]
+            return self.suite.prompt(sample.question)
+        content = [{"type": "video" if _is_video(sample) else "image"}, {"type": "text", "text": sample.question}]
         return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+    @property
+    def frame_scorer(self) -> FrameScorer:
+        """The model itself, unpruned. It remembers one video only, so that every run pays for its scores."""
+        if self._frame_scorer is None:
+            prompts = self.suite.frame_prompts
+            turn = None
+            if not getattr(self.processor, "chat_template", None):
+                marker, picture = self.processor.video_token, self.processor.image_token
+
+                def turn(prompt: str) -> str:
+                    return self.suite.prompt(prompt).replace(marker, picture)
+
+            self._frame_scorer = FrameScorer(
+                self.model, self.processor, prompts=prompts, turn=turn, decouple=prompts is None, cache_size=1
+            )
+        return self._frame_scorer
+
+    def _reads_frame_scores(self, pruner: Pruner, batch: Sequence[Sample]) -> bool:
+        return _is_video(batch[0]) and any(stage.reads_frame_scores for stage in pruner.stages(self.adapter.info))
 
     def _works_on_pixels(self, pruner: Pruner) -> bool:
         """Does it shrink the pictures inside the model? Then preparing them as well would shrink them twice."""
@@ -221,7 +246,8 @@ class Meter:
         if trace is None or [image.layout.length for image in trace.images] != counts:
             raise BudgetMismatch(f"{pruner.name} was attached, but did not see the pictures' {sum(counts)} tokens")
         dropped = [
-            min(n - image.tokens_per_layer[i] for n, image in zip(counts, trace.images)) for i in range(len(widths))
+            min(n - image.tokens_per_layer[i] + image.text_gone_per_layer[i] for n, image in zip(counts, trace.images))
+            for i in range(len(widths))
         ]
         claimed = [ids.shape[1] - n for n in dropped]
         if widths != claimed:
@@ -240,6 +266,29 @@ class Meter:
                 asked.append(budget(pruner.keep, self.unpruned_counts[sample]))
                 check_resized(pruner, image.layout.size, asked[-1])
         return [image.tokens_per_layer for image in trace.images], asked
+
+
+def _is_video(sample: Sample) -> bool:
+    return hasattr(sample, "video")
+
+
+def _media(sample: Sample) -> Any:
+    """What the sample shows: a picture, or a video ``(T, H, W, 3)``."""
+    return sample.video if _is_video(sample) else sample.image
+
+
+def _grey(shown: Any) -> Any:
+    """A picture or video of the same size that shows nothing."""
+    if isinstance(shown, np.ndarray):
+        return np.broadcast_to(np.array(GREY, shown.dtype), shown.shape).copy()
+    return Image.new("RGB", shown.size, GREY)
+
+
+def _prepared(pruner: Pruner, shown: Any) -> Any:
+    """The picture, or every frame of the video, as the method wants it in front of the processor."""
+    if isinstance(shown, np.ndarray):
+        return np.stack([np.asarray(pruner.prepare(Image.fromarray(frame))) for frame in shown])
+    return pruner.prepare(shown)
 
 
 def check_image(pruner: Pruner, stages: Sequence[Stage], image: ImageTrace, asked: int) -> None:

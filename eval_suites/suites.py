@@ -1,4 +1,4 @@
-"""Suites by name. A suite is a list of questions about pictures with a rule that scores an answer."""
+"""Suites by name. A suite is a list of questions about pictures or videos with a rule that scores an answer."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from foveate.errors import UnknownNameError, nearest
+from foveate.pruners.frame_questions import FramePrompts
 
 __all__ = ["SUITES", "Sample", "Suite", "find"]
 
 
 class Sample(Protocol):
-    """One question about one picture."""
+    """One question about one picture, or about a video: then it has ``video``, ``(T, H, W, 3)`` uint8, in place of ``image``."""
 
     id: str
     task: str
@@ -33,6 +34,8 @@ class Suite:
         score: ``score(sample, answer)``, right or wrong.
         prompt: ``prompt(question)``, the full text for models whose processor has no chat template.
         max_new_tokens: no right answer is longer.
+        frame_prompts: how the model itself scores the frames of a video for methods that read such scores; None: as
+            published, which takes a model that follows instructions.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Suite:
     score: Callable[[Any, str], bool]
     prompt: Callable[[str], str]
     max_new_tokens: int
+    frame_prompts: FramePrompts | None = None
 
 
 def _shapes() -> Suite:
@@ -62,7 +66,24 @@ def _shapes() -> Suite:
     )
 
 
-SUITES: dict[str, Callable[[], Suite]] = {"shapes": _shapes}
+def _clips() -> Suite:
+    from foveate.eval_suites import clips
+
+    return Suite(
+        name="clips",
+        title="what a few frames of synthetic videos show",
+        tasks=tuple(clips.TASKS),
+        chance=clips.CHANCE,
+        seed=clips.HELD_OUT_SEED,
+        samples=clips.samples,
+        score=clips.score,
+        prompt=clips.prompt,
+        max_new_tokens=8,
+        frame_prompts=FramePrompts(information="{question}", yes=None),  # shapes-qwen only ever answers
+    )
+
+
+SUITES: dict[str, Callable[[], Suite]] = {"shapes": _shapes, "clips": _clips}
 """Name -> what builds the suite, so that none is loaded before it is asked for."""
 
 

@@ -45,13 +45,14 @@ CHOICE = "\nA. yes\nB. no\nAnswer with the letter only."
 class FramePrompts:
     """The prompts. ``decouple`` and ``information`` have a place ``{question}``, ``objects`` has ``{objects}``.
 
-    ``yes`` is the answer, a single token, whose probability scores a frame.
+    ``yes`` is the answer, a single token, whose probability scores a frame. None: the likeliest token's, so how sure the
+    answer is, for models that cannot be asked yes-or-no questions.
     """
 
     decouple: str = DECOUPLE
     objects: str = OBJECTS + CHOICE
     information: str = INFORMATION + CHOICE
-    yes: str = "A"
+    yes: str | None = "A"
 
     def about(self, question: str, objects: list[str]) -> str:
         """What each frame is asked; without objects, about the question itself."""

@@ -264,11 +264,12 @@ def qwen_processor(family: str = "qwen2_5_vl") -> Any:
     )
     sizes = {"patch_size": PATCH, "merge_size": 2, "temporal_patch_size": 2}
     pixels = {"shortest_edge": 16 * 16, "longest_edge": 64 * 64}
+    film = {"size": {**pixels, "longest_edge": 64 * 64 * 16}, "cap_pixels_per_frame": False}
     if family == "qwen3_vl":
-        video = transformers.Qwen3VLVideoProcessor(**sizes, size={**pixels, "longest_edge": 64 * 64 * 16})
+        video = transformers.Qwen3VLVideoProcessor(**sizes, **film)
         kind = transformers.Qwen3VLProcessor
     else:
-        video = transformers.Qwen2VLVideoProcessor(**sizes, size=pixels)
+        video = transformers.Qwen2VLVideoProcessor(**sizes, **film)
         kind = transformers.Qwen2_5_VLProcessor if family == "qwen2_5_vl" else transformers.Qwen2VLProcessor
     image = transformers.Qwen2VLImageProcessor(**sizes, size=pixels)
     return kind(image_processor=image, tokenizer=fast, video_processor=video, chat_template=CHAT)
