@@ -5,11 +5,13 @@
 3. Batched, left-padded generation equals generation sample by sample, token for token.
 4. Keeping everything is bit-equal to no attachment, and so is the model after detaching.
 5. With compact positions, the pruned model equals the decoder run on the shortened sequence.
+6. Caches of different length per layer, evicted caches and MLPs that run some neurons only, over many decoded tokens, equal
+   the unpruned model whose columns and neurons are masked out where and when they are gone.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -103,14 +105,27 @@ def dropped_places(given: dict[str, Any], trace: foveate.Trace, depth: int) -> l
     return gone
 
 
-def masked_logits(model: torch.nn.Module, given: dict[str, Any], positions: Tensor, gone: list[Tensor]) -> Tensor:
-    """The unpruned model with the columns ``gone[i]`` masked out in layer i. ``given`` may be longer than ``gone`` is wide."""
+def masked_logits(
+    model: torch.nn.Module,
+    given: dict[str, Any],
+    positions: Tensor,
+    gone: list[Tensor],
+    later: list[Tensor] | None = None,
+) -> Tensor:
+    """The unpruned model with the columns ``gone[i]`` masked out in layer i. ``given`` may be longer than ``gone`` is wide.
+
+    ``later[i]``, if given, holds instead for the rows behind those that ``gone`` is wide.
+    """
     length = given["input_ids"].shape[1]
     causal = torch.ones(length, length).tril().bool()
     handles = []
     for i, layer in enumerate(model.model.language_model.layers):
         grown = torch.nn.functional.pad(gone[i], (0, length - gone[i].shape[1]))
         seen = causal & (given["attention_mask"].bool() & ~grown)[:, None, None]
+        if later is not None:
+            prompt = gone[i].shape[1]
+            grown = torch.nn.functional.pad(later[i], (0, length - prompt))
+            seen[:, :, prompt:] = (causal & (given["attention_mask"].bool() & ~grown)[:, None, None])[:, :, prompt:]
         mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
 
         def substitute(module: Any, args: Any, kwargs: Any, mask: Tensor = mask) -> Any:
@@ -275,3 +290,143 @@ def test_compact_positions_equal_the_shortened_sequence(family: str, attention: 
             inputs_embeds=short, attention_mask=everything, position_ids=positions, **more
         )
         reference = model.lm_head(hidden.last_hidden_state)[0]
+
+
+# ------------------------------------------------------------------------------------------- methods inside the decoder
+
+STEPS = 32
+
+
+def continued(
+    model: torch.nn.Module, given: dict[str, Any], pruner: Pruner, tokens: Tensor
+) -> tuple[Tensor, Any, foveate.Trace]:
+    """Logits ``(B, 1 + steps, V)`` of the prompt's last token and of ``tokens (B, steps)`` behind it, and the cache."""
+    positions = rope_positions(model, given)
+    with foveate.attach(model, pruner, positions="keep") as session:
+        extra = {} if positions.ndim == 3 else {"position_ids": positions}
+        output = model(**given, **extra, use_cache=True)
+        logits, mask = [output.logits[:, -1]], given["attention_mask"]
+        cache, trace = output.past_key_values, session.trace
+        for step in range(tokens.shape[1]):
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            output = model(
+                input_ids=tokens[:, step : step + 1],
+                attention_mask=mask,
+                position_ids=positions[..., -1:] + 1 + step,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            logits.append(output.logits[:, -1])
+    return torch.stack(logits, dim=1), cache, trace
+
+
+def grown(model: torch.nn.Module, given: dict[str, Any], tokens: Tensor) -> tuple[dict[str, Any], Tensor]:
+    """The prompt with ``tokens`` behind it in one call, and its positions."""
+    positions, steps = rope_positions(model, given), tokens.shape[1]
+    later = positions[..., -1:] + 1 + torch.arange(steps)
+    long = {**given, "input_ids": torch.cat([given["input_ids"], tokens], dim=1)}
+    long["attention_mask"] = torch.nn.functional.pad(given["attention_mask"], (0, steps), value=1)
+    if "mm_token_type_ids" in long:
+        long["mm_token_type_ids"] = torch.nn.functional.pad(long["mm_token_type_ids"], (0, steps))
+    return long, torch.cat([positions, later], dim=-1)
+
+
+def absent(cache: Any, length: int, depth: int) -> list[Tensor]:
+    """Per layer ``(B, length)`` bool: places of the prompt that its cache does not hold."""
+    gone = []
+    for layer in range(depth):
+        held = [held for held in cache.foveate.held if held.first_layer <= layer][-1].places
+        there = torch.zeros(len(held), length + 1, dtype=torch.bool)
+        there.scatter_(1, held.masked_fill((held < 0) | (held >= length), length), True)
+        gone.append(~there[:, :length])
+    return gone
+
+
+@pytest.mark.parametrize("scene", ["padded", "several"])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_ragged_caches_equal_masking_over_many_steps(family: str, scene: str) -> None:
+    """TransPrune drops in front of several layers; each layer's cache holds what that layer saw, and nothing is pruned again."""
+    model, given = tiny(family), scene_inputs(family, scene)
+    tokens = torch.randint(3, 80, (len(given["input_ids"]), STEPS), generator=torch.Generator().manual_seed(5))
+    pruner = foveate.TransPrune(ratios=(0.8, 0.5, 0.2), prune_layers=(1, 2, 3), accumulate_layers=(1, 2))
+    logits, cache, trace = continued(model, given, pruner, tokens)
+    length = given["input_ids"].shape[1]
+    lengths = [layer.keys.shape[2] for layer in cache.layers]
+    assert len(set(lengths)) == 4, "caches of four different lengths"
+    assert trace.cache_lengths == [n - STEPS for n in lengths]
+    assert trace.cached_per_layer == trace.tokens_per_layer
+    for ratio, seen in zip((1.0, 0.8, 0.5, 0.2), zip(*(image.tokens_per_layer for image in trace.images))):
+        for row in range(len(tokens)):
+            mine = [n for n, image in zip(seen, trace.images) if image.sample == row]
+            entered = sum(image.layout.length for image in trace.images if image.sample == row)
+            assert sum(mine) == int(entered * ratio), "one budget for all pictures of a prompt"
+    long, positions = grown(model, given, tokens)
+    reference = masked_logits(model, long, positions, absent(cache, length, 4))[:, length - 1 :]
+    assert (logits - reference).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("evict", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_eviction_and_core_neurons_equal_masking_over_many_steps(family: str, evict: bool) -> None:
+    """CoreMatching: the prompt sees all tokens up to the selecting layer; its answer sees core tokens and runs core neurons."""
+    model, given = tiny(family), scene_inputs(family, "padded")
+    tokens = torch.randint(3, 80, (len(given["input_ids"]), STEPS), generator=torch.Generator().manual_seed(6))
+    method = foveate.CoreMatching(budget=0.4, select_layer=1, neuron_layers=(0, 2, 3), kv_evict=evict)
+    logits, cache, trace = continued(model, given, method, tokens)
+    length = given["input_ids"].shape[1]
+    lengths = {layer.keys.shape[2] for layer in cache.layers}
+    assert len(lengths) == (1 if evict else 2)
+    _, ragged, _ = continued(model, given, replace(method, kv_evict=False), tokens[:, :0])
+    gone = absent(ragged, length, 4)
+    assert not gone[1].any() or scene_pads(gone[1], given), "all tokens enter the selecting layer"
+    assert gone[2].any()
+    later = [gone[3]] * 4 if evict else gone
+    assert trace.cached_per_layer == ([trace.tokens_per_layer[3]] * 4 if evict else trace.tokens_per_layer)
+    for mine, expected in zip(absent(cache, length, 4), later):
+        assert torch.equal(mine & given["attention_mask"].bool(), expected & given["attention_mask"].bool())
+    neurons = cache.foveate.neurons
+    assert sorted(neurons) == [0, 2, 3]
+    assert all(0 < int(core.sum(dim=1).amax()) <= int(0.4 * core.shape[1]) for core in neurons.values())
+    handles = []
+    for i, core in neurons.items():
+
+        def only(module: Any, args: Any, core: Tensor = core) -> Any:
+            hidden = args[0].clone()
+            hidden[:, length:] *= core[:, None]
+            return (hidden,)
+
+        handles.append(model.model.language_model.layers[i].mlp.down_proj.register_forward_pre_hook(only))
+    long, positions = grown(model, given, tokens)
+    reference = masked_logits(model, long, positions, gone, later)[:, length - 1 :]
+    for handle in handles:
+        handle.remove()
+    assert (logits - reference).abs().max() < TOLERANCE
+    dense = masked_logits(model, long, positions, gone, later)[:, length - 1 :]
+    assert torch.equal(dense[:, 0], reference[:, 0])
+    assert (dense - reference)[:, 1:].abs().max() > 100 * TOLERANCE, "neuron sparsity changes nothing here"
+
+
+def scene_pads(gone: Tensor, given: dict[str, Any]) -> bool:
+    """Is nothing but padding gone?"""
+    return not bool((gone & given["attention_mask"].bool()).any())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_all_neurons_as_core_equal_the_dense_model(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With beta = 1 where every neuron counts, decoding core neurons is decoding; the rest of the method is the same."""
+    model, given = tiny(family), scene_inputs(family, "padded")
+    tokens = torch.randint(3, 80, (len(given["input_ids"]), 8), generator=torch.Generator().manual_seed(7))
+    method = foveate.CoreMatching(beta=1.0, select_layer=None)
+    with monkeypatch.context() as patch:  # a few neurons of a random model are never active
+        patch.setattr(
+            "foveate.adapters.signals.neuron_counts", lambda hidden, *_, **__: torch.ones_like(hidden[:, 0]).long()
+        )
+        logits, cache, _ = continued(model, given, method, tokens)
+    assert all(core.all() for core in cache.foveate.neurons.values()), "every neuron counts"
+    long, positions = grown(model, given, tokens)
+    nothing = [torch.zeros_like(given["input_ids"], dtype=torch.bool)] * 4
+    reference = masked_logits(model, long, positions, nothing)[:, given["input_ids"].shape[1] - 1 :]
+    assert (logits - reference).abs().max() < TOLERANCE
