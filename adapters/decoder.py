@@ -143,6 +143,7 @@ class Choice:
         follow: told which columns of the old span, ``(B, width)``, go on.
         mixtures: ``(row, places (N,), survivors (K,), resample)`` per picture whose survivors are mixtures: what the places
             carry beside their embeddings goes to the survivors by ``resample``.
+        deepstack: which DeepStack levels join, ``"all"`` or ``"first"``.
     """
 
     alive: Tensor
@@ -153,6 +154,7 @@ class Choice:
     evict: bool = False
     follow: Callable[[Tensor], None] | None = None
     mixtures: list[tuple[int, Tensor, Tensor, Callable[[Tensor], Tensor]]] = field(default_factory=list)
+    deepstack: str = "all"
 
 
 class Call(Enum):
@@ -306,9 +308,13 @@ class Decoder:
         kwargs = dict(kwargs)
         if choice is not None:
             kwargs["inputs_embeds"] = self._narrow(0, choice, embeds)
-            if choice.mixtures and kwargs.get("deepstack_visual_embeds") is not None:
-                mask, levels = kwargs["visual_pos_masks"], kwargs["deepstack_visual_embeds"]
-                kwargs["deepstack_visual_embeds"] = [_mixed(choice.mixtures, mask, level) for level in levels]
+            if kwargs.get("deepstack_visual_embeds") is not None:
+                mask, levels = (
+                    kwargs["visual_pos_masks"],
+                    deepstack_levels(kwargs["deepstack_visual_embeds"], choice.deepstack),
+                )
+                mixed = [_mixed(choice.mixtures, mask, level) for level in levels] if choice.mixtures else levels
+                kwargs["deepstack_visual_embeds"] = mixed
         kwargs["attention_mask"] = frame.span.mask.long()
         kwargs["position_ids"] = frame.span.positions
         if text_row:
@@ -556,6 +562,11 @@ class Decoder:
     def _span_of(self, state: int) -> Span:
         """The span of hidden state number ``state``: what layer ``state - 1`` left, before layer ``state`` narrows it."""
         return [span for span in self.frame.spans if span.first_layer < max(state, 1)][-1]
+
+
+def deepstack_levels(levels: list[Tensor], which: str) -> list[Tensor]:
+    """The DeepStack levels that join behind early layers: ``"all"`` or the ``"first"``."""
+    return levels[:1] if which == "first" else levels
 
 
 def _visual_rows(visual: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -247,7 +248,8 @@ class Session(Attachment):
         """Names of the registered methods that, at their defaults, find all they read in this model."""
         names = []
         for name in PRUNERS:
-            with contextlib.suppress(FoveateError):
+            with contextlib.suppress(FoveateError), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
                 self._checked(create(name))
                 names.append(name)
         return names
@@ -640,6 +642,7 @@ class Session(Attachment):
 
     def _tokens(self, stage: Stage, embeds: Tensor, layout: Layout, items: list[_Item]) -> Tokens:
         tokens = Tokens(embeds, layout, tuple(item.id for item in items), project=self._adapter.exact_project)
+        tokens.embed = self._adapter.inner.get_input_embeddings()
         if stage.reads_frame_scores and self._scored and items[0].kind == "video":
             tokens.frame_scores = [self._scored[item.number] for item in items]
         if not stage.reads_text:
@@ -725,7 +728,7 @@ class Session(Attachment):
         if untouched and not changed and rank is None:
             return None
         values = tuple(torch.cat(parts) for parts in zip(*changed)) if changed else None
-        return Choice(alive, width, policy, rank, values, mixtures=mixtures)
+        return Choice(alive, width, policy, rank, values, mixtures=mixtures, deepstack=stage.deepstack)
 
     def _drop_frame_text(self, item: _Item, chosen: Tensor, alive: Tensor) -> int:
         """Take the text around frames without a token out of ``alive``; returns how many places that frees."""
@@ -785,7 +788,8 @@ class Session(Attachment):
         if result.owner is not None:
             owner = torch.full((full,), -1, dtype=torch.long, device=chosen.device)
             owner[item.alive] = torch.where(result.owner >= 0, item.alive[result.owner.clamp(min=0)], -1)
-        item.trace.stages.append(StageTrace(stage.hook.value, stage.layer, chosen, owner, scores))
+        markers = None if result.markers is None else item.alive[result.markers]
+        item.trace.stages.append(StageTrace(stage.hook.value, stage.layer, chosen, owner, scores, markers))
 
     def _count(self, layer: int, evict: bool = False) -> None:
         """From ``layer`` on, the decoder sees what is left now; with ``evict``, no cache keeps more."""

@@ -33,6 +33,7 @@ class StageTrace:
         kept: ``(K,)`` int64 tokens that survive it, ascending.
         owner: ``(N,)`` the surviving token that speaks for each token, -1 if none; None for pure pruners.
         scores: ``(N,)`` float, NaN for tokens that were gone before; None where the method ranks nothing.
+        markers: ``(M,)`` those of ``kept`` that only mark dropped tokens (PosPad); None where the method marks nothing.
     """
 
     hook: str
@@ -40,6 +41,7 @@ class StageTrace:
     kept: Tensor
     owner: Tensor | None = None
     scores: Tensor | None = None
+    markers: Tensor | None = None
 
 
 @dataclass
@@ -90,6 +92,11 @@ class ImageTrace:
         return next((s.owner for s in reversed(self.stages) if s.owner is not None), None)
 
     @property
+    def markers(self) -> Tensor | None:
+        """Markers among the survivors of the last stage that set any, ``(M,)``."""
+        return next((s.markers for s in reversed(self.stages) if s.markers is not None), None)
+
+    @property
     def scores(self) -> Tensor | None:
         """Scores of the first stage that ranked, ``(N,)``."""
         return next((s.scores for s in self.stages if s.scores is not None), None)
@@ -111,6 +118,7 @@ class ImageTrace:
                     "kept": stage.kept.tolist(),
                     "owner": None if stage.owner is None else stage.owner.tolist(),
                     "scores": None if stage.scores is None else [_number(x) for x in stage.scores.tolist()],
+                    "markers": None if stage.markers is None else stage.markers.tolist(),
                 }
                 for stage in self.stages
             ],
@@ -232,7 +240,10 @@ class Trace:
             if image.cached_per_layer != image.tokens_per_layer:
                 seen += f"; cached: {_runs(image.cached_per_layer)}"
             grids = " + ".join("x".join(map(str, view.grid)) for view in image.layout.views)
-            lines.append(f"  {image.kind} {n} (row {image.sample}): {image.layout.size} tokens ({grids}); seen: {seen}")
+            marked = "" if image.markers is None else f", {len(image.markers)} of them markers"
+            lines.append(
+                f"  {image.kind} {n} (row {image.sample}): {image.layout.size} tokens ({grids}); seen: {seen}{marked}"
+            )
         if self.cache_lengths:
             lines.append(f"  KV cache, text included: {_runs(self.cache_lengths)}")
         lines += [f"  {name}: {seconds * 1e3:.2f} ms" for name, seconds in self.seconds.items()]

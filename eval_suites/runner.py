@@ -180,7 +180,7 @@ def parse_methods(text: str) -> list[str | tuple[str, dict[str, Any]]]:
     """
     methods = []
     for part in filter(None, map(str.strip, re.split(r",(?![^()]*\))", text))):
-        match = re.fullmatch(r"([\w.-]+)\s*(?:\((.*)\))?", part)
+        match = re.fullmatch(r"([\w.:+-]+)\s*(?:\((.*)\))?", part)
         try:
             call = ast.parse(f"f({match[2] or ''})", mode="eval").body if match else None
             if not isinstance(call, ast.Call) or call.args:

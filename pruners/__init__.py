@@ -12,6 +12,7 @@ from foveate.pruners.fopru import FoPru
 from foveate.pruners.globalcom2 import GlobalCom2
 from foveate.pruners.hiprune import HiPrune
 from foveate.pruners.pitome import PiToMe
+from foveate.pruners.pospad import PosPad
 from foveate.pruners.quota import QuoTA
 from foveate.pruners.registry import PRUNERS, create, find, register
 from foveate.pruners.todre import ToDRE
@@ -37,6 +38,7 @@ __all__ = [
     "Layout",
     "ModelInfo",
     "PiToMe",
+    "PosPad",
     "Pruner",
     "QuoTA",
     "Random",

@@ -17,7 +17,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from foveate.errors import BudgetError, MissingSignalError, ParameterError
 
@@ -143,6 +143,7 @@ class Tokens:
             None unless the stage says that it reads text, or where there is none.
         instruction_mask: ``(B, T)`` bool.
         instruction_ids: ``(B, T)`` token ids, -1 where masked.
+        embed: the decoder's input embedding, token ids ``(…)`` to ``(…, D)``; None without a model.
         project: maps encoder features ``(..., C)`` to decoder embeddings ``(..., D)``; None where there is no projector.
         frame_scores: ``B`` sequences, one score per sampled frame of each video; None for pictures, where nobody gave any,
             and unless the stage reads them.
@@ -155,6 +156,7 @@ class Tokens:
     instruction: Tensor | None = None
     instruction_mask: Tensor | None = None
     instruction_ids: Tensor | None = None
+    embed: nn.Module | None = None
     project: Callable[[Tensor], Tensor] | None = None
     frame_scores: Sequence[Sequence[float]] | None = None
     entered: int | None = None
@@ -177,6 +179,7 @@ class Selection:
         order: ``(B, K)`` permutation of 0 .. K-1: column ``order[b, j]`` of ``index`` enters the decoder as j-th; None = ascending.
         resample: B functions ``(N, C) -> (K, C)``, how other features of the tokens (DeepStack levels) become those of the
             survivors where ``values`` are mixtures; None: each survivor keeps its own.
+        markers: ``(B, N)`` bool: survivors that only stand for dropped tokens; for people to look at.
         breaks: ``(B, S)`` ascending: separator s enters behind ``breaks[b, s]`` tokens; where the picture has fewer than S, places
             of dropped tokens carry the rest. None: the stage's policy.
     """
@@ -188,6 +191,7 @@ class Selection:
     order: Tensor | None = None
     resample: Sequence[Callable[[Tensor], Tensor]] | None = None
     breaks: Tensor | None = None
+    markers: Tensor | None = None
 
 
 # --------------------------------------------------------------------------------------------------------- signals
@@ -459,7 +463,9 @@ class Pruner:
 
     Class attributes (for ``foveate list`` and ``foveate show``): ``name`` is set by :func:`register`; ``title``, ``paper``,
     ``cost`` and ``families`` describe the method; ``adaptive`` is True when the number of kept tokens depends on content,
-    ``needs_grid`` when it depends on the shape of the grid. ``budget_parameter`` names the parameter that is a :data:`Keep`. Both may be properties: ask a method, not its class.
+    ``needs_grid`` when it depends on the shape of the grid; ``regrids`` when survivors stand for a resampled picture, none
+    of them where a token was; ``budget_parameter`` names the parameter that is a :data:`Keep`. Any may be a property: ask a
+    method, not its class.
     """
 
     name: ClassVar[str] = ""
@@ -470,6 +476,7 @@ class Pruner:
     adaptive: ClassVar[bool] = False
     needs_grid: ClassVar[bool] = False
     budget_parameter: ClassVar[str] = "keep"
+    regrids: ClassVar[bool] = False
 
     def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
         """Where the method acts on this model.

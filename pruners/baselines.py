@@ -153,6 +153,7 @@ class AvgPool(Pruner):
     title: ClassVar[str] = "Average pooling to a smaller grid"
     paper: ClassVar[str] = "baseline"
     cost: ClassVar[str] = "one adaptive pooling"
+    regrids: ClassVar[bool] = True
     needs_grid: ClassVar[bool] = True
 
     keep: Keep = 0.25

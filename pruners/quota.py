@@ -69,6 +69,7 @@ class QuoTA(Pruner):
 
     title: ClassVar[str] = "Tokens per video frame by scores for the question"
     paper: ClassVar[str] = "arXiv 2503.08689 (AAAI 2026)"
+    regrids: ClassVar[bool] = True
     cost: ClassVar[str] = "a forward pass of a scoring model per frame, outside; here a few rows read per token"
 
     keep: Keep = 0.25

@@ -40,10 +40,15 @@ def find(name: str) -> type[Pruner]:
 def create(method: str | Pruner | type[Pruner], **params: Any) -> Pruner:
     """Turn a name, a class or a ready method into a method with parameters ``params``.
 
+    Names may compose: ``"pospad:random"`` is PosPad around Random, each taking the parameters it knows, the outer one first;
+    ``"then:divprune+fastv"`` is one after the other.
+
     Raises:
         UnknownNameError: no such method or parameter.
-        ParameterError: parameters given beside a ready method.
+        ParameterError: parameters given beside a ready method, or a method around another that goes around none.
     """
+    if isinstance(method, str) and ":" in method:
+        return _composed(*method.split(":", 1), params)
     if isinstance(method, Pruner):
         if params:
             raise ParameterError(f"{method} is configured already; drop {', '.join(params)} or use dataclasses.replace")
@@ -62,3 +67,20 @@ def create(method: str | Pruner | type[Pruner], **params: Any) -> Pruner:
         raise ParameterError(
             f"{cls.name} cannot be built with {given}: {error}; see `foveate show {cls.name}`"
         ) from None
+
+
+def _composed(outer: str, inner: str, params: dict[str, Any]) -> Pruner:
+    """The method of a name such as ``outer:inner``."""
+    if outer == "then":
+        from foveate.pruners.compose import Then
+
+        if params:
+            raise ParameterError(f"then:{inner} takes no parameters; build Then(...) from configured methods instead")
+        return Then(*(create(name) for name in inner.split("+")))
+    cls = find(outer)
+    known = {f.name for f in dataclasses.fields(cls)} - {"inner"}
+    if not hasattr(cls, "inner"):
+        raise ParameterError(f"{outer}:{inner}: {outer} goes around no other method; methods that do: pospad, then")
+    own = {name: value for name, value in params.items() if name in known}
+    rest = {name: value for name, value in params.items() if name not in known}
+    return create(outer, inner=create(inner, **rest), **own)

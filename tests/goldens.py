@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from foveate.adapters import MergeTrace, attach
-from foveate.adapters.decoder import zero_rows
+from foveate.adapters.decoder import deepstack_levels, zero_rows
 from foveate.adapters.llava_next import _anyres
 from foveate.adapters.signals import row_matches, transition_variation
 from foveate.adapters.sparse_mlp import SparseMLP
@@ -28,6 +28,7 @@ from foveate.cuda import (
     class_attention,
     core_neurons,
     diverse_subset,
+    gather_tokens,
     given_attention,
     match_counts,
     merge_tokens,
@@ -42,12 +43,14 @@ from foveate.pruners import (
     CoreMatching,
     DivPrune,
     FastV,
+    FocusUI,
     FoPru,
     GlobalCom2,
     HiPrune,
     Layout,
     ModelInfo,
     PiToMe,
+    PosPad,
     QuoTA,
     Selection,
     ToDRE,
@@ -64,10 +67,13 @@ from foveate.pruners.frame_questions import parsed_objects
 from foveate.pruners.globalcom2 import canvas_of, crop_ratios, global_map, richness, token_score
 from foveate.pruners.hiprune import anchor_count, anchors
 from foveate.pruners.merging import BlockStage, BlockTokens, Groups
+from foveate.pruners.patch_scorer import PatchScorer
+from foveate.pruners.pospad import marker_token
 from foveate.pruners.quota import resampled
 from foveate.pruners.resampling import GRID, pooled
 from foveate.pruners.todre import attended_pivot, diversification, irrelevant
 from foveate.pruners.tome import schedule
+from foveate.pruners.ui_graph import box_coverage, image_blocks, supervision, ui_graph
 
 Case = Mapping[str, Any]
 Tensors = dict[str, Tensor]
@@ -316,6 +322,100 @@ def window_scores(inputs: Tensors, name: str, unit: int) -> Tensor:
     sums = received_attention(q, k)[0] * q.shape[2]
     by_window = sums.unflatten(0, (-1, unit)).mean(dim=1)
     return torch.empty_like(by_window).index_copy(0, inputs["window_index"].long(), by_window)
+
+
+# ----------------------------------------------------------------------------------------------------------- FocusUI
+
+GRAPH_MODES = {"log": "log", "inverse": "inverse", "inv": "inverse", "sqrt": "sqrt", "inv_sqrt": "sqrt"}
+
+
+def focusui(params: Params, inputs: Tensors) -> Tensors:
+    if "in.patch_scores" in inputs:
+        return pospad(params, inputs)
+    return uigraph(params, inputs) if "in.image" in inputs else patch_scores(params, inputs)
+
+
+def pospad(params: Params, inputs: Tensors) -> Tensors:
+    ids, embeds = inputs["in.input_ids"], inputs["in.inputs_embeds"]
+    image_id = params["image_token_id"]
+    stated = {name: params.get(f"{name}_token_id") for name in ("image_drop_end", "pad", "bos")}
+    token_ids = {name: (value,) for name, value in stated.items() if value is not None}
+    visual = (ids[0] == image_id).nonzero()[:, 0]
+    views: list[View] = []
+    for rows, cols in inputs["in.image_grid_merged"].tolist():
+        views.append(View(rows, cols, start=sum(view.size for view in views)))
+    layout = Layout(tuple(views))
+    selector = FocusUI(reduct=params["visual_reduct_ratio"], min_keep=0)
+    marker = "trained" if "image_drop_end" in token_ids else "pad"
+    method = PosPad(selector, marker=marker, count_markers=False)
+    params.expect("n_image_tokens", layout.size)
+    params.expect("marker_token_id_used", marker_token(marker, token_ids))
+
+    tokens = Tokens(embeds[:, visual], layout, (0,))
+    shared: str | Tensor = inputs["in.marker_embedding"]
+    if "in.embedding_table" in inputs:
+        tokens.embed, shared = torch.nn.Embedding.from_pretrained(inputs["in.embedding_table"]), marker
+    chosen = selector.select_by_scores(tokens, inputs["in.patch_scores"])
+    padded = method.padded(tokens, chosen, shared, token_ids)
+    marks = torch.zeros(1, layout.size, dtype=torch.bool) if padded.markers is None else padded.markers
+    params.expect("n_keep", chosen.index.shape[1])
+    params.expect("n_markers", int(marks.sum()))
+    params.done("family", "retention_ratio", "vision_start_token_id", "spatial_merge_size")
+
+    stays, marked, carried = ids != image_id, torch.zeros_like(ids, dtype=torch.bool), embeds.clone()
+    stays[0, visual[padded.index[0]]] = True
+    marked[0, visual] = marks[0]
+    if padded.values is not None:
+        carried[0, visual[padded.index[0]]] = padded.values[0]
+    sequence = stays.nonzero()[:, 1][None]
+    marked = marked[:, sequence[0]]
+    outputs = {
+        "image_keep_mask": torch.zeros(1, layout.size, dtype=torch.bool).index_fill(1, chosen.index[0], True),
+        "sequence_keep_mask": stays,
+        "input_ids": gather_tokens(ids, sequence, marked=marked, marker=marker_token(marker, token_ids)),
+        "inputs_embeds": gather_tokens(carried, sequence),
+        "position_ids": gather_tokens(inputs["in.position_ids"][:, 0], sequence.expand(3, -1))[:, None],
+        "attention_mask": gather_tokens(inputs["in.attention_mask"], sequence),
+        "labels": gather_tokens(inputs["in.labels"], sequence, marked=marked, marker=-100),
+        "visual_pos_mask": gather_tokens(ids == image_id, sequence, marked=marked, marker=False),
+    }
+    levels = [inputs[name] for name in sorted(inputs) if name.startswith("in.deepstack_")]
+    follow = padded.resample[0] if padded.resample else lambda level: level[padded.index[0]]
+    joined = [follow(level)[~marks[0, padded.index[0]]] for level in levels]
+    official = deepstack_levels(joined, "first" if selector.reduct > 0 else "all")
+    outputs |= {f"deepstack_intended_{n}": level for n, level in enumerate(joined)}
+    outputs |= {f"deepstack_official_{n}": level for n, level in enumerate(official)}
+    outputs["deepstack_official_returned_levels"] = torch.tensor([len(official)])
+    return {f"out.{name}": value for name, value in outputs.items()}
+
+
+def patch_scores(params: Params, inputs: Tensors) -> Tensors:
+    scorer = PatchScorer(params["projection_dim"], params["num_heads"], pooling=params["text_token_pooling"])
+    scorer.load_state_dict({name.removeprefix("w."): x for name, x in inputs.items() if name.startswith("w.")})
+    dtype, evaluates = params.get("dtype", "float32"), params.get("eval_mode", True)
+    if not dtype.startswith("float32") or not evaluates:
+        raise UnknownParameter(f"focusui: dtype {dtype!r}, eval_mode {evaluates!r}")
+    params.done()
+    with torch.no_grad():
+        return {"out.patch_scores": scorer.eval()(inputs["in.image_embeds"][None], inputs["in.text_embeds"])}
+
+
+def uigraph(params: Params, inputs: Tensors) -> Tensors:
+    image, patch, merge = inputs["in.image"], params["patch_size"], params["merge_size"]
+    how, box = {"threshold": params["threshold"], "mode": params["mode"]}, params["bbox"]
+    weights = {"box_weight": params["bbox_weight"], "graph_weight": params["uigraph_weight"]}
+    if how["mode"] not in GRAPH_MODES or box is None:
+        raise UnknownParameter(f"focusui: mode {how['mode']!r}, bbox {box}")
+    how["mode"] = GRAPH_MODES[how["mode"]]
+    blocks, layout = image_blocks(image, patch * merge)
+    params.expect("merged_grid", list(layout.views[0].grid))
+    params.done("distance")
+    coverage = box_coverage(box, *image.shape[:2], patch)
+    return {
+        "out.uigraph_merged": ui_graph(blocks, layout, **how)[0],
+        "out.bbox_merged": coverage.unflatten(1, (-1, merge)).unflatten(0, (-1, merge)).mean(dim=(1, 3)).flatten(),
+        "out.fused_label_merged": supervision(image, box, patch=patch, merge=merge, **how, **weights),
+    }
 
 
 # -------------------------------------------------------------------------------------------------------- GlobalCom²
@@ -1014,6 +1114,7 @@ def corematching_core(params: Params, inputs: Tensors) -> Tensors:
 
 
 RUNNERS: dict[str, Callable[[Params, Tensors], Tensors]] = {
+    "focusui": focusui,
     "fopru": fopru,
     "globalcom2": globalcom2,
     "hiprune": hiprune,
