@@ -318,7 +318,8 @@ class BlockMerger:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             signals = {}
             for name in stage.signals:
-                signals[name] = keys.float().mean(dim=heads)
+                # (B, N, H, d): the mean over an inner dimension is the fastest to take
+                signals[name] = (keys.transpose(1, 2) if heads == 1 else keys).float().mean(dim=2)
             groups = stage.select(BlockTokens(x, self.tower.prefix, count), **signals)
         places = groups.keep, groups.source, groups.target
         if stage.weighting == "size":

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import elu, normalize
+from torch.nn.functional import elu
 
 _BLOCK_ELEMENTS = 1 << 23  # similarities held at once: 32 MiB of float32
 _TINY = 1e-12
@@ -50,14 +50,14 @@ def similarity_energy(metric: Tensor, margin: float, *, alpha: float = 1.0, jump
     Returns:
         ``(B, N)`` float32. O(N^2 C) time; a block of rows of the N x N similarities is held at a time.
     """
-    unit = normalize(metric.float(), dim=-1, eps=_TINY)
+    unit = _unit(metric)
     energy = []
     for rows in _row_blocks(unit, unit.shape[1]):
-        excess = torch.baddbmm(unit.new_tensor(-margin), rows, unit.mT)  # (B, rows, N)
+        excess = (rows @ unit.mT).sub_(margin)  # (B, rows, N)
         if jump:
             energy.append(torch.where(excess > 0, excess + margin, elu(excess, alpha)).mean(dim=-1))
         else:
-            energy.append(elu(excess, alpha, inplace=not excess.requires_grad).mean(dim=-1))
+            energy.append(elu(excess, alpha, inplace=True).mean(dim=-1))
     return torch.cat(energy, dim=1) if len(energy) > 1 else energy[0]
 
 
@@ -75,19 +75,25 @@ def best_match(
         ``(B, S)`` float32 similarity and ``(B, S)`` int64 target, the lower of equally similar ones. O(S T C) time; a block
         of rows of the S x T similarities is held at a time.
     """
-    sources, targets = (normalize(x.float(), dim=-1, eps=_TINY) for x in (sources, targets))
+    sources, targets = _unit(sources), _unit(targets)
     scores, indices = [], []
     for rows in _row_blocks(sources, targets.shape[1]):
         similarity = rows @ targets.mT  # (B, rows, T)
         if target_valid is not None:
             similarity = similarity.masked_fill(~target_valid[:, None], -torch.inf)
-        index = similarity.argmax(dim=-1)
+        index = similarity.argmax(dim=-1)  # the first of equal ones, which max() promises on no device
         indices.append(index)
         scores.append(similarity.gather(-1, index[..., None]).squeeze(-1))
     score, index = torch.cat(scores, dim=1), torch.cat(indices, dim=1)
     if source_valid is not None:
         score = score.masked_fill(~source_valid, -torch.inf)
     return score, index
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Rows of length one in float32; zero rows stay zero. Cheaper than `normalize`, which divides."""
+    x = x.float()
+    return x * torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_(min=_TINY).reciprocal_()
 
 
 def _row_blocks(rows: Tensor, columns: int) -> Iterator[Tensor]:
@@ -115,10 +121,14 @@ def merge_tokens(
     Returns:
         ``(B, K, C)`` in the dtype of ``x``, and ``(B, K)`` float32 new sizes. Means are taken in float32.
     """
-    kept = _take_rows(x, keep)
-    moved = _take_rows(x, source).float()
+    batch, n, width = x.shape
+    rows, image = x.reshape(batch * n, width), torch.arange(batch, device=x.device)[:, None]
+    start = image * n
+    kept = rows.index_select(0, (keep + start).flatten())  # whole rows are copied, where `gather` would go by elements
+    moved = rows.index_select(0, (source + start).flatten()).float().view(*source.shape, width)
+    place = (target + image * keep.shape[1]).flatten()
     after = merged_sizes(keep, source, target, sizes)
-    total = _take_rows(kept, target).float()
+    total = kept.index_select(0, place).float().view(*target.shape, width)
     if sizes is not None:
         total = total * sizes.gather(1, keep.gather(1, target))[..., None]
         moved = moved * sizes.gather(1, source)[..., None]
@@ -128,8 +138,8 @@ def merge_tokens(
     if mean.requires_grad:
         repeated = together.tril(-1).any(dim=-1, keepdim=True)
         mean = torch.where(repeated, mean.detach(), mean)
-    kept.flatten(0, 1).index_copy_(0, _flat(target, keep.shape[1]), mean.flatten(0, 1).to(x.dtype))
-    return kept, after
+    kept.index_copy_(0, place, mean.flatten(0, 1).to(x.dtype))
+    return kept.view(batch, -1, width), after
 
 
 def merged_sizes(keep: Tensor, source: Tensor, target: Tensor, sizes: Tensor | None = None) -> Tensor:
@@ -148,11 +158,7 @@ def size_bias(sizes: Tensor) -> Tensor:
     return sizes.float().log()[:, None, None]
 
 
-def _take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """``x (B, N, C)`` at rows ``index (B, K)``: whole rows are copied, which `gather` would do element by element."""
-    return x.reshape(-1, x.shape[-1]).index_select(0, _flat(index, x.shape[1])).view(*index.shape, x.shape[-1])
-
-
-def _flat(index: Tensor, rows: int) -> Tensor:
-    """Row numbers of a batch ``(B, K)`` laid out one after the other: ``(B * K,)``."""
-    return (index + rows * torch.arange(len(index), device=index.device)[:, None]).flatten()
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """``x (B, N, C)`` at rows ``index (B, K)``: ``(B, K, C)``."""
+    start = torch.arange(len(index), device=index.device)[:, None] * x.shape[1]
+    return x.reshape(-1, x.shape[-1]).index_select(0, (index + start).flatten()).view(*index.shape, x.shape[-1])

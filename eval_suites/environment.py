@@ -17,13 +17,24 @@ import transformers
 
 import foveate
 
-__all__ = ["environment"]
+__all__ = ["environment", "machine"]
 
 
 def environment(model: torch.nn.Module) -> dict[str, Any]:
     """Versions, commit, hardware, and how ``model`` was loaded."""
+    return {
+        **machine(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "model_class": type(model).__name__,
+        "revision": getattr(model.config, "_commit_hash", None),
+        "attention": getattr(model.config, "_attn_implementation", None),
+    }
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Versions, commit and hardware."""
     cpu, threads = _cpu(), torch.get_num_threads()
-    gpu = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else None
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "foveate": foveate.__version__,
         **_commit(),
@@ -37,11 +48,7 @@ def environment(model: torch.nn.Module) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": threads,
         "gpu": gpu,
-        "device": model.device.type,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "model_class": type(model).__name__,
-        "revision": getattr(model.config, "_commit_hash", None),
-        "attention": getattr(model.config, "_attn_implementation", None),
+        "device": device.type,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 

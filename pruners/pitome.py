@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from foveate.cuda import best_match, similarity_energy
+from foveate.cuda.merging import take_rows
 from foveate.errors import ParameterError
-from foveate.pruners.base import Hook, ModelInfo, gather, one_of, ranked
+from foveate.pruners.base import Hook, ModelInfo, one_of, ranked
 from foveate.pruners.merging import BlockKeys, BlockStage, BlockTokens, Groups, Merger, check_ratio, share
 from foveate.pruners.registry import register
 from foveate.pruners.tome import bipartite
@@ -139,7 +140,8 @@ def protected_matching(metric: Tensor, energy: Tensor, r: int, *, prefix: int = 
     """
     order = prefix + ranked(energy)
     source, targets, protected = order[:, 0 : 2 * r : 2], order[:, 1 : 2 * r : 2], order[:, 2 * r :]
-    _, match = best_match(gather(metric, source), gather(metric, targets))
+    paired = take_rows(metric, order[:, : 2 * r])
+    _, match = best_match(paired[:, 0::2], paired[:, 1::2])
     keep = torch.cat([_prefix(metric, prefix), protected, targets], dim=1)
     return Groups(keep, source, prefix + protected.shape[1] + match)
 
@@ -151,7 +153,8 @@ def energy_matching(metric: Tensor, energy: Tensor, r: int, *, prefix: int = 0) 
     """
     order = prefix + ranked(energy)
     sources, targets = order[:, 0::2], order[:, 1::2]
-    score, match = best_match(gather(metric, sources), gather(metric, targets))
+    by_rank = take_rows(metric, order)
+    score, match = best_match(by_rank[:, 0::2], by_rank[:, 1::2])
     best = ranked(score)
     stay = sources.gather(1, best[:, r:])
     keep = torch.cat([_prefix(metric, prefix), stay, targets], dim=1)

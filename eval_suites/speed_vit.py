@@ -1,0 +1,215 @@
+"""``foveate speed vit``: pictures per second of merging methods against the unmodified model, beside their ceiling.
+
+The *ceiling* of a method is the same model with the same number of rows in every block, where choosing and merging costs
+nothing: rows are cut off instead. All variants run in one process, round-robin with a rotating start, so that whatever else
+the machine does hits all alike; factors are medians over rounds of ratios within a round. On a CPU the clock counts the
+process's own time. Weights are random: nothing here depends on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveate.adapters import attach
+from foveate.adapters.vit import Tower, tower_for
+from foveate.errors import FoveateError, ParameterError
+from foveate.eval_suites.environment import machine
+from foveate.pruners import create
+from foveate.pruners.merging import Merger
+
+__all__ = ["Line", "add_arguments", "main", "measure", "table"]
+
+MODELS = "vit_small_patch16_224,vit_base_patch16_224"
+METHODS = "tome(r=13),tome(r=16),pitome(ratio=0.95),pitome(ratio=0.925),pitome(ratio=0.9)"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One method on one model at one batch size.
+
+    Attributes:
+        rows: that leave the last block; per_second: pictures, median; factor: over the unmodified model; ceiling: the same
+            for free; of_ceiling: share of the ceiling's speed that the method reaches.
+    """
+
+    model: str
+    batch: int
+    method: str
+    rows: int
+    per_second: float
+    factor: float
+    ceiling: float
+    of_ceiling: float
+
+
+def measure(
+    name: str, batch: int, mergers: Sequence[tuple[str, Merger]], rounds: int, device: str = "cpu"
+) -> list[Line]:
+    """Measure one timm model.
+
+    Raises:
+        UnsupportedModelError: tokens cannot be merged in it. FoveateError: timm does not know it.
+    """
+    import timm
+
+    torch.manual_seed(0)
+    try:
+        model = timm.create_model(name).eval().to(device)
+    except RuntimeError as error:
+        raise FoveateError(f"timm has no model {name!r} ({error}); see timm.list_models()") from None
+    tower = tower_for(model)
+    x = torch.randn(batch, *model.default_cfg["input_size"], device=device)
+    patches = model.patch_embed.num_patches
+    variants: dict[str, Callable[[], Any]] = {"": nullcontext}
+    for label, merger in mergers:
+        variants[label] = lambda merger=merger: attach(model, merger)
+        variants[f"ceiling {label}"] = lambda merger=merger: ceiling(tower, merger, patches)
+    seconds = _round_robin(model, x, variants, rounds)
+    plain = seconds[""]
+    lines = [Line(name, batch, "unmodified", patches + tower.prefix, batch / median(plain), 1.0, 1.0, 1.0)]
+    for label, merger in mergers:
+        mine, free = seconds[label], seconds[f"ceiling {label}"]
+        lines.append(
+            Line(
+                name,
+                batch,
+                label,
+                merger.counts(patches, tower.info)[-1],
+                batch / median(mine),
+                _ratio(plain, mine),
+                _ratio(plain, free),
+                _ratio(free, mine),
+            )
+        )
+    return lines
+
+
+def _ratio(over: Sequence[float], under: Sequence[float]) -> float:
+    return median(a / b for a, b in zip(over, under))
+
+
+def _round_robin(
+    model: nn.Module, x: Tensor, variants: dict[str, Callable[[], Any]], rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of every variant in every round; a first round warms up."""
+    names, seconds = list(variants), {name: [] for name in variants}
+    with torch.inference_mode():
+        for turn in range(rounds + 1):
+            start = turn % len(names)
+            for name in names[start:] + names[:start]:
+                with variants[name]():
+                    began = _now(x.device)
+                    model(x)
+                    elapsed = _now(x.device) - began
+                if turn:
+                    seconds[name].append(elapsed)
+    return seconds
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+    return time.process_time()
+
+
+@contextmanager
+def ceiling(tower: Tower, merger: Merger, patches: int) -> Iterator[None]:
+    """Cut as many rows off behind every block's attention as the merger would merge away."""
+    counts = merger.counts(patches, tower.info)
+
+    def cut(halves: Any, rows: int) -> Callable[..., Tensor]:
+        return lambda x, **kwargs: halves.feed(halves.attend(x, None, **kwargs)[:, :rows])
+
+    try:
+        for block, rows in zip(tower.blocks, counts[1:]):
+            vars(block)["forward"] = cut(tower.halves(block), rows)
+        yield
+    finally:
+        for block in tower.blocks:
+            vars(block).pop("forward", None)
+
+
+def table(lines: Sequence[Line]) -> str:
+    """The lines as a Markdown table."""
+    head = ("model", "batch", "method", "rows left", "pictures/s", "factor", "ceiling", "of ceiling")
+    rows = [
+        (
+            line.model,
+            str(line.batch),
+            line.method,
+            str(line.rows),
+            f"{line.per_second:.2f}",
+            f"{line.factor:.2f}x",
+            f"{line.ceiling:.2f}x",
+            f"{line.of_ceiling:.1%}",
+        )
+        for line in lines
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``foveate speed vit``."""
+    parser.add_argument("--model", default=MODELS, help=f"timm models, by comma (default: {MODELS})")
+    parser.add_argument("--method", default=METHODS, help=f"merging methods (default: {METHODS})")
+    parser.add_argument("--batch", default="8", help="batch sizes, by comma (default: 8)")
+    parser.add_argument("--rounds", type=int, default=9, help="measured rounds (default: 9)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+    parser.add_argument("--out", type=Path, help="also write FILE.json and FILE.md")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Measure, print the table, and write it where asked to.
+
+    Raises:
+        ParameterError: unusable options.
+    """
+    from foveate.eval_suites.runner import parse_methods
+
+    mergers: list[tuple[str, Merger]] = []
+    for name, given in parse_methods(args.method):
+        merger = create(name, **given)
+        if not isinstance(merger, Merger):
+            raise ParameterError(f"{name} does not merge inside vision towers; give tome, pitome")
+        mergers.append((f"{name}({', '.join(f'{k}={v!r}' for k, v in given.items())})", merger))
+    try:
+        batches = [int(batch) for batch in args.batch.split(",")]
+    except ValueError:
+        raise ParameterError(f"batch={args.batch!r}: give numbers, by comma") from None
+    before = torch.get_num_threads()
+    torch.set_num_threads(args.threads)
+    try:
+        names = args.model.split(",")
+        lines = [
+            x for name in names for batch in batches for x in measure(name, batch, mergers, args.rounds, args.device)
+        ]
+        facts = {**machine(torch.device(args.device)), "timm": _timm(), "rounds": args.rounds, "dtype": "float32"}
+    finally:
+        torch.set_num_threads(before)
+    print(table(lines))
+    if args.out is not None:
+        base = args.out.with_suffix("")
+        result = {"environment": facts, "lines": [asdict(line) for line in lines]}
+        base.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+        about = f"{facts['hardware']}, torch {facts['torch']}, timm {facts['timm']}, float32, {facts['date']}"
+        base.with_suffix(".md").write_text(f"{table(lines)}\n\n{about}; {args.rounds} rounds.\n")
+    return 0
+
+
+def _timm() -> str:
+    import timm
+
+    return timm.__version__
