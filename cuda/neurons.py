@@ -41,15 +41,20 @@ def neuron_counts(hidden: Tensor, rho: float, *, valid: Tensor | None = None, to
         k = (rho * active.double()).long()
     k = k * valid
     counts = torch.zeros(batch, neurons, dtype=torch.long, device=hidden.device)
-    most = int(rho * neurons)  # no token has more active neurons than there are
+    waits = hidden.device.type != "cpu"  # asking for a value would stop the queue
+    most = (
+        int(rho * neurons) if waits else int(k.max()) if k.numel() else 0
+    )  # no token has more active neurons than there are
     step = max(1, _BLOCK_ELEMENTS // max(1, batch * neurons))
     for start in range(0, length if most else 0, step):
         block, wanted = hidden[:, start : start + step], k[:, start : start + step, None]
         strongest = block.topk(most, dim=-1).values
         weakest = strongest.gather(-1, (wanted - 1).clamp(min=0))  # of those that count
-        above, equal = block > weakest, block == weakest
-        room = wanted - above.sum(dim=-1, keepdim=True)
-        chosen = above | (equal & (equal.cumsum(dim=-1, dtype=torch.int32) <= room))
+        chosen = block >= weakest
+        if waits or bool((chosen.sum(dim=-1, keepdim=True) > wanted).any()):  # several neurons at the boundary
+            above, equal = block > weakest, block == weakest
+            room = wanted - above.sum(dim=-1, keepdim=True)
+            chosen = above | (equal & (equal.cumsum(dim=-1, dtype=torch.int32) <= room))
         counts += (chosen & (wanted > 0)).sum(dim=1)
     return counts
 

@@ -31,8 +31,7 @@ def transition_score(before: Tensor, after: Tensor, *, direction: str = "signed"
     before, after = before.float(), after.float()
     norm_before = torch.linalg.vector_norm(before, dim=-1).clamp(min=_TINY)
     norm_after = torch.linalg.vector_norm(after, dim=-1)
-    # a batched product of rows and columns: no (…, D) temporary
-    dot = (before[..., None, :] @ after[..., :, None])[..., 0, 0]
+    dot = torch.einsum("...d,...d->...", before, after)
     cosine = dot / (norm_before * norm_after.clamp(min=_TINY))
     turn = torch.exp(1.0 - (cosine.abs() if direction == "abs" else cosine))
     return norm_after / norm_before * turn, turn

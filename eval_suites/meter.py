@@ -54,7 +54,7 @@ class Run:
 
     @property
     def keep(self) -> Keep | None:
-        return getattr(self.pruner, "keep", None)
+        return None if self.pruner is None else getattr(self.pruner, self.pruner.budget_parameter, None)
 
     def row(self) -> Row:
         """A row with the run's names, and nothing measured."""
@@ -298,11 +298,15 @@ def check_image(pruner: Pruner, stages: Sequence[Stage], image: ImageTrace, aske
         BudgetMismatch: tokens counted twice, other tokens in a layer than the trace's, or not ``asked`` at the end (where
             the content decides how many: more than ``asked``).
     """
-    layout, keep = image.layout, getattr(pruner, "keep", None)
-    most = layout.size if keep is None else budget(keep, layout.size, math.ceil) + len(layout.views) - 1
+    layout, keep = image.layout, getattr(pruner, pruner.budget_parameter, None)
+    acts = [stage for stage in stages if stage.hook not in (Hook.LLM_MLP, Hook.LLM_CACHE)]  # these drop no token
+    competing = [stage.newlines == "compete" for stage in acts]
+    compete = any(competing)  # separators count as tokens; how many another method has left is not known in advance
+    whole, slack = (layout.length, 0 if all(competing) else len(layout.newlines)) if compete else (layout.size, 0)
+    most = whole if keep is None else budget(keep, whole, math.ceil) + len(layout.views) - 1
     if not pruner.adaptive and asked > most:
         raise BudgetMismatch(f"{pruner.name} announces {asked} tokens where keep={keep} of {layout.size} allows {most}")
-    acting = [stage.layer if stage.hook is Hook.LLM_LAYER else 0 for stage in stages]
+    acting = [stage.layer if stage.hook is Hook.LLM_LAYER else 0 for stage in acts] or [0]
     # crops merge whole, and what of them was padding goes behind the tower: the picture's shape decides
     cut = any(stage.hook is Hook.VIT_BLOCK for stage in stages) and len({view.size for view in layout.views}) > 1
     adaptive = pruner.adaptive or cut
@@ -312,14 +316,15 @@ def check_image(pruner: Pruner, stages: Sequence[Stage], image: ImageTrace, aske
             raise BudgetMismatch(f"{pruner.name} kept some token twice, so that fewer than {len(kept)} are left")
         if not 0 <= seen - len(kept) <= len(layout.newlines):
             raise BudgetMismatch(f"{pruner.name}: layer {layer} saw {seen} tokens where {len(kept)} were kept")
-        want = layout.size if layer < min(acting) else asked if layer >= max(acting) else None
-        if adaptive and layer >= min(acting) and len(kept) > asked:
+        count = seen if compete else len(kept)
+        want = whole if layer < min(acting) else asked if layer >= max(acting) else None
+        if adaptive and layer >= min(acting) and count > asked + slack:
             raise BudgetMismatch(
-                f"{pruner.name} kept {len(kept)} of {layout.size} tokens at decoder layer {layer}, more than its budget of {asked}"
+                f"{pruner.name} kept {count} of {whole} tokens at decoder layer {layer}, more than its budget of {asked}"
             )
-        if not adaptive and want is not None and len(kept) != want:
+        if not adaptive and want is not None and not want <= count <= want + slack:
             raise BudgetMismatch(
-                f"{pruner.name} kept {len(kept)} of {layout.size} tokens at decoder layer {layer} where its budget is {want}"
+                f"{pruner.name} kept {count} of {whole} tokens at decoder layer {layer} where its budget is {want}"
             )
 
 

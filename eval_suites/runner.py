@@ -387,15 +387,19 @@ def _plan(methods: Any, budgets: Sequence[Keep], seeds: int) -> list[Run]:
     swept, fixed = {name: create(name) for name in BASELINES}, []
     for pruner, given in _methods(methods):
         label = _label(pruner, given)
-        if given is None or "keep" in given or not hasattr(pruner, "keep"):
+        named = pruner.budget_parameter
+        if given is None or named in given or not hasattr(pruner, named):
             fixed.append((label, pruner))
         else:
             swept[label] = pruner
+            if getattr(pruner, named) is None:  # left to itself it finds its own
+                fixed.append((label, pruner))
     runs = [Run("unpruned", None), Run("no-image", None, baseline=True)]
     for keep, (label, pruner) in itertools.product(budgets, swept.items()):
         for seed in range(seeds) if label == "random" else (None,):
             drawn = {} if seed is None else {"seed": seed}
-            runs.append(Run(label, replace(pruner, keep=keep, **drawn), seed, pruner.name in BASELINES))
+            budgeted = replace(pruner, **{pruner.budget_parameter: keep}, **drawn)
+            runs.append(Run(label, budgeted, seed, pruner.name in BASELINES))
     runs += [Run(label, pruner, None, pruner.name in BASELINES) for label, pruner in fixed]
     distinct: dict[Any, Run] = {}
     for run in runs:
@@ -432,7 +436,7 @@ def _label(pruner: Pruner, given: dict[str, Any] | None) -> str:
     if given is None:
         usual = {f.name: f.default for f in dataclasses.fields(pruner)}
         given = {name: value for name, value in pruner.parameters().items() if usual.get(name) != value}
-    shown = ", ".join(f"{name}={value!r}" for name, value in given.items() if name != "keep")
+    shown = ", ".join(f"{name}={value!r}" for name, value in given.items() if name != pruner.budget_parameter)
     return f"{pruner.name}({shown})" if shown else pruner.name
 
 

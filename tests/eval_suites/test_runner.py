@@ -61,10 +61,14 @@ def one(board: Leaderboard, method: str, keep: float | None = 0.25) -> Row:
 # ---------------------------------------------------------------------------------------------------------------- rows
 
 
+def has_budget(method: str) -> bool:
+    return hasattr(PRUNERS[method], PRUNERS[method].budget_parameter)
+
+
 def test_rows_come_in_a_fixed_order_with_all_baselines(board):
     others = sorted(set(PRUNERS) - set(BASELINES))
-    per_budget = ["random", "random", "random", *BASELINES[1:], *(m for m in others if hasattr(PRUNERS[m], "keep"))]
-    once = [m for m in others if not hasattr(PRUNERS[m], "keep")]
+    per_budget = ["random", "random", "random", *BASELINES[1:], *filter(has_budget, others)]
+    once = [m for m in others if not has_budget(m) or getattr(PRUNERS[m], PRUNERS[m].budget_parameter) is None]
     assert [row.method for row in board.rows] == ["unpruned", "no-image", *per_budget, *per_budget, *once]
     budgets = [None, None, *[0.25] * len(per_budget), *[5] * len(per_budget), *[None] * len(once)]
     assert [row.keep for row in board.rows] == budgets
@@ -86,9 +90,9 @@ def test_every_row_tells_all_there_is_to_tell(board):
         assert set(row.tasks) == set(board.tasks)
         assert row.seconds_per_sample > 0
         if row.method not in ("unpruned", "no-image"):
-            assert row.parameters.get("keep") == row.keep
+            assert row.parameters.get(PRUNERS[row.method].budget_parameter) == row.keep
             assert row.positions
-            assert row.kept_requested <= {0.25: 4, 5: 5, None: 15}[row.keep]
+            assert row.kept_requested <= {0.25: 4, 5: 5, None: 16}[row.keep]
 
 
 def test_accuracy_by_task_adds_up(board, loaded):
