@@ -390,7 +390,7 @@ def test_a_failing_pruner_leaves_the_model_usable() -> None:
     with pytest.raises(ZeroDivisionError):
         model(**given)
     assert session.trace is None
-    assert session._embeds is session._visual is None  # nothing is held on to
+    assert session._prompt is None  # nothing is held on to
     assert not session._encoded
     text = {"input_ids": given["input_ids"][:, :3], "attention_mask": torch.ones(1, 3)}
     model(**text)  # still attached, still usable
