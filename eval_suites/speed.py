@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from foveate.adapters import attach
 from foveate.adapters.trace import Trace
 from foveate.errors import ParameterError
+from foveate.eval_suites import speed_vit
 from foveate.eval_suites.environment import environment
 from foveate.pruners.base import Hook, ModelInfo, Pruner, Selection, Stage, Tokens, keep_all, seeded
 from foveate.pruners.corematching import CoreMatching
@@ -67,6 +68,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="(default: float32)")
     add("--json", metavar="PATH", help="write all numbers and the environment; '-' prints them instead of the table")
     part.set_defaults(time_part=_main_decoder)
+    help_ = "methods inside vision towers beside the unmodified timm model and the ceiling of their token counts"
+    part = parts.add_parser("vit", help=help_, description=f"Time {help_}.")
+    speed_vit.add_arguments(part)
+    part.set_defaults(time_part=speed_vit.main)
 
 
 def main(args: argparse.Namespace) -> int:

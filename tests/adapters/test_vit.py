@@ -167,6 +167,8 @@ def test_equal_patches_merge_without_loss(name: str) -> None:
         with foveate.attach(model, merger) as session:
             torch.testing.assert_close(features(model, x), plain, atol=2e-5, rtol=1e-4)
             assert session.trace.counts[-1] < session.trace.counts[0]
+    if not tower_for(model).prefix:
+        return  # all rows are equal, so no weighting matters
     with foveate.attach(model, foveate.ToMe(r=3, prop_attn=False)):
         assert (features(model, x) - plain).abs().max() > 1e-4, "the statement could not fail otherwise"
 
