@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from foveate.eval_suites.rows import Row, Status, mean_sd
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
     from rich.table import Table
 
-__all__ = ["Leaderboard", "Line", "Section"]
+    from foveate.pruners.base import Keep
+
+__all__ = ["COLUMNS", "Column", "Leaderboard", "Line", "Section"]
 
 
 @dataclass
@@ -32,6 +35,11 @@ class Line:
     def measured(self) -> bool:
         return all(row.status is Status.OK for row in self.rows)
 
+    @property
+    def leads(self) -> bool:
+        """Whether it is the best of its budget or not told from it; see :func:`foveate.eval_suites.compare.compare`."""
+        return any(row.leads for row in self.rows)
+
     def mean(self, name: str) -> float | None:
         """Mean of an attribute over the rows, None if it was not measured in all of them."""
         values = [getattr(row, name) for row in self.rows]
@@ -45,6 +53,8 @@ class Line:
     @property
     def accuracy(self) -> str:
         """In percent, with the 95 % interval, or with the standard deviation over seeds."""
+        if not self.measured:
+            return _HEAD_OF[_status(self)]
         if len(self.rows) > 1:
             mean, sd = mean_sd([row.accuracy for row in self.rows])
             return f"{100 * mean:.1f} ± {100 * sd:.1f}"
@@ -52,26 +62,112 @@ class Line:
         return f"{100 * self.first.accuracy:.1f} [{100 * low:.0f}, {100 * high:.0f}]"
 
     @property
+    def versus_random(self) -> str:
+        """Percentage points, with a star if the difference from random choice is no accident."""
+        found = self.first.versus_random
+        if found is None:
+            return ""
+        return f"{100 * found.mean:+.1f}{'*' if found.p < ALPHA else ' '}"
+
+    @property
     def name(self) -> str:
         label = self.first.label if len(self.first.label) <= 32 else f"{self.first.label[:31]}…"
+        label += "†" if self.first.guided else ""
         return f"{label} ×{len(self.rows)}" if len(self.rows) > 1 else label
+
+
+ALPHA = 0.05
+"""Below which a corrected p-value earns its star."""
 
 
 @dataclass
 class Section:
-    """Lines of equal budget: the best accuracy first, then what could not be measured; ``contest``: has it a winner?"""
+    """Lines of equal budget: the best accuracy first, then what could not be measured."""
 
     title: str
     lines: list[Line]
-    contest: bool = True
 
-    @property
-    def best(self) -> float | None:
-        """Highest accuracy of a method that is no baseline."""
-        return max((x.mean("accuracy") for x in self.lines if x.measured and not x.first.baseline), default=None)
 
-    def is_best(self, line: Line) -> bool:
-        return self.contest and line.measured and not line.first.baseline and line.mean("accuracy") == self.best
+# ------------------------------------------------------------------------------------------------------------ columns
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the tables.
+
+    Attributes:
+        head: its title; text: what it shows of a line; note: what a reader has to know.
+        rank: which columns go first where there is little room (the highest), None: never.
+        markdown: whether Markdown shows it.
+    """
+
+    head: str
+    text: Callable[[Line], str]
+    note: str = ""
+    rank: int | None = None
+    markdown: bool = True
+
+
+def _shown(format: str, name: str, scale: float = 1) -> Callable[[Line], str]:
+    """What is measured, in ``format``; nothing if it was not."""
+
+    def text(line: Line) -> str:
+        value = line.mean(name)
+        return "" if value is None else format.format(scale * value)
+
+    return text
+
+
+def _tokens(name: str) -> Callable[[Line], str]:
+    def text(line: Line) -> str:
+        value = line.mean(name)
+        return "" if value is None else ("~" if line.first.adaptive else "") + f"{value:.1f}".removesuffix(".0")
+
+    return text
+
+
+def _size(name: str, unit: str) -> Callable[[Line], str]:
+    def text(line: Line) -> str:
+        value = line.mean(name)
+        letters = iter("KMGTP")
+        letter = ""
+        while value is not None and value >= 999.5:
+            value, letter = value / 1000, next(letters)
+        return "" if value is None else f"{value:.3g} {letter}{unit}"
+
+    return text
+
+
+COLUMNS = (
+    Column("accuracy", lambda line: line.accuracy),
+    Column(
+        "vs random",
+        lambda line: line.versus_random,
+        "vs random: percentage points above random choice with as many tokens on the average; * differs from it (paired "
+        f"test, p < {ALPHA}, corrected for the number of methods).",
+        rank=2,
+    ),
+    Column("rel.", _shown("{:.0f}", "relative_accuracy", 100), "rel.: % of the unpruned accuracy.", rank=3),
+    Column(
+        "hard",
+        _shown("{:.0f}", "hard", 100),
+        "hard: accuracy on the samples that the downsampled picture of the same budget gets wrong.",
+        rank=4,
+    ),
+    Column("loyal", _shown("{:.0f}", "loyalty", 100), "loyal: % of answers equal to the unpruned model's.", rank=6),
+    Column("tokens", _tokens("tokens_mean"), "tokens: that the decoder saw, mean over its layers.", rank=0),
+    Column("last", _tokens("tokens_last"), "last: tokens in the last layer.", rank=9, markdown=False),
+    Column(
+        "FLOPs",
+        _size("prefill_flops", ""),
+        "FLOPs, KV: of the decoder's prefill for a sample, by arithmetic from the tokens that each layer saw.",
+        rank=7,
+        markdown=False,
+    ),
+    Column("KV", _size("cache_bytes", "B"), rank=8, markdown=False),
+    Column("ms", _shown("{:.1f}", "seconds_per_sample", 1000), rank=1),
+    Column("speed", _shown("{:.2f}×", "speedup"), rank=5),
+)
 
 
 # ------------------------------------------------------------------------------------------------------- leaderboard
@@ -106,10 +202,15 @@ class Leaderboard:
         for key, group in groups.items():
             lines = list(group.values())
             if key == "whole":
-                sections.append(Section("all visual tokens", lines, contest=False))
+                sections.append(Section("all visual tokens", lines))
             else:
                 sections.append(Section(_budget_title(lines), sorted(lines, key=_rank)))
         return sections
+
+    def only(self, keep: Sequence[Keep]) -> Leaderboard:
+        """The same with these budgets only, beside the unpruned model."""
+        kept = [row for row in self.rows if row.keep is None or any(_same(row.keep, k) for k in keep)]
+        return Leaderboard(kept, self.environment, self.tasks)
 
     # -------------------------------------------------------------------------------------------------------- output
 
@@ -122,51 +223,85 @@ class Leaderboard:
             json.dump(self.as_json(), file, indent=2, default=str, allow_nan=False)
             file.write("\n")
 
-    def table(self, by_task: bool = True) -> Table:
-        """A rich table, with accuracy by task if wanted."""
+    def columns(self) -> list[Column]:
+        """Those that have something to show."""
+        lines = [line for section in self.sections for line in section.lines]
+        return [column for column in COLUMNS if any(column.text(line) for line in lines)]
+
+    def table(self, columns: Sequence[Column], tasks: Sequence[str] = (), title: str | None = None) -> Table:
+        """A rich table of these columns and of the accuracy in these tasks."""
         from rich import box
         from rich.table import Table
         from rich.text import Text
 
-        tasks = self.tasks if by_task else ()
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False, title=self.title)
-        for number, head in enumerate((*_HEADS, *tasks)):
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False, title=title)
+        for number, head in enumerate(("method", *(column.head for column in columns), *tasks)):
             table.add_column(head, justify="right" if number else "left", no_wrap=True)
         for section in self.sections:
             table.add_section()
             table.add_row(Text(section.title, style="bold cyan"))
             for line in section.lines:
-                style = "bold green" if section.is_best(line) else "dim italic" if line.first.baseline else ""
+                style = "bold green" if line.leads else "dim" if line.first.baseline else ""
                 style = {Status.FAILED: "bold red", Status.NOT_APPLICABLE: "dim"}.get(_status(line), style)
-                table.add_row(*_cells(line, tasks), style=style)
+                name = ("▸ " if line.leads else "· " if line.first.baseline else "  ") + line.name
+                cells = [*(column.text(line) for column in columns), *(_percent(line.task(task)) for task in tasks)]
+                table.add_row(*(Text(cell) for cell in (name, *cells)), style=style)
         return table
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.measure import Measurement
+        from rich.text import Text
 
-        table = self.table()
-        if Measurement.get(console, options.update(width=1000), table).maximum > options.max_width:
-            table = self.table(by_task=False)
-        yield table
-        yield from self.notes
+        def fits(table: Table) -> bool:
+            return Measurement.get(console, options.update(width=1000), table).maximum <= options.max_width
+
+        columns = self.columns()
+        table = self.table(columns, self.tasks, self.title)
+        if fits(table):
+            yield table
+        else:
+            while not fits(self.table(columns)) and any(column.rank for column in columns):
+                columns.remove(max(columns, key=lambda column: column.rank or 0))
+            yield self.table(columns, title=self.title)
+            left = list(self.tasks)
+            while left:
+                most = max((n for n in range(1, len(left) + 1) if fits(self.table((), left[:n]))), default=1)
+                yield self.table((), left[:most], "accuracy by task")
+                left = left[most:]
+        yield from map(Text, self.notes(columns, bold="▸", italic="·"))
+
+    def print(self) -> None:
+        """Print on the terminal; where there is none, at the width that ``COLUMNS`` says, or 120."""
+        from rich.console import Console
+
+        console = Console(highlight=False)
+        if not console.is_terminal and "COLUMNS" not in os.environ:
+            console = Console(highlight=False, width=120)
+        console.print(self)
 
     def _repr_markdown_(self) -> str:
         return self.markdown()
 
     def markdown(self) -> str:
         """The same as a Markdown table, with all tasks."""
-        heads = (*_HEADS, *self.tasks)
+        columns = [column for column in self.columns() if column.markdown]
+        heads = ("method", *(column.head for column in columns), *self.tasks)
         lines = [f"| {' | '.join(heads)} |", f"| --- |{' ---: |' * (len(heads) - 1)}"]
         for section in self.sections:
             lines.append(f"| **{section.title}** |{' |' * (len(heads) - 1)}")
             for line in section.lines:
-                name, *cells = (cell.replace("|", "\\|") for cell in _cells(line, self.tasks))
-                if section.is_best(line):
+                cells = [
+                    line.name,
+                    *(column.text(line) for column in columns),
+                    *(_percent(line.task(task)) for task in self.tasks),
+                ]
+                name, *cells = (cell.strip().replace("|", "\\|").replace("*", "\\*") for cell in cells)
+                if line.leads:
                     name, cells[0] = f"**{name}**", f"**{cells[0]}**"
                 elif line.first.baseline:
                     name = f"*{name}*"
                 lines.append(f"| {' | '.join((name, *cells))} |")
-        notes = [f"- {note}" for note in (self.title, *self.notes)]
+        notes = [f"- {note}".replace("; * differs", "; \\* differs") for note in (self.title, *self.notes(columns))]
         return "\n".join([*lines, "", *notes, ""])
 
     @property
@@ -175,27 +310,49 @@ class Leaderboard:
         drawn = f"{e.get('limit')} samples (seed {e.get('suite_seed')})"
         return f"{e.get('model')} on {e.get('suite')}, {drawn}, positions: {e.get('positions')}"
 
-    @property
-    def notes(self) -> list[str]:
-        """What a reader of the table has to know, and the reason of everything that is missing in it."""
+    def notes(self, columns: Sequence[Column], bold: str = "Bold", italic: str = "Italic") -> list[str]:
+        """What a reader of the table has to know, and the reason of everything that is missing in it.
+
+        Args:
+            columns: those that are shown; bold, italic: what marks leaders and baselines.
+        """
         e = self.environment
-        notes = [
-            "Accuracy in % with its 95 % interval, or ± standard deviation over seeds; rel.: % of the unpruned accuracy; "
-            "loyal: % of answers equal to the unpruned model's.",
-            "Tokens: visual tokens that the decoder saw, mean over its layers and in the last one; ~ not fixed by the budget alone.",
-            "Italic: baselines that read no content. The best method of each budget stands out.",
-            f"Guessing would get {_percent(e.get('chance'))} %. The JSON file has all rows, seeds and tasks.",
-            f"s/sample: processing and generation in batches of {e.get('batch_size')}, {e.get('dtype')}, on {e.get('hardware')}.",
-        ]
+        lines = [line for section in self.sections for line in section.lines]
+        seeds = max((len(line.rows) for line in lines), default=1)
+        accuracy = "Accuracy in % with its 95 % interval"
+        notes = [accuracy + (f", or ± standard deviation over {seeds} seeds." if seeds > 1 else ".")]
+        if any(line.leads for line in lines):
+            notes.append(
+                f"{bold}: the best of a budget by accuracy, and what the same samples cannot tell from it; not those that "
+                "see more tokens on the average than the budget."
+            )
+        elif sum(not line.first.baseline and line.first.method != "unpruned" for line in lines) > 1:
+            notes.append(
+                f"{e.get('limit')} samples do not tell the methods of any budget apart: none is marked as best."
+            )
+        if any(line.first.baseline for line in lines):
+            notes.append(f"{italic}: baselines that read no content.")
+        if any(line.first.guided for line in lines):
+            notes.append("†: reads the question; the others choose the same tokens for every question.")
+        notes += [column.note for column in columns if column.note]
+        if any(line.first.adaptive for line in lines):
+            notes.append("~: not fixed by the budget alone.")
+        if e.get("chance") is not None:
+            notes.append(f"Guessing would get {_percent(e['chance'])} %.")
+        if any(column.head == "ms" for column in columns):
+            notes.append(
+                f"ms: processing and generation of a sample in batches of {e.get('batch_size')}, {e.get('dtype')}, on "
+                f"{e.get('hardware')}; speed: against the unpruned model."
+            )
         for section in self.sections:
             for line in section.lines:
                 for reason, row in {row.reason: row for row in line.rows if row.reason}.items():
-                    head = _HEAD_OF[row.status]
-                    notes.append(f"{head}: {row.label}, {section.title}: {reason}")
+                    notes.append(f"{_HEAD_OF[row.status]}: {row.label}, {section.title}: {reason}")
         return list(dict.fromkeys(notes))
 
 
-_HEADS = ("method", "accuracy", "rel.", "loyal", "tokens", "last", "s/sample")
+def _same(a: Keep, b: Keep) -> bool:
+    return type(a) is type(b) and abs(a - b) < 1e-9
 
 
 def _rank(line: Line) -> tuple[Any, ...]:
@@ -223,32 +380,16 @@ def _budget_title(lines: list[Line]) -> str:
         return "fixed budget"
     if isinstance(keep, int):
         return f"keep {keep} token{'s' * (keep != 1)}"
-    return "keep 1.0" if keep == 1 else f"keep {keep:.4g}"
+    return f"keep {value_text(keep)}"
 
 
-def _cells(line: Line, tasks: Sequence[str]) -> list[str]:
-    if not line.measured:
-        return [
-            line.name,
-            _HEAD_OF[_status(line)],
-            *[""] * (len(_HEADS) - 2 + len(tasks)),
-        ]
-    about = "~" if line.first.adaptive else ""
-    return [
-        line.name,
-        line.accuracy,
-        _percent(line.mean("relative_accuracy")),
-        _percent(line.mean("loyalty")),
-        about + _count(line.mean("tokens_mean")),
-        about + _count(line.mean("tokens_last")),
-        f"{line.mean('seconds_per_sample'):.3g}",
-        *(_percent(line.task(task)) for task in tasks),
-    ]
+def value_text(keep: float) -> str:
+    """``0.25``, ``1.0``, and ``1/9`` for what is a simple fraction and no short decimal."""
+    if len(repr(keep)) <= 6:
+        return repr(keep)
+    fraction = Fraction(keep).limit_denominator(100)
+    return str(fraction) if abs(fraction - keep) < 1e-9 else f"{keep:.4g}"
 
 
 def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.0f}"
-
-
-def _count(value: float) -> str:
-    return f"{value:.1f}".removesuffix(".0")
+    return "" if value is None else f"{100 * value:.0f}"

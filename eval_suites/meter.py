@@ -142,12 +142,13 @@ class Meter:
         if run.pruner is not None and self._reads_frame_scores(run.pruner, batch):
             session.frame_scores = [self.frame_scorer.score(sample.video, sample.question) for sample in batch]
         widths.clear()  # the scorer may be the same model
-        texts, ids = self._answer(run, batch)
+        texts, ids, lengths = self._answer(run, batch)
         seconds = (time.perf_counter() - began) / len(batch)
         if session is None:
             seen, asked = self._unpruned(ids, widths, first), [None] * len(batch)
         else:
             seen, asked = self._pruned(run.pruner, session.trace, ids, widths, first)
+        written = [length - n for length, n in zip(lengths, self._placeholders(ids))]
         return [
             Answer(
                 number=number,
@@ -157,9 +158,12 @@ class Meter:
                 score=float(self.suite.score(sample, text)),
                 tokens=tuple(tokens),
                 asked=want,
+                text_tokens=text_tokens,
                 seconds=seconds,
             )
-            for number, (sample, text, tokens, want) in enumerate(zip(batch, texts, seen, asked), first)
+            for number, (sample, text, tokens, want, text_tokens) in enumerate(
+                zip(batch, texts, seen, asked, written), first
+            )
         ]
 
     @contextmanager
@@ -173,8 +177,8 @@ class Meter:
                 yield session, widths
 
     @torch.no_grad()
-    def _answer(self, run: Run, batch: Sequence[Sample]) -> tuple[list[str], Tensor]:
-        """The answers, and the prompt's token ids ``(B, L)``."""
+    def _answer(self, run: Run, batch: Sequence[Sample]) -> tuple[list[str], Tensor, list[int]]:
+        """The answers, the prompts' token ids ``(B, L)``, and their lengths."""
         media = [_media(sample) for sample in batch]
         if run.method == "no-image":
             media = [_grey(one) for one in media]
@@ -187,7 +191,7 @@ class Meter:
         output = self.model.generate(**inputs, max_new_tokens=self.suite.max_new_tokens, **_NO_SAMPLING)
         ids = inputs["input_ids"]
         new = self.processor.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
-        return [text.strip() for text in new], ids
+        return [text.strip() for text in new], ids, inputs["attention_mask"].sum(dim=1).tolist()
 
     def _prompt(self, sample: Sample) -> str:
         if not getattr(self.processor, "chat_template", None):

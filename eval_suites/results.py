@@ -16,7 +16,7 @@ from foveate.eval_suites.leaderboard import Leaderboard
 from foveate.eval_suites.rows import Row
 from foveate.eval_suites.store import Store, differences, read
 
-__all__ = ["add_arguments", "compare", "main", "table"]
+__all__ = ["add_arguments", "compare", "main", "opened", "table"]
 
 _FACTS = (
     "limit", "suite_seed", "positions", "batch_size", "dtype", "attention", "hardware", "weights_sha256", "revision",
@@ -86,7 +86,7 @@ def _text(value: Any) -> str | None:
 def _export(args: argparse.Namespace) -> int:
     if args.json:
         return _written(args.json, json.dumps(read(args.file), indent=1, allow_nan=False) + "\n")
-    with _opened(args.file) as store:
+    with opened(args.file) as store:
         records = table(store, args.samples)
     names = list(dict.fromkeys(name for record in records for name in record))
     if args.csv:
@@ -96,7 +96,7 @@ def _export(args: argparse.Namespace) -> int:
     return 0
 
 
-def _opened(path: str) -> Store:
+def opened(path: str) -> Store:
     """A result file, or a JSON export as one."""
     if not path.lower().endswith(".json"):
         return Store(path, create=False)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
 from typing import TYPE_CHECKING, Any
+
+from foveate.eval_suites.compare import Difference
+from foveate.eval_suites.cost import DecoderShape
 
 if TYPE_CHECKING:
     from foveate.pruners.base import Keep
@@ -56,6 +59,7 @@ class Answer:
         text: what the model said; score: in [0, 1], 1 is right. None if the sample failed.
         tokens: visual tokens that each decoder layer saw, separators counted; asked: tokens that the budget stands for
             (None without a pruner).
+        text_tokens: length of the prompt without visual tokens.
         seconds: the sample's share of its batch, wall time.
         error: why the sample failed.
     """
@@ -67,6 +71,7 @@ class Answer:
     score: float | None = None
     tokens: tuple[int, ...] | None = None
     asked: int | None = None
+    text_tokens: int | None = None
     seconds: float | None = None
     error: str | None = None
 
@@ -87,7 +92,7 @@ class Row:
     Attributes:
         method: registry name, ``"unpruned"`` or ``"no-image"``; label: the same with the parameters that were asked for.
         keep: the budget asked for; None where there is none. seed: of the random choice, None where nothing is drawn.
-        baseline: reads no content; adaptive: the number of tokens depends on the content, or on the processor's rounding.
+        baseline: reads no content; guided: the choice depends on the question; adaptive: the number of tokens depends on the content, or on the processor's rounding.
         status, reason: what went wrong, if anything did.
         parameters: all of the method's; positions: what was done with positions, by hook point.
         kept_requested: visual tokens per image that the budget stands for; tokens_per_layer: visual tokens that each decoder
@@ -96,7 +101,11 @@ class Row:
         n, correct, accuracy, interval: over all samples, with Wilson's 95 % interval; tasks: accuracy by task.
         errors: samples that failed; they count as wrong.
         relative_accuracy: accuracy divided by that of the unpruned model; loyalty: :func:`agreement`.
-        seconds_per_sample: processor and generation, wall time.
+        versus_random: accuracy minus that of random choice with as many tokens on the average; hard: accuracy on the ``hard_n``
+            samples that the downsampled picture of the same budget gets wrong; leads: not told from the best method of its
+            budget, which others are. See :func:`foveate.eval_suites.compare.compare`.
+        prefill_flops, cache_bytes: of the decoder for one sample, by :class:`foveate.eval_suites.cost.DecoderShape`.
+        seconds_per_sample: processor and generation, wall time; speedup: the unpruned model's divided by it.
         answers: what the model said, in the order of the samples; scores: of the answers. Neither is part of the JSON.
     """
 
@@ -106,6 +115,7 @@ class Row:
     seed: int | None = None
     baseline: bool = False
     adaptive: bool = False
+    guided: bool = False
     status: Status = Status.OK
     reason: str | None = None
     parameters: dict[str, Any] = field(default_factory=dict)
@@ -122,17 +132,30 @@ class Row:
     relative_accuracy: float | None = None
     tasks: dict[str, float | None] = field(default_factory=dict)
     loyalty: float | None = None
+    versus_random: Difference | None = None
+    hard: float | None = None
+    hard_n: int | None = None
+    leads: bool = False
+    prefill_flops: float | None = None
+    cache_bytes: float | None = None
     seconds_per_sample: float | None = None
+    speedup: float | None = None
     answers: list[str] = field(default_factory=list, repr=False)
     scores: list[float] = field(default_factory=list, repr=False)
 
     def as_json(self) -> dict[str, Any]:
         """All but the answers and their scores."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("answers", "scores")}
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("answers", "scores")}
+        return plain | {"versus_random": asdict(self.versus_random) if self.versus_random else None}
 
 
 def summarise(
-    row: Row, answers: Mapping[int, Answer], samples: int, tasks: Sequence[str], reference: Row | None
+    row: Row,
+    answers: Mapping[int, Answer],
+    samples: int,
+    tasks: Sequence[str],
+    reference: Row | None,
+    shape: DecoderShape | None = None,
 ) -> Row:
     """Fill ``row`` in from the answers of its run, by number, and return it.
 
@@ -140,6 +163,7 @@ def summarise(
         row: with its names, and with ``status`` and ``reason`` where the run was given up.
         samples: how many there should be.
         reference: the unpruned row; None if this is it, or if there is none.
+        shape: the decoder's, if its cost is known.
     """
     if row.status is not Status.OK:
         return row
@@ -161,6 +185,10 @@ def summarise(
     row.kept_requested = statistics.fmean(asked) if asked else None
     row.tokens_per_layer = [statistics.fmean(layer) for layer in zip(*(answer.tokens for answer in worked))]
     row.tokens_mean, row.tokens_last = statistics.fmean(row.tokens_per_layer), row.tokens_per_layer[-1]
+    if shape is not None and all(answer.text_tokens is not None for answer in worked):
+        lengths = [[n + answer.text_tokens for n in answer.tokens] for answer in worked]
+        row.prefill_flops = statistics.fmean(map(shape.prefill_flops, lengths))
+        row.cache_bytes = statistics.fmean(map(shape.cache_bytes, lengths))
     row.seconds_per_sample = statistics.fmean(answer.seconds for answer in worked)
     row.correct = math.fsum(row.scores)
     row.correct = int(row.correct) if row.correct.is_integer() else row.correct
@@ -172,4 +200,5 @@ def summarise(
     if reference is not None and reference.status is Status.OK:
         row.loyalty = agreement(row.answers, reference.answers)
         row.relative_accuracy = share(row.correct, reference.correct)
+        row.speedup = share(reference.seconds_per_sample, row.seconds_per_sample)
     return row

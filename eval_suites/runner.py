@@ -21,7 +21,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from fractions import Fraction
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -30,6 +29,8 @@ import torch
 
 from foveate.errors import BudgetError, FoveateError, ParameterError, StoreError, UnsupportedModelError
 from foveate.eval_suites import models, suites
+from foveate.eval_suites.budgets import parse_keep
+from foveate.eval_suites.cost import DecoderShape
 from foveate.eval_suites.distributed import World, world
 from foveate.eval_suites.environment import environment
 from foveate.eval_suites.leaderboard import Leaderboard
@@ -85,6 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--fresh", nargs="?", const="always", default="", choices=("always", "changed"), help=fresh)
     add("--retry", action="store_true", help="do the samples and methods again that failed")
+    add("--html", metavar="PATH", help="write the table as a web page that needs nothing else")
     add("--json", metavar="PATH", help="write all rows and the environment")
     add("--markdown", metavar="PATH", help="write the table as Markdown; '-' prints it instead of the table")
 
@@ -95,10 +97,14 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         FoveateError: bad input, before anything has run.
     """
-    from rich.console import Console
     from transformers.utils import logging
 
-    written = {"--out": args.out, "--json": args.json, "--markdown": None if args.markdown == "-" else args.markdown}
+    written = {
+        "--out": args.out,
+        "--html": args.html,
+        "--json": args.json,
+        "--markdown": None if args.markdown == "-" else args.markdown,
+    }
     for option, path in written.items():
         if path is not None:
             _check_writable(option, path)
@@ -131,14 +137,18 @@ def main(args: argparse.Namespace) -> int:
         return int(bool(board.failures))
     if args.json:
         board.write_json(args.json)
+    if args.html:
+        from foveate.eval_suites.page import page
+
+        Path(args.html).write_text(page([board]), encoding="utf-8")
     if args.markdown == "-":
         print(board.markdown(), end="")
-        return int(bool(board.failures))
-    if args.markdown:
-        Path(args.markdown).write_text(board.markdown(), encoding="utf-8")
-    console = Console()
-    console = console if console.is_terminal else Console(width=120)
-    console.print(board)
+    else:
+        if args.markdown:
+            Path(args.markdown).write_text(board.markdown(), encoding="utf-8")
+        board.print()
+    if files := [path for path in written.values() if path is not None]:
+        print(f"wrote {', '.join(map(os.path.abspath, files))}", file=sys.stderr)
     return int(bool(board.failures))
 
 
@@ -152,24 +162,6 @@ def _check_writable(option: str, path: str) -> None:
         raise ParameterError(f"{option} {path} cannot be written: {error.strerror}; give another path") from None
     if not existed:
         os.unlink(path)
-
-
-def parse_keep(text: str) -> list[Keep]:
-    """``"0.5,1/9,64"`` -> ``[0.5, 0.111…, 64]``: what has only digits is a number of tokens, the rest fractions.
-
-    Raises:
-        ParameterError: not a number. BudgetError: no usable budget.
-    """
-    budgets: list[Keep] = []
-    for part in filter(None, map(str.strip, text.split(","))):
-        try:
-            whole = re.fullmatch(r"[+-]?\d+", part)
-            budgets.append(check_keep(int(part) if whole else float(Fraction(part) if "/" in part else part)))
-        except BudgetError:
-            raise
-        except (ValueError, ZeroDivisionError):
-            raise ParameterError(f"keep={part!r} is no number; give fractions in (0, 1] or numbers of tokens") from None
-    return budgets
 
 
 def parse_methods(text: str) -> list[str | tuple[str, dict[str, Any]]]:
@@ -264,6 +256,7 @@ def bench(
     seed = suite.seed if seed is None else seed
     samples = list(suite.samples(limit, seed))
     meter = Meter(model, suite, samples, batch_size, positions)
+    shape = DecoderShape.of(meter.adapter.text_model.config, model.model.dtype.itemsize)
     facts = environment(model.model) | {
         "model": model.name,
         "weights_sha256": model.weights_sha256,
@@ -275,6 +268,7 @@ def bench(
         "chance": fmean(suite.chance[sample.task] for sample in samples),
         "batch_size": batch_size,
         "positions": positions,
+        "decoder": shape.as_json() if shape else None,
     }
     _check_parameters(runs, meter)
     try:
@@ -306,7 +300,7 @@ def _measure(store: Store, bench: int, meter: Meter, runs: Sequence[Run], others
     Batches are always the same ones, whoever does them and whenever, so that a bench which was interrupted or shared
     gives the answers of one that was not.
     """
-    numbers = store.open_runs(bench, [run.row() for run in runs])
+    numbers = store.open_runs(bench, [replace(run.row(), guided=_guided(run, meter)) for run in runs])
     _share(store, bench, others)
     meter.unpruned_counts.update((n, a.tokens[0]) for n, a in store.answers(numbers[0]).items() if a.tokens)
     firsts = [first for i, first in enumerate(range(0, len(meter.samples), meter.batch_size)) if others.mine(i)]
@@ -355,6 +349,14 @@ def _check_reference(store: Store, number: int, meter: Meter) -> None:
             f"({given_up or answers[min(answers)].error}); check that model and processor belong together, or give a "
             "smaller batch size"
         )
+
+
+def _guided(run: Run, meter: Meter) -> bool:
+    """Does the method read the question?"""
+    try:
+        return run.pruner is not None and any(s.text_guided for s in run.pruner.stages(meter.adapter.info))
+    except FoveateError:
+        return False  # it will not run at all
 
 
 def _share(store: Store, bench: int, others: World) -> None:

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from foveate.errors import StoreError
+from foveate.eval_suites.compare import compare
+from foveate.eval_suites.cost import DecoderShape
 from foveate.eval_suites.leaderboard import Leaderboard
 from foveate.eval_suites.rows import Answer, Row, Status, summarise
 
@@ -48,6 +50,7 @@ CREATE TABLE run (
     seed TEXT NOT NULL,         -- JSON: null where nothing is drawn
     baseline INTEGER NOT NULL,
     adaptive INTEGER NOT NULL,
+    guided INTEGER NOT NULL,
     parameters TEXT NOT NULL,   -- JSON object
     positions TEXT NOT NULL,    -- JSON object
     status TEXT NOT NULL,       -- 'ok', or why the run was given up
@@ -64,6 +67,7 @@ CREATE TABLE answer (
     score REAL,
     tokens TEXT,                -- JSON list: visual tokens seen by each decoder layer
     asked INTEGER,
+    text_tokens INTEGER,
     seconds REAL,
     error TEXT,
     PRIMARY KEY (run, number)
@@ -91,7 +95,7 @@ MUST_AGREE = {
 
 _ANSWER = tuple(f.name for f in fields(Answer))
 _RUN = (
-    "method", "label", "keep", "seed", "baseline", "adaptive", "parameters", "positions", "status", "reason", "stopped_at",
+    "method", "label", "keep", "seed", "baseline", "adaptive", "guided", "parameters", "positions", "status", "reason", "stopped_at",
 )  # fmt: skip
 _INSERT = (
     f"INSERT INTO answer (run, {', '.join(_ANSWER)}) VALUES ({', '.join('?' * (1 + len(_ANSWER)))}) "
@@ -206,9 +210,9 @@ class Store:
                     numbers.append(there["id"])
                     continue
                 made = self._db.execute(
-                    "INSERT INTO run (bench, label, keep, seed, method, baseline, adaptive, parameters, positions, status) "
-                    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, '{}', 'ok')",
-                    (*where, row.method, row.baseline, row.adaptive, parameters),
+                    "INSERT INTO run (bench, label, keep, seed, method, baseline, adaptive, guided, parameters, positions, status) "
+                    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, '{}', 'ok')",
+                    (*where, row.method, row.baseline, row.adaptive, row.guided, parameters),
                 )
                 numbers.append(made.lastrowid)
         return numbers
@@ -269,13 +273,16 @@ class Store:
             head = self._db.execute("SELECT * FROM bench WHERE id = ?", (bench,)).fetchone()
             tasks = tuple(json.loads(head["tasks"]))
             runs = self._db.execute("SELECT * FROM run WHERE bench = ? ORDER BY id", (bench,)).fetchall()
+            facts = json.loads(head["facts"])
+            shape = DecoderShape.read(facts.get("decoder"))
             rows: list[Row] = []
             reference = None
-            for run in sorted(runs, key=lambda run: run["method"] != "unpruned"):
-                row = summarise(_row(run), self.answers(run["id"]), head["samples"], tasks, reference)
+            for run in sorted(runs, key=lambda run: run["method"] != "unpruned"):  # stable; the reference comes first
+                row = summarise(_row(run), self.answers(run["id"]), head["samples"], tasks, reference, shape)
                 reference = row if row.method == "unpruned" else reference
                 rows.append(row)
-        return Leaderboard(rows, json.loads(head["facts"]), tasks)
+        compare(rows)
+        return Leaderboard(rows, facts, tasks)
 
     # -------------------------------------------------------------------------------------------------- export, import
 
@@ -287,7 +294,7 @@ class Store:
             for run in self._db.execute("SELECT * FROM run WHERE bench = ? ORDER BY id", (head["id"],)).fetchall():
                 plain = {name: run[name] for name in _RUN}
                 plain |= {name: json.loads(run[name]) for name in ("keep", "seed", "parameters", "positions")}
-                plain |= {name: bool(run[name]) for name in ("baseline", "adaptive")}
+                plain |= {name: bool(run[name]) for name in ("baseline", "adaptive", "guided")}
                 runs.append(plain | {"answers": [_plain(answer) for answer in self.answers(run["id"]).values()]})
             benches.append({"tasks": json.loads(head["tasks"]), "facts": json.loads(head["facts"]), "runs": runs})
         return {"format": "foveate results", "schema": SCHEMA, "benches": benches}
@@ -304,7 +311,7 @@ class Store:
             for bench in results["benches"]:
                 number = self.open_bench(bench["facts"], bench["tasks"])
                 runs = bench["runs"]
-                named = [Row(**{name: run[name] for name in _RUN[:7]}, positions=run["positions"]) for run in runs]
+                named = [Row(**{name: run[name] for name in _RUN[:8]}, positions=run["positions"]) for run in runs]
                 for run, into in zip(runs, self.open_runs(number, named)):
                     self.add(into, map(_answer, run["answers"]), run["positions"], run["adaptive"])
                     if run["status"] != Status.OK.value:
@@ -411,7 +418,7 @@ def _answer(plain: Mapping[str, Any]) -> Answer:
 
 def _row(run: sqlite3.Row) -> Row:
     plain = {name: json.loads(run[name]) for name in ("keep", "seed", "parameters", "positions")}
-    plain |= {name: bool(run[name]) for name in ("baseline", "adaptive")}
+    plain |= {name: bool(run[name]) for name in ("baseline", "adaptive", "guided")}
     return Row(run["method"], run["label"], status=Status(run["status"]), reason=run["reason"], **plain)
 
 

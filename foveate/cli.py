@@ -11,7 +11,8 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 import foveate
@@ -26,10 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        args = _parser(argv[0] if argv else "").parse_args(argv)
-        code = args.run(args)
-        sys.stdout.flush()
-        return code
+        with _warnings_in_one_line():
+            args = _parser(argv[0] if argv else "").parse_args(argv)
+            code = args.run(args)
+            sys.stdout.flush()
+            return code
     except FoveateError as error:
         return _fail(error)
     except BrokenPipeError:  # `foveate list | head`; what is left in the buffer has nowhere to go
@@ -45,6 +47,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fail(error: Exception | str) -> int:
     print(f"foveate: error: {error}", file=sys.stderr)
     return 2
+
+
+@contextlib.contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Warnings as a user wants them: without the line of code, and once."""
+    told: set[str] = set()
+
+    def show(message: Warning | str, *where: object) -> None:
+        if str(message) not in told:
+            told.add(str(message))
+            print(f"foveate: warning: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 class _Parser(argparse.ArgumentParser):
@@ -87,6 +104,7 @@ _ELSEWHERE = {
     "bench": ("foveate.eval_suites.runner", "run methods over a suite and compare accuracy, tokens and time"),
     "speed": ("foveate.eval_suites.speed", "time methods on models of any size with random weights"),
     "demo": ("foveate.demo.launch", "see in a browser what a model keeps of your picture"),
+    "leaderboard": ("foveate.eval_suites.show", "show result files as a table, a web page or Markdown"),
     "results": ("foveate.eval_suites.results", "export, import and compare result files"),
 }
 """Commands that live in a module of their own, which has ``add_arguments(parser)`` and ``main(args)``."""

@@ -201,8 +201,11 @@ class Selection:
 class Signal:
     """Something a stage wants to read. Tensors arrive per visual token, equal layouts stacked: ``(B, N, …)``.
 
-    ``layer`` is a 0-based block of the vision encoder, or of the decoder for the ``Decoder…`` signals.
+    ``layer`` is a 0-based block of the vision encoder, or of the decoder for the ``Decoder…`` signals; ``from_text`` says
+    that the signal depends on the question.
     """
+
+    from_text: ClassVar[bool] = False
 
     layer: int
 
@@ -270,6 +273,8 @@ class PatchPixels(Signal):
 class LastTokenAttention(Signal):
     """``(B, N)`` attention that the last prompt token pays to each present visual token in decoder layer ``layer``."""
 
+    from_text = True
+
 
 @dataclass(frozen=True)
 class CrossModalAttention(Signal):
@@ -277,6 +282,8 @@ class CrossModalAttention(Signal):
 
     Text are all non-visual tokens but the first ``system_tokens`` of the prompt (None: all in front of the first image).
     """
+
+    from_text = True
 
     system_tokens: int | None = None
 
@@ -288,6 +295,8 @@ class InstructionAttention(Signal):
     Mean over heads and over the text rows behind the last picture of softmax rows over the whole sequence. It is computed in
     front of that layer, from the tokens that have not been pruned there yet; zero where no text follows.
     """
+
+    from_text = True
 
 
 @dataclass(frozen=True)
@@ -310,6 +319,8 @@ class CoreNeurons(Signal):
     ``shared``: one set from the counts of the whole batch.
     """
 
+    from_text = True
+
     rho: float = 0.2
     beta: float = 0.4
     topk: str = "mean"
@@ -319,6 +330,8 @@ class CoreNeurons(Signal):
 @dataclass(frozen=True)
 class CoreMatches(Signal):
     """``(B, N)`` int64, how many of the sample's :class:`CoreNeurons` of that layer are active on each visual token."""
+
+    from_text = True
 
     rho: float = 0.2
     beta: float = 0.4
@@ -331,6 +344,8 @@ class RowMatches(Signal):
 
     ``row`` counts that token from the end of the prompt, -1 is the last.
     """
+
+    from_text = True
 
     row: int = -1
 
@@ -455,6 +470,15 @@ class Stage:
     deepstack: str = "all"
     reads_frame_scores: bool = False
     empty_frames: str = "keep"
+
+    @property
+    def text_guided(self) -> bool:
+        """Whether what the stage chooses depends on the question."""
+        return (
+            self.reads_text
+            or self.reads_frame_scores
+            or any(getattr(s, "from_text", False) for s in self.signals.values())
+        )
 
 
 @dataclass(frozen=True)

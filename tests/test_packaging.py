@@ -20,7 +20,7 @@ import foveate
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NO_SOURCE = {"build", "dist", "__pycache__", "node_modules"}
-DATA = {".cu", ".cuh", ".jinja", ".json", ".md", ".safetensors", ".txt", ".typed"}
+DATA = {".cu", ".cuh", ".html", ".jinja", ".json", ".md", ".safetensors", ".txt", ".typed"}
 # What belongs to the project at top level and must never be imported by these names.
 FOLDERS = {"adapters", "cuda", "demo", "eval_suites", "pruners"}
 

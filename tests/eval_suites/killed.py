@@ -39,7 +39,7 @@ class Stub(Meter):
             for number in self.numbers(first):
                 text = f"{run.label} {run.keep} {run.seed} {number}"
                 score = float(sum(text.encode()) % 2)
-                answers.append(Answer(number, str(number), self.samples[number].task, text, score, (9, 4), 4, 0.001))
+                answers.append(Answer(number, str(number), self.samples[number].task, text, score, (9, 4), 4, 7, 0.001))
             yield Measured(answers, {"llm_input": "keep"}, False)
 
 
@@ -87,7 +87,7 @@ def told(path: pathlib.Path) -> list:
     with Store(path, create=False) as store:
         results = store.as_json()
         (board,) = store.boards()
-    rows = [row.as_json() | {"seconds_per_sample": None, "answers": row.answers} for row in board.rows]
+    rows = [row.as_json() | {"seconds_per_sample": None, "speedup": None, "answers": row.answers} for row in board.rows]
     answers = [answer | {"seconds": None} for run in results["benches"][0]["runs"] for answer in run["answers"]]
     return [rows, answers]
 

@@ -52,7 +52,7 @@ def alone(checkpoint: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [row | {"seconds_per_sample": None} for row in json.loads(json.dumps(rows))]
+    return [row | {"seconds_per_sample": None, "speedup": None} for row in json.loads(json.dumps(rows))]
 
 
 TWO = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -101,6 +101,6 @@ def test_the_share_of_a_process_comes_from_the_launcher():
 
 def test_every_batch_belongs_to_one_process_and_every_machine_has_its_file():
     shares = [[b for b in range(11) if World(rank, 3).mine(b)] for rank in range(3)]
-    assert sorted(sum(shares, [])) == list(range(11))
+    assert sorted(b for share in shares for b in share) == list(range(11))
     assert World(0, 2).file("r.db") == "r.db"
     assert World(1, 2, 0, node=1).file("r.db") == "r.db.node1"

@@ -1,13 +1,19 @@
-"""Statistics against published values, and a table that ranks, marks and explains."""
+"""Statistics against published values, and tables that rank, mark and explain."""
 
 from __future__ import annotations
 
+import html.parser
 import json
+import random
+import re
 
 import pytest
 from rich.console import Console
 
-from foveate.eval_suites.leaderboard import Leaderboard
+from foveate.cli import main
+from foveate.eval_suites.compare import compare, holm, paired
+from foveate.eval_suites.leaderboard import Leaderboard, value_text
+from foveate.eval_suites.page import page, pareto
 from foveate.eval_suites.rows import Row, Status, agreement, mean_sd, share, wilson
 
 TASKS = ("colour", "count")
@@ -49,53 +55,106 @@ def test_share_of_nothing_is_unknown():
     assert share(3, 4) == 0.75
 
 
-def row(method: str, accuracy: float | None, keep: float | None = 0.25, **more: object) -> Row:
+# -------------------------------------------------------------------------------------------------------- paired tests
+
+
+def test_paired_difference_is_of_the_same_samples():
+    a, b = [1.0] * 30 + [0.0] * 70, [0.0] * 100
+    found = paired(a, b)
+    assert found.mean == pytest.approx(0.3)
+    assert found.low == pytest.approx(0.21, abs=0.02)  # 0.3 -+ 1.96 sqrt(0.3 * 0.7 / 100)
+    assert found.high == pytest.approx(0.39, abs=0.02)
+    assert found.p == pytest.approx(1 / 2001)
+    same = paired(a, a)
+    assert (same.mean, same.low, same.high, same.p) == (0, 0, 0, 1)
+
+
+def test_paired_test_is_the_exact_sign_test_of_few_changes():
+    """5 changes, all for the better: 2 of 32 sign patterns are as extreme."""
+    found = paired([1.0] * 5 + [0.0] * 20, [0.0] * 25)
+    assert found.p == pytest.approx(2 / 32, abs=0.015)
+
+
+def test_paired_intervals_hold_what_they_promise():
+    """Of 200 draws from two equal methods, about 5 % are told apart."""
+    rng = random.Random(1)
+    draws = ([[float(rng.random() < 0.6) for _ in range(80)] for _ in "ab"] for _ in range(200))
+    wrong = sum(not (d.low <= 0 <= d.high) for d in (paired(a, b) for a, b in draws))
+    assert 2 <= wrong <= 22
+
+
+def test_holm_has_the_textbook_values():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([]) == []
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+# --------------------------------------------------------------------------------------------------------------- rows
+
+N = 100
+
+
+def scores(accuracy: float, start: int = 0) -> list[float]:
+    """Right answers to ``accuracy`` of the samples, from sample ``start`` on."""
+    right = {(start + i) % N for i in range(round(N * accuracy))}
+    return [float(i in right) for i in range(N)]
+
+
+def row(method: str, accuracy: float | None, keep: float | None = 0.25, tokens: float = 4.0, **more: object) -> Row:
+    start = int(more.pop("start", 0))
     made = Row(method, str(more.pop("label", method)), keep, **more)
     if accuracy is not None:
-        made.n, made.correct = 100, round(100 * accuracy)
-        made.accuracy, made.interval = accuracy, wilson(made.correct, 100)
+        made.scores, made.n, made.correct = scores(accuracy, start), N, round(N * accuracy)
+        made.accuracy, made.interval = accuracy, wilson(made.correct, N)
         made.relative_accuracy = made.loyalty = accuracy
         made.tasks = {"colour": accuracy, "count": None}
-        made.tokens_per_layer, made.tokens_mean, made.tokens_last = [9.0, 4.0], 6.5, 4.0
-        made.seconds_per_sample = 0.01
+        made.tokens_per_layer, made.tokens_mean, made.tokens_last = [tokens, 4.0], tokens, 4.0
+        made.kept_requested = 4.0 if method != "unpruned" else None
+        made.seconds_per_sample, made.speedup = 0.01, 1.5
     return made
 
 
 @pytest.fixture
 def board() -> Leaderboard:
     rows = [
-        row("unpruned", 0.9, None),
-        row("no-image", 0.3, None, baseline=True),
+        row("unpruned", 0.9, None, 16.0),
+        row("no-image", 0.3, None, 16.0, baseline=True),
         *(row("random", a, seed=s, baseline=True) for s, a in enumerate((0.5, 0.6, 0.7))),
         row("weak", 0.4),
         row("strong", 0.8),
-        row("grid", 0.85, baseline=True),
+        row("near", 0.79, guided=True),
+        row("late", 0.85, tokens=10.0),
+        row("grid", 0.83, baseline=True),
+        row("downsample", 0.3, baseline=True),
         row("broken", None, status=Status.FAILED, reason="kept 7 of 16"),
         row("blind", None, status=Status.NOT_APPLICABLE, reason="no class token"),
-        row("odd", 0.75, adaptive=True),
+        row("odd", 0.75, adaptive=True, start=40),
         row("strong", 0.7, 4),
         row("odd", 0.7, 1),
     ]
-    return Leaderboard(rows, {"model": "m", "suite": "s", "batch_size": 8, "chance": 0.25}, TASKS)
+    compare(rows)
+    facts = {"model": "m", "suite": "s", "batch_size": 8, "chance": 0.25, "limit": N, "hardware": "abacus"}
+    return Leaderboard(rows, facts, TASKS)
 
 
-def text(board: Leaderboard, width: int = 120) -> str:
+def text(board: Leaderboard, width: int = 130) -> str:
     console = Console(width=width, no_color=True)
     with console.capture() as captured:
         console.print(board)
     return captured.get()
 
 
+def of(board: Leaderboard, method: str) -> Row:
+    return next(row for row in board.rows if row.method == method)
+
+
 def test_sections_are_budgets_and_lines_are_ranked(board):
     titles = [section.title for section in board.sections]
     assert titles == ["all visual tokens", "keep 0.25", "keep 4 tokens", "keep 1 token"]
     names = [line.name for line in board.sections[1].lines]
-    assert names == ["grid", "strong", "odd", "random ×3", "weak", "blind", "broken"]
-
-
-def test_best_is_the_best_method_that_is_no_baseline(board):
-    best = [[line.name for line in section.lines if section.is_best(line)] for section in board.sections]
-    assert best == [[], ["strong"], ["strong"], ["odd"]]
+    assert names == [
+        "late", "grid", "strong", "near†", "odd", "random ×3", "weak", "downsample", "blind", "broken",
+    ]  # fmt: skip
 
 
 def test_random_is_one_line_with_its_deviation_over_seeds(board):
@@ -105,30 +164,87 @@ def test_random_is_one_line_with_its_deviation_over_seeds(board):
     assert line.task("count") is None
 
 
-def test_table_shows_both_token_counts_the_interval_and_every_reason(board):
+def test_methods_are_compared_with_random_choice_on_the_same_samples(board):
+    assert of(board, "strong").versus_random.mean == pytest.approx(0.2)
+    assert of(board, "weak").versus_random.mean == pytest.approx(-0.2)
+    assert of(board, "random").versus_random is None
+
+
+def test_a_method_that_sees_more_tokens_is_compared_with_random_choice_that_does(board):
+    """10 tokens lie half-way between random choice of 4 (60 %) and all 16 (90 %)."""
+    assert of(board, "late").versus_random.mean == pytest.approx(0.85 - 0.75)
+
+
+def test_no_method_is_compared_with_random_choice_of_more_tokens():
+    rows = [row("unpruned", 0.9, None, 16.0), row("random", 0.5, seed=0), row("few", 0.7, tokens=2.0)]
+    compare(rows)
+    assert rows[-1].versus_random is None
+
+
+def test_hard_samples_are_those_that_the_small_picture_gets_wrong(board):
+    strong = of(board, "strong")
+    assert strong.hard_n == 70
+    assert strong.hard == pytest.approx((80 - 30) / 70)
+    assert of(board, "downsample").hard is None  # it would be 0 by definition
+
+
+def test_best_are_those_that_the_samples_cannot_tell_from_the_best(board):
+    """Late sees more tokens, grid is a baseline, weak is worse on the same samples."""
+    assert {row.method for row in board.rows if row.leads} == {"strong", "near", "odd"}
+    assert "none is marked" not in text(board)
+
+
+def test_nobody_is_best_if_the_samples_tell_nobody_apart():
+    rows = [row("unpruned", 0.9, None, 16.0), row("random", 0.1, seed=0), row("a", 0.8), row("b", 0.79)]
+    compare(rows)
+    assert not any(row.leads for row in rows)
+    assert "100 samples do not tell the methods of any budget apart" in " ".join(
+        text(Leaderboard(rows, {"limit": N})).split()
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+
+
+def test_table_shows_what_was_measured_and_every_reason(board):
     shown = text(board)
     assert "80.0 [71, 87]" in shown
-    (strong, *_) = [line.split() for line in shown.splitlines() if line.strip().startswith("strong")]
-    assert strong[4:] == ["80", "80", "6.5", "4", "0.01", "80", "-"]
-    assert "~6.5" in shown
+    (strong, *_) = [line.split() for line in shown.splitlines() if line.strip().startswith("▸ strong")]
+    assert strong[2:] == ["80.0", "[71,", "87]", "+20.0*", "80", "71", "80", "4", "4", "10.0", "1.50×", "80"]
+    assert "~4" in shown
     assert "FAILED: broken, keep 0.25: kept 7 of 16" in shown
     assert "n/a: blind, keep 0.25: no class token" in shown
 
 
-@pytest.mark.parametrize("width", [80, 120])
-def test_table_fits_its_console_and_leaves_out_tasks_first(board, width):
+@pytest.mark.parametrize("width", [62, 80, 150])
+def test_table_fits_its_console_and_gives_tasks_a_table_of_their_own(board, width):
     wide = Leaderboard(board.rows, board.environment, (*TASKS, "localisation", "transcription"))
     shown = text(wide, width)
     assert max(map(len, shown.splitlines())) <= width
-    assert ("transcription" in shown) == (width == 120)
-    assert "s/sample" in shown
+    assert "transcription" in shown
+    assert ("accuracy by task" in shown) == (width < 150)
+    assert ("loyal" in shown) == (width == 150)
+
+
+def test_notes_explain_only_what_there_is():
+    alone = Leaderboard([row("unpruned", 0.9, None), row("some", 0.8)], {"limit": N})
+    shown = text(alone)
+    for absent in ("±", "†", "~", "·", "▸", "vs random", "hard", "KV", "Guessing", "JSON"):
+        assert absent not in shown
+    assert "rel.: % of the unpruned accuracy." in shown
+
+
+def test_piped_output_has_the_width_that_columns_says(board, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "70")
+    board.print()
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 70
 
 
 def test_markdown_has_one_column_for_every_head(board):
     lines = [line for line in board.markdown().splitlines() if line.startswith("|")]
-    assert {line.count("|") for line in lines} == {1 + 7 + len(TASKS)}
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
     assert "| **strong** | **80.0 [71, 87]** |" in board.markdown()
-    assert "| *grid* | 85.0" in board.markdown()
+    assert "| *grid* | 83.0" in board.markdown()
 
 
 def test_failures_are_what_went_wrong_not_what_a_model_cannot_do(board):
@@ -139,11 +255,127 @@ def test_json_can_be_read_back(board, tmp_path):
     board.write_json(tmp_path / "rows.json")
     read = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))
     assert [r["method"] for r in read["rows"]] == [r.method for r in board.rows]
-    assert read["rows"][8]["status"] == "failed"
-    assert read["rows"][9]["accuracy"] is None
+    by_name = {r["method"]: r for r in read["rows"]}
+    assert by_name["broken"]["status"] == "failed"
+    assert by_name["blind"]["accuracy"] is None
+    assert by_name["late"]["versus_random"]["mean"] == pytest.approx(0.1)
     assert "answers" not in read["rows"][0]
 
 
 def test_long_labels_are_cut_in_tables_only():
     long = row("then", 0.5, None, label="then(" + "x" * 60 + ")")
     assert len(Leaderboard([long], {}).sections[0].lines[0].name) == 32
+
+
+@pytest.mark.parametrize(
+    ("keep", "shown"), [(0.25, "0.25"), (1.0, "1.0"), (1 / 9, "1/9"), (0.1111, "0.1111"), (0.123456789, "0.1235")]
+)
+def test_budgets_read_well(keep, shown):
+    assert value_text(keep) == shown
+
+
+# ---------------------------------------------------------------------------------------------------------------- page
+
+
+def test_pareto_front_is_what_no_other_beats():
+    assert pareto([(3, 0.9), (1, 0.5), (2, 0.4), (2, 0.7), (4, 0.9)]) == [1, 3, 0]
+    assert pareto([]) == []
+
+
+class Checker(html.parser.HTMLParser):
+    """Collects tags, and checks that they are closed in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "input"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_page_is_whole_and_needs_nothing_else(board):
+    made = page([board])
+    checked = Checker(made)
+    assert checked.open == []
+    assert "$" not in re.sub(r"\$\{|`[^`]*`", "", made), "a placeholder was left"
+    for _, attributes in checked.tags:
+        assert not {"src", "href", "onclick"} & attributes.keys()
+    assert not re.search(r"https?:|@import|url\(", made)
+    assert sum(tag == "svg" for tag, _ in checked.tags) == 2
+    points = [attributes for tag, attributes in checked.tags if tag == "g"]
+    assert len(points) == 2 * len([x for s in board.sections for x in s.lines if x.measured and x.name != "no-image"])
+
+
+def test_page_shows_rows_for_every_filter(board):
+    other = Leaderboard(board.rows, board.environment | {"model": "n"}, TASKS)
+    made = page([board, other])
+    tags = Checker(made).tags
+    assert [a["data-model"] for tag, a in tags if tag == "section"] == ["m", "n"]
+    assert [a["value"] for tag, a in tags if tag == "option"] == ["", "m", "n"]
+    budgets = {a["value"] for tag, a in tags if a.get("name") == "keep"}
+    assert budgets == {a["data-keep"] for _, a in tags if "data-keep" in a}
+    assert '<article class="card"><h3>grid</h3>' in made
+
+
+def test_page_escapes_everything(board):
+    evil = "<script>alert(1)</script>\"'&"
+    rows = [*board.rows, row("evil", 0.5, label=evil), row("worse", None, status=Status.FAILED, reason=evil)]
+    made = page([Leaderboard(rows, board.environment | {"model": evil, "suite": evil}, (*TASKS, evil))])
+    assert "alert(1)</script>" not in made
+    assert sum(tag == "script" for tag, _ in Checker(made).tags) == 1
+
+
+def test_page_of_nothing_measured_is_still_a_page():
+    made = page([Leaderboard([row("broken", None, status=Status.FAILED, reason="why")], {"model": "m", "suite": "s"})])
+    assert Checker(made).open == []
+    assert "Nothing to show yet." in made
+
+
+# ------------------------------------------------------------------------------------------------------------- command
+
+
+@pytest.fixture
+def results(tmp_path):
+    from foveate.eval_suites.store import Store
+    from tests.eval_suites.test_store import FACTS, TASKS, answer, rows
+
+    path = tmp_path / "results.db"
+    with Store(path) as store:
+        for model in ("m", "n"):
+            for number in store.open_runs(store.open_bench(FACTS | {"model": model}, TASKS), rows()):
+                store.add(number, [answer(n) for n in range(3)])
+    return path
+
+
+def test_command_shows_writes_and_filters(results, tmp_path, capsys):
+    assert main(["leaderboard", str(results)]) == 0
+    assert "n on s" in capsys.readouterr().out
+    assert main(["leaderboard", str(results), "--model", "m", "--keep", "1/4"]) == 0
+    out = capsys.readouterr().out
+    assert "m on s" in out
+    assert "fastv(k=2)" in out
+    assert "n on s" not in out
+    assert main(["leaderboard", str(results), "--keep", "0.5", "--markdown", "-"]) == 0
+    assert "fastv" not in capsys.readouterr().out
+    assert main(["leaderboard", str(results), "--html", str(tmp_path / "board.html")]) == 0
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'board.html'}\n"
+    assert Checker((tmp_path / "board.html").read_text(encoding="utf-8")).open == []
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [(["--model", "mm"], "no results of model 'mm'"), (["--keep", "two"], "keep='two' is no number")],
+)
+def test_command_says_what_is_wrong(results, capsys, more, said):
+    assert main(["leaderboard", str(results), *more]) == 2
+    assert said in capsys.readouterr().err

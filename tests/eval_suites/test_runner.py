@@ -22,7 +22,7 @@ from foveate.cli import main
 from foveate.errors import BudgetError, FoveateError, MissingSignalError, ParameterError, UnknownNameError
 from foveate.eval_suites import models, suites
 from foveate.eval_suites.leaderboard import Leaderboard
-from foveate.eval_suites.meter import GREY, BudgetMismatch, check_image
+from foveate.eval_suites.meter import GREY, BudgetMismatch, Meter, check_image
 from foveate.eval_suites.rows import Row, Status
 from foveate.eval_suites.runner import BASELINES, bench, parse_keep, parse_methods
 from foveate.pruners import PRUNERS, Downsample, FastV, Hook, Layout, ModelInfo, Pruner, Random, Selection, Stage
@@ -92,7 +92,7 @@ def test_every_row_tells_all_there_is_to_tell(board):
         if row.method not in ("unpruned", "no-image"):
             assert row.parameters.get(PRUNERS[row.method].budget_parameter) == row.keep
             assert row.positions
-            assert row.kept_requested <= {0.25: 4, 5: 5, None: 16}[row.keep]
+            assert row.kept_requested <= {0.25: 4, 5: 5, None: TOKENS}[row.keep]
 
 
 def test_accuracy_by_task_adds_up(board, loaded):
@@ -218,7 +218,7 @@ def test_more_tokens_than_there_are_is_said_once(loaded):
 
 
 def test_budgets_are_read_as_fractions_or_numbers_of_tokens():
-    assert parse_keep("0.5, 64,1e-1,1,1.0") == [0.5, 64, 0.1, 1, 1.0]
+    assert parse_keep("0.5, 64,1e-1,1,1.0,1/9") == [0.5, 64, 0.1, 1, 1.0, 1 / 9]
     assert [type(k) for k in parse_keep("1,1.0")] == [int, float]
 
 
@@ -428,7 +428,7 @@ def test_command_writes_json_markdown_and_a_table(checkpoint, tmp_path, capsys):
     assert (environment["suite"], environment["limit"], environment["positions"]) == ("shapes", 3, "auto")
     assert environment["suite_seed"] == suites.find("shapes").seed
     assert len(environment["weights_sha256"]) == 64
-    assert "| **fastv** |" in markdown_path.read_text(encoding="utf-8")
+    assert "| fastv† |" in markdown_path.read_text(encoding="utf-8")
 
 
 def test_markdown_can_be_printed_instead_of_the_table(checkpoint, capsys):
@@ -443,6 +443,28 @@ def test_exit_code_tells_failures_from_what_a_model_cannot_do(checkpoint, toy, c
     assert said in capsys.readouterr().out
 
 
+def test_what_a_method_cannot_do_on_this_model_is_refused_before_the_run(checkpoint, capsys):
+    assert command(checkpoint, "--pruners", "fastv(k=99)") == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert "fastv(k=99) on LlavaForConditionalGeneration: k=99: the decoder has 4 layers" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_warnings_are_one_line_without_code(checkpoint, capsys):
+    assert command(checkpoint, "--keep", "100") == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "foveate: warning: keep=100 exceeds the 16 visual tokens of an image; all are kept"
+
+
+def test_an_interrupt_is_one_line(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Meter, "_answer", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert command(checkpoint, "--out", str(tmp_path / "r.db")) == 130
+    out, err = capsys.readouterr()
+    assert not out
+    assert err == f"foveate: stopped; what is done is in {tmp_path / 'r.db'}; the same command goes on\n"
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
@@ -451,6 +473,7 @@ def test_exit_code_tells_failures_from_what_a_model_cannot_do(checkpoint, toy, c
         (["--pruners", "fopru(strateg='row')"], "fopru has no parameter 'strateg'; did you mean 'strategy'?"),
         (["--pruners", "fastv(k=0)"], "k=0: attention can be read after layer 0"),
         (["--pruners", "fastv(k='two')"], "cannot be built"),
+        (["--keep", "1/0"], "keep='1/0' is no number"),
         (["--pruners", "fastv(2)"], "method 'fastv(2)' cannot be read"),
         (["--keep", "0"], "keep=0 tokens leaves no visual token"),
         (["--keep", "0.0"], "keep=0.0 is no fraction in (0, 1]"),
@@ -479,7 +502,7 @@ def test_bad_input_is_one_line_before_anything_runs(checkpoint, monkeypatch, cap
     assert len(err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("option", ["--json", "--markdown"])
+@pytest.mark.parametrize("option", ["--out", "--html", "--json", "--markdown"])
 def test_output_that_cannot_be_written_is_refused_before_the_run(checkpoint, tmp_path, monkeypatch, capsys, option):
     monkeypatch.setattr(models, "_from_pretrained", lambda *args: pytest.fail("the model was loaded"))
     (tmp_path / "file").touch()
