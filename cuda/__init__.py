@@ -25,6 +25,7 @@ _HOME = {
     "run_mean": "gather",
     "similarity_energy": "merging",
     "transition_score": "transitions",
+    "warmup": "warmup",
 }
 __all__ = sorted(_HOME)
 

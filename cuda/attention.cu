@@ -11,6 +11,7 @@
 constexpr int OWN = 64;  // tokens of a block's own tile
 template <class T>
 constexpr int STREAM = sizeof(T) == 2 ? 64 : 32;  // tokens of a streamed tile
+constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 constexpr int NOWHERE = -0x7fffffff - 1;
 
 // What a launch reads: the fields of GEOMETRY in attention.py, in that order.

@@ -209,7 +209,15 @@ class _Attention:
         streamed = 32 if self.q.dtype == torch.float32 else 64
         shared = (_OWN + 2 * streamed) * (self.width * self.q.itemsize + 16)
         grid = (-(-tokens // _OWN), heads, batch)
-        launch("attention.cu", kernel + self.instance, grid, 128, (self.structure, *args), shared=shared)
+        launch(
+            "attention.cu",
+            kernel + self.instance,
+            grid,
+            128,
+            (self.structure, *args),
+            shared=shared,
+            device=self.q.device,
+        )
 
 
 def _received_kernel(

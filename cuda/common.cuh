@@ -41,13 +41,16 @@ typedef long long i64;
 typedef unsigned long long u64;
 
 constexpr unsigned ALL_LANES = 0xffffffffu;
-constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+__device__ __forceinline__ void from_float(float x, float& to) { to = x; }
+__device__ __forceinline__ void from_float(float x, __half& to) { to = __float2half(x); }
+__device__ __forceinline__ void from_float(float x, __nv_bfloat16& to) { to = __float2bfloat16(x); }
 
 __device__ __forceinline__ float warp_sum(float x) {
     for (int step = 16; step; step /= 2) x += __shfl_xor_sync(ALL_LANES, x, step);
@@ -61,4 +64,52 @@ __device__ __forceinline__ float quad_sum(float x) {
 __device__ __forceinline__ float quad_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 1));
     return fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2));
+}
+
+// 16 bytes of values, read at once. From a multiple of 16.
+template <class T>
+struct Piece {
+    static constexpr int EACH = 16 / sizeof(T);
+    __align__(16) T value[EACH];
+
+    __device__ explicit Piece(const T* from) {
+        *reinterpret_cast<uint4*>(value) = *reinterpret_cast<const uint4*>(from);
+    }
+};
+
+// Call f(i, x[i] as float) for the i < count that fall to worker `worker` of `workers`, 16 bytes at a time. x at a multiple of 16.
+template <class T, class F>
+__device__ __forceinline__ void for_each_value(const T* x, int count, int worker, int workers, F f) {
+    for (int i = worker * Piece<T>::EACH; i < count; i += workers * Piece<T>::EACH) {
+        const Piece<T> piece(x + i);
+#pragma unroll
+        for (int j = 0; j < Piece<T>::EACH; j++)
+            if (i + j < count) f(i + j, to_float(piece.value[j]));
+    }
+}
+
+// Orders floats as unsigned integers; negative zero as zero.
+__device__ __forceinline__ unsigned ordered(float x) {
+    const unsigned bits = __float_as_uint(x + 0.0f);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+// The lowest (score, index) of a block of whole warps, the lower index among equal scores; all threads get the index.
+// `best` is 128 words of shared memory, one half for odd turns: a call may still read the half of the turn before.
+__device__ __forceinline__ int block_lowest(unsigned score, int index, unsigned* best, int turn) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
+    unsigned* const scores = best + turn % 2 * 64;
+    unsigned* const indices = scores + 32;
+    auto lowest_of_warp = [&] {
+        const unsigned low = __reduce_min_sync(ALL_LANES, score);
+        index = int(__reduce_min_sync(ALL_LANES, score == low ? unsigned(index) : ~0u));
+        score = low;
+    };
+    lowest_of_warp();
+    if (lane == 0) scores[warp] = score, indices[warp] = unsigned(index);
+    __syncthreads();
+    score = lane < warps ? scores[lane] : ~0u;
+    index = lane < warps ? int(indices[lane]) : -1;
+    lowest_of_warp();
+    return index;
 }

@@ -13,6 +13,7 @@ The environment variable ``FOVEATE_KERNELS`` chooses the body, call by call:
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections.abc import Callable
@@ -42,11 +43,13 @@ def operation(
         kernel: same arguments and results as the reference, for CUDA tensors; may raise :class:`KernelUnavailable`.
         fake: same arguments; returns empty tensors of the right shape, dtype and device.
 
-    Inputs that need a gradient go straight through the reference, which torch can differentiate.
+    The reference runs in full precision: without autocast, and without TF32 on a GPU. Inputs that need a gradient go
+    straight to it, since torch can differentiate it.
     """
 
     def register(reference: Callable[..., Any]) -> Callable[..., Any]:
         name = schema.partition("(")[0]
+        reference = full_precision(reference)
 
         def run(*args: Any) -> Any:
             forced = _wanted(next(arg.device for arg in args if isinstance(arg, Tensor)))
@@ -76,6 +79,28 @@ def operation(
         return call
 
     return register
+
+
+def full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Run without autocast, and without TF32 on a GPU that is allowed to use it."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+        if device != "cuda":
+            if not torch.is_autocast_enabled(device):
+                return function(*args, **kwargs)
+            with torch.autocast(device, enabled=False):
+                return function(*args, **kwargs)
+        allowed = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = False
+        try:
+            with torch.autocast(device, enabled=False):
+                return function(*args, **kwargs)
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = allowed
+
+    return run
 
 
 def _wanted(device: torch.device) -> bool | None:

@@ -23,12 +23,19 @@ Argument: TypeAlias = "Tensor | np.generic | np.ndarray | None"
 
 FOLDER = pathlib.Path(__file__).parent
 TYPES = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
-_FREE_SHARED = 48 << 10  # bytes of shared memory that a block gets without asking
+MOST_SHARED = 96 << 10  # bytes of shared memory that a block may ask for on every supported architecture, some to spare
 _ALIGNMENT = 16  # bytes that kernels move at a time
 
 
 def launch(
-    file: str, kernel: str, grid: tuple[int, int, int], threads: int, args: tuple[Argument, ...], *, shared: int = 0
+    file: str,
+    kernel: str,
+    grid: tuple[int, int, int],
+    threads: int,
+    args: tuple[Argument, ...],
+    *,
+    device: torch.device,
+    shared: int = 0,
 ) -> None:
     """Launch ``kernel``, a name or template instance of ``file``.
 
@@ -39,7 +46,8 @@ def launch(
     """
     if 0 in grid:
         return  # CuPy would launch one block on nothing
-    device = next(arg.device for arg in args if isinstance(arg, Tensor))
+    if shared > MOST_SHARED:
+        raise KernelUnavailable(f"{kernel} would need {shared} bytes of shared memory, more than {MOST_SHARED}")
     _execute(file, kernel, grid, threads, tuple(_value(arg) for arg in args), shared, device)
 
 
@@ -90,7 +98,7 @@ def _execute(
     device: torch.device,
 ) -> None:
     with torch.cuda.device(device):
-        function = _function(file, kernel, device.index, shared)
+        function = _function(file, kernel, device.index)
         if isinstance(function, KernelUnavailable):
             raise function
         stream = _Stream(torch.cuda.current_stream(device).cuda_stream)
@@ -98,7 +106,7 @@ def _execute(
 
 
 @functools.cache
-def _function(file: str, kernel: str, device: int, shared: int) -> Any:
+def _function(file: str, kernel: str, device: int) -> Any:
     """The loaded kernel, or the reason why there is none, so that a failed compilation is not tried again."""
     if torch.cuda.is_current_stream_capturing():
         raise AttachError(
@@ -111,8 +119,7 @@ def _function(file: str, kernel: str, device: int, shared: int) -> Any:
     try:
         module = cupy.RawModule(code=source(file), options=("-std=c++17",), name_expressions=(kernel,))
         function = module.get_function(kernel)
-        if shared > _FREE_SHARED:
-            function.max_dynamic_shared_size_bytes = shared
+        function.max_dynamic_shared_size_bytes = MOST_SHARED  # permission; a launch takes what it needs
         return function.kernel
     # whatever a compiler or driver may raise: every reason is reported by dispatch, none changes results
     except Exception as error:

@@ -6,37 +6,21 @@ the groups depend on the order of scores, which coarser products change.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import elu
+
+from foveate.cuda.dispatch import KernelUnavailable, operation
+from foveate.cuda.launch import TYPES, launch, rows
+from foveate.cuda.similarity import energy, match
 
 _BLOCK_ELEMENTS = 1 << 23  # similarities held at once: 32 MiB of float32
 _TINY = 1e-12
 
 
-def _full_precision(operation: Callable[..., Any]) -> Callable[..., Any]:
-    """Run without autocast, and without TF32 on a GPU that is allowed to use it."""
-
-    @functools.wraps(operation)
-    def run(first: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not first.is_cuda:
-            return operation(first, *args, **kwargs)
-        allowed = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = False
-        try:
-            with torch.autocast("cuda", enabled=False):
-                return operation(first, *args, **kwargs)
-        finally:
-            torch.backends.cuda.matmul.allow_tf32 = allowed
-
-    return run
-
-
-@_full_precision
 def similarity_energy(metric: Tensor, margin: float, *, alpha: float = 1.0, jump: bool = False) -> Tensor:
     """PiToMe's energy: how much a token resembles all others (arXiv 2405.16148, section 3.2).
 
@@ -50,18 +34,9 @@ def similarity_energy(metric: Tensor, margin: float, *, alpha: float = 1.0, jump
     Returns:
         ``(B, N)`` float32. O(N^2 C) time; a block of rows of the N x N similarities is held at a time.
     """
-    unit = _unit(metric)
-    energy = []
-    for rows in _row_blocks(unit, unit.shape[1]):
-        excess = (rows @ unit.mT).sub_(margin)  # (B, rows, N)
-        if jump:
-            energy.append(torch.where(excess > 0, excess + margin, elu(excess, alpha)).mean(dim=-1))
-        else:
-            energy.append(elu(excess, alpha, inplace=True).mean(dim=-1))
-    return torch.cat(energy, dim=1) if len(energy) > 1 else energy[0]
+    return _energy(metric, margin, alpha, jump)
 
 
-@_full_precision
 def best_match(
     sources: Tensor, targets: Tensor, *, source_valid: Tensor | None = None, target_valid: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -75,34 +50,12 @@ def best_match(
         ``(B, S)`` float32 similarity and ``(B, S)`` int64 target, the lower of equally similar ones. O(S T C) time; a block
         of rows of the S x T similarities is held at a time.
     """
-    sources, targets = _unit(sources), _unit(targets)
-    scores, indices = [], []
-    for rows in _row_blocks(sources, targets.shape[1]):
-        similarity = rows @ targets.mT  # (B, rows, T)
-        if target_valid is not None:
-            similarity = similarity.masked_fill(~target_valid[:, None], -torch.inf)
-        index = similarity.argmax(dim=-1)  # the first of equal ones, which max() promises on no device
-        indices.append(index)
-        scores.append(similarity.gather(-1, index[..., None]).squeeze(-1))
-    score, index = torch.cat(scores, dim=1), torch.cat(indices, dim=1)
+    score, index = _match(sources, targets, target_valid)
     if source_valid is not None:
         score = score.masked_fill(~source_valid, -torch.inf)
     return score, index
 
 
-def _unit(x: Tensor) -> Tensor:
-    """Rows of length one in float32; zero rows stay zero. Cheaper than `normalize`, which divides."""
-    x = x.float()
-    return x * torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_(min=_TINY).reciprocal_()
-
-
-def _row_blocks(rows: Tensor, columns: int) -> Iterator[Tensor]:
-    """``rows (B, N, C)`` in blocks whose products with ``columns`` vectors fit into the block size."""
-    step = max(1, _BLOCK_ELEMENTS // max(1, len(rows) * columns))
-    return (rows[:, start : start + step] for start in range(0, max(1, rows.shape[1]), step))
-
-
-@_full_precision
 def merge_tokens(
     x: Tensor, keep: Tensor, source: Tensor, target: Tensor, sizes: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -121,6 +74,110 @@ def merge_tokens(
     Returns:
         ``(B, K, C)`` in the dtype of ``x``, and ``(B, K)`` float32 new sizes. Means are taken in float32.
     """
+    return _merge(x, keep, source, target, sizes)
+
+
+def merged_sizes(keep: Tensor, source: Tensor, target: Tensor, sizes: Tensor | None = None) -> Tensor:
+    """The sizes of :func:`merge_tokens` alone: ``(B, K)`` float32."""
+    if sizes is None:
+        ones = torch.ones(keep.shape, device=keep.device)
+        return ones.scatter_add(1, target, torch.ones(source.shape, device=keep.device))
+    return sizes.gather(1, keep).scatter_add(1, target, sizes.gather(1, source))
+
+
+def size_bias(sizes: Tensor) -> Tensor:
+    """What to add to the attention logits of keys that stand for ``sizes (B, N)`` patches each: ``(B, 1, 1, N)`` float32.
+
+    A key with bias ``log s`` weighs in the softmax like s equal keys.
+    """
+    return sizes.float().log()[:, None, None]
+
+
+# ------------------------------------------------------------------------------------------------------------ kernels
+
+
+def _merge_kernel(
+    x: Tensor, keep: Tensor, source: Tensor, target: Tensor, sizes: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    (batch, n, depth), kept, merged = x.shape, keep.shape[1], source.shape[1]
+    if x.dtype not in TYPES:
+        raise KernelUnavailable(f"the kernel of merge_tokens was not written for {x.dtype}")
+    x = rows(x)
+    out, after = x.new_empty(batch, kept, depth), x.new_empty(batch, kept, dtype=torch.float32)
+    lists = (keep.contiguous(), source.contiguous(), target.contiguous())
+    sizes = None if sizes is None else sizes.float().contiguous()
+    numbers = map(np.int32, (n, depth, kept, merged))
+    args = (x, np.int64(x.stride(0)), np.int64(x.stride(1)), *lists, sizes, *numbers, out, after)
+    grid = (-(-kept // 8), batch, 1)
+    launch("tokens.cu", f"merge<{TYPES[x.dtype]}>", grid, 256, args, shared=4 * merged, device=x.device)
+    return out, after
+
+
+# ---------------------------------------------------------------------------------------------------- torch references
+
+
+@operation(
+    "similarity_energy(Tensor metric, float margin, float alpha, bool jump) -> Tensor",
+    kernel=energy,
+    fake=lambda metric, *_: metric.new_empty(metric.shape[:2], dtype=torch.float32),
+)
+def _energy(metric: Tensor, margin: float, alpha: float, jump: bool) -> Tensor:
+    unit = _unit(metric)
+    energy = []
+    for block in _row_blocks(unit, unit.shape[1]):
+        excess = (block @ unit.mT).sub_(margin)  # (B, rows, N)
+        if jump:
+            energy.append(torch.where(excess > 0, excess + margin, elu(excess, alpha)).mean(dim=-1))
+        else:
+            energy.append(elu(excess, alpha, inplace=True).mean(dim=-1))
+    return torch.cat(energy, dim=1) if len(energy) > 1 else energy[0]
+
+
+def _fake_match(sources: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    shape = sources.shape[:2]
+    return sources.new_empty(shape, dtype=torch.float32), sources.new_empty(shape, dtype=torch.int64)
+
+
+@operation(
+    "best_match(Tensor sources, Tensor targets, Tensor? target_valid) -> (Tensor, Tensor)",
+    kernel=match,
+    fake=_fake_match,
+)
+def _match(sources: Tensor, targets: Tensor, target_valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    sources, targets = _unit(sources), _unit(targets)
+    scores, indices = [], []
+    for block in _row_blocks(sources, targets.shape[1]):
+        similarity = block @ targets.mT  # (B, rows, T)
+        if target_valid is not None:
+            similarity = similarity.masked_fill(~target_valid[:, None], -torch.inf)
+        index = similarity.argmax(dim=-1)  # the first of equal ones, which max() promises on no device
+        indices.append(index)
+        scores.append(similarity.gather(-1, index[..., None]).squeeze(-1))
+    return torch.cat(scores, dim=1), torch.cat(indices, dim=1)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Rows of length one in float32; zero rows stay zero. Cheaper than `normalize`, which divides."""
+    x = x.float()
+    return x * torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_(min=_TINY).reciprocal_()
+
+
+def _row_blocks(rows: Tensor, columns: int) -> Iterator[Tensor]:
+    """``rows (B, N, C)`` in blocks whose products with ``columns`` vectors fit into the block size."""
+    step = max(1, _BLOCK_ELEMENTS // max(1, len(rows) * columns))
+    return (rows[:, start : start + step] for start in range(0, max(1, rows.shape[1]), step))
+
+
+def _fake_merge(x: Tensor, keep: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return x.new_empty(*keep.shape, x.shape[-1]), x.new_empty(keep.shape, dtype=torch.float32)
+
+
+@operation(
+    "merge_tokens(Tensor x, Tensor keep, Tensor source, Tensor target, Tensor? sizes) -> (Tensor, Tensor)",
+    kernel=_merge_kernel,
+    fake=_fake_merge,
+)
+def _merge(x: Tensor, keep: Tensor, source: Tensor, target: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
     batch, n, width = x.shape
     rows, image = x.reshape(batch * n, width), torch.arange(batch, device=x.device)[:, None]
     start = image * n
@@ -140,22 +197,6 @@ def merge_tokens(
         mean = torch.where(repeated, mean.detach(), mean)
     kept.index_copy_(0, place, mean.flatten(0, 1).to(x.dtype))
     return kept.view(batch, -1, width), after
-
-
-def merged_sizes(keep: Tensor, source: Tensor, target: Tensor, sizes: Tensor | None = None) -> Tensor:
-    """The sizes of :func:`merge_tokens` alone: ``(B, K)`` float32."""
-    if sizes is None:
-        ones = torch.ones(keep.shape, device=keep.device)
-        return ones.scatter_add(1, target, torch.ones(source.shape, device=keep.device))
-    return sizes.gather(1, keep).scatter_add(1, target, sizes.gather(1, source))
-
-
-def size_bias(sizes: Tensor) -> Tensor:
-    """What to add to the attention logits of keys that stand for ``sizes (B, N)`` patches each: ``(B, 1, 1, N)`` float32.
-
-    A key with bias ``log s`` weighs in the softmax like s equal keys.
-    """
-    return sizes.float().log()[:, None, None]
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:

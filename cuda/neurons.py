@@ -3,9 +3,13 @@ a neuron is active where it is positive. Counts are exact integers, ties go to t
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from foveate.cuda.dispatch import operation
+from foveate.cuda.launch import launch
 from foveate.errors import ParameterError
 
 _BLOCK_ELEMENTS = 1 << 22  # activations looked at together
@@ -67,4 +71,22 @@ def core_neurons(counts: Tensor, beta: float) -> Tensor:
 
 def match_counts(active: Tensor, core: Tensor) -> Tensor:
     """Neurons that each token shares with a set: ``active (B, N, F)`` bool, ``core (B, F)`` bool -> ``(B, N)`` int64."""
+    return _matches(active, core)
+
+
+def _matches_kernel(active: Tensor, core: Tensor) -> Tensor:
+    active, core = (pad(x, (0, -x.shape[-1] % 16)).contiguous() for x in (active, core))
+    batch, n, width = active.shape
+    counts = torch.empty(batch, n, dtype=torch.int64, device=active.device)
+    args = (active, core, np.int32(n), np.int32(width), counts)
+    launch("tokens.cu", "matches", (-(-n // 8), batch, 1), 256, args, device=active.device)
+    return counts
+
+
+@operation(
+    "match_counts(Tensor active, Tensor core) -> Tensor",
+    kernel=_matches_kernel,
+    fake=lambda active, core: active.new_empty(active.shape[:2], dtype=torch.int64),
+)
+def _matches(active: Tensor, core: Tensor) -> Tensor:
     return (active & core[:, None]).sum(dim=-1)

@@ -1,15 +1,32 @@
-"""Greedy subset selection. Inputs may have any float dtype; arithmetic is float32, ties go to the lower index."""
+"""Greedy subset selection. Inputs may have any float dtype; arithmetic is float32, ties go to the lower index.
+
+Every pick depends on those before it, so what counts is the time of one pick. On CUDA the kernels of ``greedy.cu`` make all
+picks of an image in one launch, from similarities that tensor cores computed before. Similarities are never rounded below
+float32, but their last bits depend on the device, and a pick between two tokens that are equal but for these may too.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+
+from foveate.cuda.dispatch import KernelUnavailable, operation
+from foveate.cuda.launch import TYPES, launch, rows
+from foveate.cuda.similarity import gram, inverse_norms
+from foveate.errors import ParameterError
 
 _TINY = 1e-12
 _ROUND_OFF = (
     1e-5  # of a determinantal gain, relative to the token's own kernel entry, after hundreds of float32 updates
 )
+_GRAM_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 27}  # similarities held at once: 128 and 512 MiB of float32
+_BLOCK_ELEMENTS = 1 << 22  # the same where they are only looked through
+_OBJECTIVES = ("max_min", "max_sum")
+
+# -------------------------------------------------------------------------------------------------- public functions
 
 
 def diverse_subset(features: Tensor, k: int, start: Tensor | None = None, *, objective: str = "max_min") -> Tensor:
@@ -23,25 +40,16 @@ def diverse_subset(features: Tensor, k: int, start: Tensor | None = None, *, obj
             ``"max_sum"`` the one with the smallest summed similarity to all picks.
 
     Returns:
-        ``(B, k)`` int64 in order of selection, without repetition. O(N^2 D) once, then O(N) per pick.
+        ``(B, k)`` int64 in order of selection, without repetition. O(N^2 D) once, then O(N) per pick; memory O(N D) and 128
+        MiB of similarities (CUDA: 512), beyond which they are computed pick by pick, O(N D) each.
+
+    Raises:
+        ParameterError: ``k`` or ``objective``.
     """
-    x = normalize(features.float(), dim=-1, eps=_TINY)
-    gram = x @ x.mT
-    rows = torch.arange(len(x), device=x.device)
-    if start is None:
-        itself = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
-        start = gram.masked_fill(itself, -torch.inf).amax(dim=1).argmin(dim=1)
-    picks = [start]
-    score = gram[rows, start].clone()
-    score[rows, start] = torch.inf
-    for _ in range(k - 1):
-        pick = score.argmin(dim=1)
-        picks.append(pick)
-        similarity = gram[rows, pick]
-        # a picked token's score is inf, and stays inf under both updates
-        score = score + similarity if objective == "max_sum" else torch.maximum(score, similarity)
-        score[rows, pick] = torch.inf
-    return torch.stack(picks, dim=1)
+    _check_k(k, features)
+    if objective not in _OBJECTIVES:
+        raise ParameterError(f"objective={objective!r} is not one of {', '.join(map(repr, _OBJECTIVES))}")
+    return _diverse(features, k, start, objective == "max_sum")
 
 
 def conditional_dpp(features: Tensor, relevance: Tensor, k: int) -> Tensor:
@@ -53,27 +61,193 @@ def conditional_dpp(features: Tensor, relevance: Tensor, k: int) -> Tensor:
             lowest free indices follow.
 
     Returns:
-        ``(B, k)`` int64 in order of selection, without repetition. O(N^2 D + k^2 N).
+        ``(B, k)`` int64 in order of selection, without repetition. O(N^2 D + k^2 N); memory O(N (D + k)) and 128 MiB of
+        similarities (CUDA: 512), beyond which they are computed pick by pick.
+
+    Raises:
+        ParameterError: ``k``.
     """
-    x = normalize(features.float(), dim=-1, eps=_TINY)
-    relevance = relevance.float()
-    kernel = relevance[:, :, None] * (x @ x.mT) * relevance[:, None]
+    _check_k(k, features)
+    return _dpp(features, relevance, k)
+
+
+def _check_k(k: int, features: Tensor) -> None:
+    if not 1 <= k <= features.shape[1]:
+        raise ParameterError(f"k={k} tokens cannot be picked from {features.shape[1]}; use 1 to {features.shape[1]}")
+
+
+def _images_at_once(features: Tensor) -> int:
+    """Images whose similarities are held together; 0 if not even one's are."""
+    return _GRAM_ELEMENTS.get(features.device.type, 1 << 25) // features.shape[1] ** 2
+
+
+# ------------------------------------------------------------------------------------------------------------ kernels
+
+_FILE = "greedy.cu"
+_STEP_ROWS = 64  # tokens of a block of diverse_step
+
+
+def _diverse_kernel(features: Tensor, k: int, start: Tensor | None, max_sum: bool) -> Tensor:
+    features = rows(features)
+    batch, n, _ = features.shape
+    start = None if start is None else start.long().contiguous()
+    picks = torch.empty(batch, k, dtype=torch.int64, device=features.device)
+    at_once = _images_at_once(features)
+    if not at_once:
+        return _diverse_in_steps(features, start, max_sum, picks)
+    for first in range(0, batch, at_once):
+        part = slice(first, first + at_once)
+        x = features[part]
+        cosines, nearest = gram(x, inverse_norms(x))
+        args = (cosines, nearest, np.int32(nearest.shape[1]), None if start is None else start[part])
+        sizes = (np.int32(n), np.int32(k), np.int32(max_sum), picks[part])
+        launch(_FILE, "diverse", (len(x), 1, 1), 1024, (*args, *sizes), shared=4 * n, device=x.device)
+    return picks
+
+
+def _diverse_in_steps(x: Tensor, start: Tensor | None, max_sum: bool, picks: Tensor) -> Tensor:
+    """One launch per pick: for so many tokens that their similarities are not to be held."""
+    (batch, n, depth), k = x.shape, picks.shape[1]
+    inverse = inverse_norms(x)
+    if start is None:
+        start = gram(x, inverse, write=False)[1].amax(dim=1).argmin(dim=1)
+    picks[:, 0] = start
+    blocks = -(-n // _STEP_ROWS)
+    score = x.new_empty(batch, n, dtype=torch.float32)
+    lows = torch.empty(2, batch, blocks, dtype=torch.int64, device=x.device)
+    geometry = (x, np.int64(x.stride(0)), np.int64(x.stride(1)), inverse, np.int32(n), np.int32(depth), np.int32(k))
+    for step in range(k):
+        args = (*geometry, np.int32(step), np.int32(max_sum), score, lows, picks)
+        launch(
+            _FILE, f"diverse_step<{TYPES[x.dtype]}>", (blocks, batch, 1), 256, args, shared=4 * depth, device=x.device
+        )
+    return picks
+
+
+def _dpp_kernel(features: Tensor, relevance: Tensor, k: int) -> Tensor:
+    features, relevance = rows(features), relevance.float().contiguous()
+    batch, n, _ = features.shape
+    at_once = _images_at_once(features)
+    if not at_once:
+        raise KernelUnavailable(f"the kernel of conditional_dpp reads a Gram matrix, too large for {n} tokens")
+    picks = torch.empty(batch, k, dtype=torch.int64, device=features.device)
+    for first in range(0, batch, at_once):
+        part = slice(first, first + at_once)
+        x, r = features[part], relevance[part]
+        inverse = inverse_norms(x)
+        cosines, _ = gram(x, inverse)
+        diagonal = r.square() * (inverse < 1 / _TINY)
+        factors = cosines.new_empty(len(x), k, n)
+        args = (cosines, r, diagonal, np.float32(_ROUND_OFF), np.int32(n), np.int32(k), factors, picks[part])
+        launch(_FILE, "conditional_dpp", (len(x), 1, 1), 1024, args, shared=5 * n + 4 * k, device=x.device)
+    return picks
+
+
+# ---------------------------------------------------------------------------------------------------- torch references
+
+
+def _indices(features: Tensor, k: int) -> Tensor:
+    return features.new_empty(len(features), k, dtype=torch.int64)
+
+
+@operation(
+    "diverse_subset(Tensor features, int k, Tensor? start, bool max_sum) -> Tensor",
+    kernel=_diverse_kernel,
+    fake=lambda features, k, start, max_sum: _indices(features, k),
+)
+def _diverse(features: Tensor, k: int, start: Tensor | None, max_sum: bool) -> Tensor:
+    picks = [
+        _diverse_group(similarities, k, None if start is None else start[part], max_sum)
+        for part, similarities in _similarities(features)
+    ]
+    return torch.cat(picks)
+
+
+def _diverse_group(similarities: _Similarities, k: int, start: Tensor | None, max_sum: bool) -> Tensor:
+    if start is None:
+        start = similarities.with_nearest().argmin(dim=1)
+    picks = [start]
+    score = similarities.of(start).clone()
+    batch = torch.arange(len(score), device=score.device)
+    score[batch, start] = torch.inf
+    for _ in range(k - 1):
+        pick = score.argmin(dim=1)
+        picks.append(pick)
+        similarity = similarities.of(pick)
+        # a picked token's score is inf, and stays inf under both updates
+        score = score + similarity if max_sum else torch.maximum(score, similarity)
+        score[batch, pick] = torch.inf
+    return torch.stack(picks, dim=1)
+
+
+@operation(
+    "conditional_dpp(Tensor features, Tensor relevance, int k) -> Tensor",
+    kernel=_dpp_kernel,
+    fake=lambda features, relevance, k: _indices(features, k),
+)
+def _dpp(features: Tensor, relevance: Tensor, k: int) -> Tensor:
+    return torch.cat([_dpp_group(group, relevance[part].float(), k) for part, group in _similarities(features)])
+
+
+def _dpp_group(similarities: _Similarities, relevance: Tensor, k: int) -> Tensor:
     batch, n = relevance.shape
-    rows = torch.arange(batch, device=x.device)
+    items = torch.arange(batch, device=relevance.device)
     # the diagonal free of round-off, which would break the ties of equally relevant tokens
-    gain = relevance.square() * x.any(dim=-1)  # (B, N)
+    gain = relevance.square() * similarities.unit.any(dim=-1)  # (B, N)
     noise = _ROUND_OFF * gain
     taken = torch.zeros_like(gain, dtype=torch.bool)
-    factors = kernel.new_zeros(batch, k, n)
+    factors = gain.new_zeros(batch, k, n)
     picks = []
     for step in range(k):
         pick = gain.where(gain > noise, 0.0).masked_fill(taken, -torch.inf).argmax(dim=1)
         picks.append(pick)
-        taken[rows, pick] = True
-        left, adds = gain[rows, pick], (gain > noise)[rows, pick]
-        projected = (factors[rows, :step, pick][:, None] @ factors[:, :step]).squeeze(1) if step else 0.0
-        factor = (kernel[rows, pick] - projected) / left.where(adds, 1.0).sqrt()[:, None]
+        taken[items, pick] = True
+        left, adds = gain[items, pick], (gain > noise)[items, pick]
+        projected = (factors[items, :step, pick][:, None] @ factors[:, :step]).squeeze(1) if step else 0.0
+        kernel = relevance[items, pick][:, None] * similarities.of(pick) * relevance
+        factor = (kernel - projected) / left.where(adds, 1.0).sqrt()[:, None]
         factor = factor.where(adds[:, None], 0.0)
         factors[:, step] = factor
         gain = gain - factor.square()
     return torch.stack(picks, dim=1)
+
+
+class _Similarities:
+    """Cosines of all pairs of tokens of some images: all at once where they are few, else row by row."""
+
+    def __init__(self, unit: Tensor, whole: bool) -> None:
+        self.unit = unit  # (B, N, D)
+        self.gram = unit @ unit.mT if whole else None
+        self.items = torch.arange(len(unit), device=unit.device)
+
+    def of(self, token: Tensor) -> Tensor:
+        """Of one token of every image ``(B,)`` with all others: ``(B, N)``."""
+        if self.gram is not None:
+            return self.gram[self.items, token]
+        return (self.unit @ self.unit[self.items, token][..., None]).squeeze(-1)
+
+    def with_nearest(self) -> Tensor:
+        """Of every token with the other token nearest to it: ``(B, N)``."""
+        n = self.unit.shape[1]
+        step = n if self.gram is not None else max(1, _BLOCK_ELEMENTS // (len(self.unit) * n))
+        nearest = []
+        for start in range(0, n, step):
+            block = self.gram.clone() if self.gram is not None else self.unit[:, start : start + step] @ self.unit.mT
+            block.diagonal(start, dim1=-2, dim2=-1).fill_(-torch.inf)  # the token itself
+            nearest.append(block.amax(dim=-1))
+        return torch.cat(nearest, dim=1)
+
+
+def _similarities(features: Tensor) -> Iterator[tuple[slice, _Similarities]]:
+    """Groups of images as large as memory allows."""
+    at_once = _images_at_once(features)
+    for first in range(0, len(features), max(1, at_once)):
+        part = slice(first, first + max(1, at_once))
+        yield part, _Similarities(_unit(features[part]), whole=at_once > 0)
+
+
+def _unit(features: Tensor) -> Tensor:
+    """Rows of length 1 in float32; zero rows stay zero."""
+    x = features.float()
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=_TINY)
+    return x / norm if x.dtype == features.dtype else x.div_(norm)  # a conversion's copy is ours

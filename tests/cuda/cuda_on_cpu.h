@@ -58,6 +58,7 @@ To cuda_on_cpu_cast(From from) {
     return to;
 }
 inline float __int_as_float(int x) { return cuda_on_cpu_cast<float>(x); }
+inline int __float_as_int(float x) { return cuda_on_cpu_cast<int>(x); }
 inline float __uint_as_float(unsigned x) { return cuda_on_cpu_cast<float>(x); }
 inline unsigned __float_as_uint(float x) { return cuda_on_cpu_cast<unsigned>(x); }
 typedef short cuda_on_cpu_shorts __attribute__((vector_size(16)));

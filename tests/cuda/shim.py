@@ -24,7 +24,7 @@ MISSING = (
     if platform.machine() not in ("x86_64", "AMD64")
     else None
 )
-FLAGS = ("-std=c++17", "-O2", "-march=native", "-ffp-contract=off", "-shared", "-fPIC", "-w")
+FLAGS = ("-std=c++17", "-O2", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC", "-w")
 
 
 @functools.cache

@@ -11,6 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
+import foveate.cuda
 from foveate.cuda import dispatch, launch, received_attention
 from foveate.errors import ParameterError
 
@@ -80,7 +81,7 @@ def test_without_cupy_or_driver_there_is_no_kernel(installed, monkeypatch):
         monkeypatch.setitem(sys.modules, "cupy", None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     launch._function.cache_clear()
-    reason = launch._function("attention.cu", "row_lse<float, 64, false>", 0, 0)
+    reason = launch._function("attention.cu", "row_lse<float, 64, false>", 0)
     launch._function.cache_clear()
     assert isinstance(reason, dispatch.KernelUnavailable)
     assert ("does not load" if installed else "CuPy is not installed") in str(reason)
@@ -89,7 +90,7 @@ def test_without_cupy_or_driver_there_is_no_kernel(installed, monkeypatch):
 def test_arguments_of_kernels_have_a_width():
     x = torch.zeros(3)
     with pytest.raises(TypeError, match=r"give its width, as in np.int32\(3\)"):
-        launch.launch("attention.cu", "row_lse", (1, 1, 1), 32, (x, 3))
+        launch.launch("attention.cu", "row_lse", (1, 1, 1), 32, (x, 3), device=x.device)
     assert launch._value(None) == 0
     assert launch._value(x) == x.data_ptr()
     assert launch._value(np.float32(0.5)).nbytes == 4
@@ -97,7 +98,7 @@ def test_arguments_of_kernels_have_a_width():
 
 def test_an_empty_grid_launches_nothing(monkeypatch):
     monkeypatch.setattr(launch, "_execute", None)
-    launch.launch("attention.cu", "row_lse", (1, 0, 1), 32, (torch.zeros(0),))
+    launch.launch("attention.cu", "row_lse", (1, 0, 1), 32, (), device=torch.device("cpu"))
 
 
 def test_rows_copies_only_what_kernels_cannot_read():
@@ -114,8 +115,37 @@ def test_rows_copies_only_what_kernels_cannot_read():
 # ------------------------------------------------------------------------------------------------------- torch.compile
 
 
-def test_operators_are_registered_as_torch_wants_them(pair):
-    opcheck(torch.ops.foveate.received_attention.default, (*pair, 0.5, 1, True, 0, None, None))
+def operators() -> dict[str, tuple[object, ...]]:
+    """Every operator with arguments it can run on."""
+    torch.manual_seed(0)
+    q, k, x = torch.randn(1, 2, 9, 8), torch.randn(1, 1, 9, 8), torch.randn(1, 9, 8)
+    keep, source, target = torch.tensor([[0, 2, 3, 5, 6, 8]]), torch.tensor([[1, 4, 7]]), torch.tensor([[0, 0, 5]])
+    return {
+        "received_attention": (q, k, 0.5, 1, True, 0, None, None),
+        "given_attention": (q, k, 0.5, 1),
+        "rows_to_columns_attention": (q[:, :, :3], k, 0.5, torch.tensor([[2, 5, 8]]), None, None),
+        "diverse_subset": (x, 4, None, False),
+        "conditional_dpp": (x, torch.rand(1, 9), 4),
+        "similarity_energy": (x, 0.5, 1.0, False),
+        "best_match": (x[:, :4], x[:, 4:], None),
+        "merge_tokens": (x, keep, source, target, None),
+        "transition_score": (x, x.flip(1), False),
+        "match_counts": (x > 0, x[:, 0] > 0),
+    }
+
+
+def test_every_operator_is_listed():
+    for name in foveate.cuda.__all__:
+        getattr(foveate.cuda, name)  # loads it
+    assert set(operators()) == {
+        name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("foveate::")
+    }
+
+
+@pytest.mark.parametrize("name", operators())
+def test_operators_are_registered_as_torch_wants_them(name):
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
+    opcheck(getattr(torch.ops.foveate, name).default, operators()[name], test_utils=checks)
 
 
 def test_compiled_functions_hold_the_operator(pair):

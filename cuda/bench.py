@@ -1,0 +1,438 @@
+"""Time every operation against its plain torch forms and against what the hardware allows.
+
+    python -m foveate.cuda.bench                  # on the GPU if there is one
+    python -m foveate.cuda.bench --device cpu     # the torch references, at small sizes
+
+For each operation and size: this package's form, the plain form that holds whole similarity or attention maps ("eager"),
+the same through torch.compile, and the floor: the most of bytes / bandwidth, products / rate, exponentials / rate, with the
+rates measured on the device at the start. Times are medians; on CUDA every run starts with a cold L2 cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, normalize
+
+from foveate import cuda
+
+HEADS, HEAD_DIM, WIDTH, NEURONS = 16, 64, 1024, 11008
+SIZES = {"cuda": tuple((b, n) for n in (576, 2880, 16384) for b in (1, 8, 32)), "cpu": ((1, 576),)}
+KEEP = 0.1  # share of tokens that greedy selection picks
+MARGIN = 0.5
+ROWS = 32  # instruction tokens that look at the image
+
+
+@dataclass(frozen=True)
+class Work:
+    """What no implementation can do without: bytes moved, multiply-adds counted twice, exponentials."""
+
+    bytes: float
+    flops: float = 0.0
+    exps: float = 0.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation: ``make(B, N, dtype, device)`` gives the arguments of all forms.
+
+    ``held(B, N)``: bytes that the plain form holds at once. ``plain`` is None for loops over picks, which torch runs as they
+    stand in the reference; those are not compiled either.
+    """
+
+    name: str
+    make: Callable[[int, int, torch.dtype, str], tuple[Any, ...]]
+    ours: Callable[..., Any]
+    plain: Callable[..., Any] | None
+    work: Callable[[int, int, int], Work]
+    held: Callable[[int, int], float] = lambda b, n: 0.0
+
+
+def heads(b: int, n: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+    q, k = torch.randn(2, b, n, HEADS, HEAD_DIM, dtype=dtype, device=device).transpose(2, 3)
+    return q, k
+
+
+def heads_and_lse(b: int, n: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    q, k = heads(b, n, dtype, device)
+    step = max(1, (1 << 26) // (b * HEADS * n))
+    parts = [(q[:, :, s : s + step].float() @ k.float().mT * HEAD_DIM**-0.5).logsumexp(-1) for s in range(0, n, step)]
+    return q, k, torch.cat(parts, dim=-1)
+
+
+def tokens(b: int, n: int, dtype: torch.dtype, device: str) -> tuple[Tensor]:
+    return (torch.randn(b, n, WIDTH, dtype=dtype, device=device),)
+
+
+def merging(b: int, n: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    order = torch.rand(b, n, device=device).argsort(dim=1)
+    merged = n // 2
+    target = torch.randint(0, n - merged, (b, merged), device=device)
+    return (*tokens(b, n, dtype, device), order[:, merged:], order[:, :merged], target)
+
+
+def plain_map(q: Tensor, k: Tensor, lse: Tensor | None = None) -> Tensor:
+    return (q @ k.mT * HEAD_DIM**-0.5).softmax(dim=-1, dtype=torch.float32)
+
+
+def plain_energy(x: Tensor) -> Tensor:
+    unit = normalize(x.float(), dim=-1)
+    excess = unit @ unit.mT - MARGIN
+    return torch.where(excess > 0, excess, excess.exp() - 1.0).mean(dim=-1)
+
+
+def plain_match(x: Tensor) -> Tensor:
+    unit = normalize(x.float(), dim=-1)
+    return (unit[:, ::2] @ unit[:, 1::2].mT).max(dim=-1).indices
+
+
+def plain_merge(x: Tensor, keep: Tensor, source: Tensor, target: Tensor) -> Tensor:
+    wide = [index[..., None].expand(-1, -1, x.shape[-1]) for index in (keep, source, target)]
+    total = x.float().gather(1, wide[0]).scatter_add(1, wide[2], x.float().gather(1, wide[1]))
+    count = torch.ones(keep.shape, device=x.device).scatter_add(1, target, torch.ones(source.shape, device=x.device))
+    return (total / count[..., None]).to(x.dtype)
+
+
+def plain_transition(before: Tensor, after: Tensor) -> Tensor:
+    before, after = before.float(), after.float()
+    return after.norm(dim=-1) / before.norm(dim=-1) * (1.0 - cosine_similarity(before, after, dim=-1)).exp()
+
+
+def picks(n: int) -> int:
+    return max(1, int(KEEP * n))
+
+
+def _last_rows(b: int, n: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    q, k = heads(b, n, dtype, device)
+    rows = min(ROWS, n)
+    return q[:, :, -rows:], k, torch.arange(n - rows, n, device=device).expand(b, rows)
+
+
+def _causal_rows(q: Tensor, k: Tensor, positions: Tensor) -> Tensor:
+    hidden = torch.arange(k.shape[2], device=k.device) > positions[:, None, :, None]
+    scores = (q @ k.mT * HEAD_DIM**-0.5).masked_fill(hidden, -torch.inf)
+    return scores.softmax(dim=-1, dtype=torch.float32).mean(dim=(1, 2))
+
+
+def _map_bytes(b: int, n: int) -> float:
+    return 10.0 * b * HEADS * n * n  # scores and probabilities, half and single precision
+
+
+def _gram_bytes(b: int, n: int) -> float:
+    return 8.0 * b * n * n
+
+
+CASES = (
+    Case(
+        "received_attention",
+        heads,
+        cuda.received_attention,
+        lambda q, k: plain_map(q, k).mean(dim=(1, 2)),
+        lambda b, n, e: Work(2 * b * HEADS * n * HEAD_DIM * e, 4 * b * HEADS * n * n * HEAD_DIM, 2 * b * HEADS * n * n),
+        _map_bytes,
+    ),
+    Case(
+        "received_attention, log_sum_exp given",
+        heads_and_lse,
+        lambda q, k, lse: cuda.received_attention(q, k, log_sum_exp=lse),
+        lambda q, k, lse: plain_map(q, k).mean(dim=(1, 2)),
+        lambda b, n, e: Work(2 * b * HEADS * n * HEAD_DIM * e, 2 * b * HEADS * n * n * HEAD_DIM, b * HEADS * n * n),
+        _map_bytes,
+    ),
+    Case(
+        "given_attention",
+        heads,
+        lambda q, k: cuda.given_attention(q, k, first=1),
+        lambda q, k: plain_map(q[:, :, 1:], k)[..., 1:].mean(dim=(1, 3)),
+        lambda b, n, e: Work(2 * b * HEADS * n * HEAD_DIM * e, 2 * b * HEADS * n * n * HEAD_DIM, b * HEADS * n * n),
+        _map_bytes,
+    ),
+    Case(
+        "class_attention",
+        heads,
+        cuda.class_attention,
+        lambda q, k: plain_map(q[:, :, :1], k).mean(dim=(1, 2)),
+        lambda b, n, e: Work(b * HEADS * n * HEAD_DIM * e),
+    ),
+    Case(
+        "rows_to_columns_attention",
+        _last_rows,
+        lambda q, k, positions: cuda.rows_to_columns_attention(q, k, row_positions=positions),
+        _causal_rows,
+        lambda b, n, e: Work(b * HEADS * n * HEAD_DIM * e, 4 * b * HEADS * min(ROWS, n) * n * HEAD_DIM),
+    ),
+    Case(
+        "diverse_subset",
+        tokens,
+        lambda x: cuda.diverse_subset(x, picks(x.shape[1])),
+        None,
+        lambda b, n, e: Work(b * n * WIDTH * e + 4 * b * n * (n + picks(n)), b * n * n * WIDTH),
+    ),
+    Case(
+        "conditional_dpp",
+        lambda b, n, dtype, device: (*tokens(b, n, dtype, device), torch.rand(b, n, device=device)),
+        lambda x, r: cuda.conditional_dpp(x, r, picks(x.shape[1])),
+        None,
+        lambda b, n, e: Work(b * n * WIDTH * e + 2 * b * n * picks(n) ** 2, b * n * n * WIDTH),
+    ),
+    Case(
+        "similarity_energy",
+        tokens,
+        lambda x: cuda.similarity_energy(x, MARGIN),
+        plain_energy,
+        lambda b, n, e: Work(b * n * WIDTH * e, b * n * n * WIDTH),
+        _gram_bytes,
+    ),
+    Case(
+        "best_match",
+        tokens,
+        lambda x: cuda.best_match(x[:, ::2], x[:, 1::2])[1],
+        plain_match,
+        lambda b, n, e: Work(b * n * WIDTH * e, b * n * n * WIDTH / 2),
+        lambda b, n: _gram_bytes(b, n) / 4,
+    ),
+    Case(
+        "merge_tokens",
+        merging,
+        lambda *args: cuda.merge_tokens(*args)[0],
+        plain_merge,
+        lambda b, n, e: Work(1.5 * b * n * WIDTH * e),
+        lambda b, n: 12.0 * b * n * WIDTH,
+    ),
+    Case(
+        "transition_score",
+        lambda *how: (*tokens(*how), *tokens(*how)),
+        lambda before, after: cuda.transition_score(before, after)[0],
+        plain_transition,
+        lambda b, n, e: Work(2 * b * n * WIDTH * e),
+        lambda b, n: 16.0 * b * n * WIDTH,
+    ),
+    Case(
+        "match_counts",
+        lambda b, n, dtype, device: (
+            torch.rand(b, n, NEURONS, device=device) < 0.3,
+            torch.rand(b, NEURONS, device=device) < 0.3,
+        ),
+        cuda.match_counts,
+        lambda active, core: (active & core[:, None]).sum(dim=-1),
+        lambda b, n, e: Work(b * n * NEURONS),
+        lambda b, n: 5.0 * b * n * NEURONS,
+    ),
+)
+
+
+class Clock:
+    """Median time of a call in milliseconds. On CUDA by events, behind a write that clears the L2 cache."""
+
+    def __init__(self, device: str, repeats: int) -> None:
+        self.device, self.repeats = device, repeats
+        if device == "cuda":
+            l2 = torch.cuda.get_device_properties(0).L2_cache_size
+            self.flush = torch.empty(2 * l2, dtype=torch.uint8, device=device)
+
+    def __call__(self, call: Callable[[], Any]) -> float:
+        start = time.perf_counter()
+        for _ in range(2):  # compiles, allocates
+            call()
+        self._wait()
+        repeats = self.repeats if time.perf_counter() - start < 10.0 else 2
+        return statistics.median(self._once(call) for _ in range(repeats))
+
+    def _wait(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def _once(self, call: Callable[[], Any]) -> float:
+        if self.device != "cuda":
+            start = time.perf_counter()
+            call()
+            return 1e3 * (time.perf_counter() - start)
+        self.flush.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+
+def rates(clock: Clock, dtype: torch.dtype) -> dict[str, float]:
+    """Bytes, flops and exponentials per second that plain torch reaches on this device."""
+    large = clock.device == "cuda"
+    source = torch.ones(1 << (28 if large else 24), device=clock.device)
+    target = torch.empty_like(source)
+    side = 8192 if large else 1024
+    a = torch.ones(side, side, dtype=dtype, device=clock.device)
+    copied, multiplied = clock(lambda: target.copy_(source)), clock(lambda: a @ a)
+    found = {"bytes": 2e3 * source.nbytes / copied, "flops": 2e3 * side**3 / multiplied}
+    if large:  # 16 per clock and multiprocessor, all architectures; the clock that the device may run at
+        properties = torch.cuda.get_device_properties(0)
+        found["exps"] = 16e3 * properties.multi_processor_count * properties.clock_rate
+    else:
+        small = source[: 1 << 20]  # stays in cache
+        found["exps"] = 1e3 * small.numel() / clock(lambda: torch.exp(small, out=target[: 1 << 20]))
+    return found
+
+
+def measure(
+    case: Case, b: int, n: int, dtype: torch.dtype, clock: Clock, rate: dict[str, float], compiled: bool
+) -> dict:
+    args = case.make(b, n, dtype, clock.device)
+    work = case.work(b, n, dtype.itemsize)
+    needs = asdict(work)
+    row: dict[str, Any] = {"operation": case.name, "B": b, "N": n, "dtype": str(dtype).removeprefix("torch.")}
+    row["ours_ms"] = clock(lambda: case.ours(*args))
+    row["floor_ms"] = 1e3 * max(needs[kind] / rate[kind] for kind in needs)
+    row["floor_by"] = max(needs, key=lambda kind: needs[kind] / rate[kind])
+    row["floor_share"] = row["floor_ms"] / row["ours_ms"]
+    row["GB/s"], row["TFLOP/s"] = 1e-6 * work.bytes / row["ours_ms"], 1e-9 * work.flops / row["ours_ms"]
+    expected = case.ours(*args)
+    forms: dict[str, Callable[..., Any]] = {}
+    if case.plain is None:
+        forms["eager"] = lambda *args: _reference(case.ours, *args)
+    elif case.held(b, n) < 0.5 * _free_bytes(clock.device):
+        forms["eager"] = case.plain
+        if compiled:
+            torch._dynamo.reset()
+            forms["compile"] = torch.compile(case.plain)
+    for form, call in forms.items():
+        row[f"{form}_ms"] = clock(lambda call=call: call(*args))
+        row[f"{form}_ratio"] = row[f"{form}_ms"] / row["ours_ms"]
+    if "eager" in forms:
+        row["agreement"] = _agreement(expected, forms["eager"](*args))
+    return row
+
+
+def _reference(call: Callable[..., Any], *args: Any) -> Any:
+    """The torch reference, whatever FOVEATE_KERNELS says otherwise."""
+    before = os.environ.get("FOVEATE_KERNELS")
+    os.environ["FOVEATE_KERNELS"] = "torch"
+    try:
+        return call(*args)
+    finally:
+        if before is None:
+            del os.environ["FOVEATE_KERNELS"]
+        else:
+            os.environ["FOVEATE_KERNELS"] = before
+
+
+def _agreement(ours: Tensor, plain: Tensor) -> float:
+    """Share of equal entries of indices and counts; of floats 1 - relative error of the worst entry."""
+    if not ours.is_floating_point():
+        return (ours == plain).double().mean().item()
+    ours, plain = ours.double(), plain.double()
+    return 1.0 - ((ours - plain).abs().max() / plain.abs().max()).item()
+
+
+def _free_bytes(device: str) -> float:
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def environment(device: str) -> dict[str, Any]:
+    installed = {}
+    for name in ("foveate", "torch", "cupy-cuda13x", "cupy-cuda12x"):
+        try:
+            installed[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "measured": "CuPy kernels"
+        if device == "cuda"
+        else "torch references; no kernel ran, nothing here holds for a GPU",
+        "kernels": os.environ.get("FOVEATE_KERNELS", "auto"),
+        "versions": installed,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def show(title: str, rows: Iterable[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    columns = {
+        "operation": "operation",
+        "B": "B",
+        "N": "N",
+        "ours_ms": "ours, ms",
+        "eager_ms": "eager, ms",
+        "compile_ms": "compile, ms",
+        "eager_ratio": "eager / ours",
+        "compile_ratio": "compile / ours",
+        "floor_ms": "floor, ms",
+        "floor_share": "floor / ours",
+        "GB/s": "GB/s",
+        "TFLOP/s": "TFLOP/s",
+        "agreement": "agreement",
+    }
+    for title in columns.values():
+        table.add_column(title, justify="left" if title == "operation" else "right")
+    for row in rows:
+        values = (row.get(key) for key in columns)
+        table.add_row(*("-" if v is None else f"{v:.3g}" if isinstance(v, float) else str(v) for v in values))
+    Console(width=170).print(table)
+
+
+def size(text: str) -> tuple[int, int]:
+    batch, _, count = text.partition("x")
+    return int(batch), int(count)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m foveate.cuda.bench", description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--sizes", nargs="+", type=size, metavar="BxN", help="images x tokens, as 8x2880")
+    parser.add_argument("--operations", nargs="+", metavar="NAME", help="only those whose name starts so")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="bfloat16; on a CPU float32")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--output", type=pathlib.Path, help="where to write the JSON")
+    chosen = parser.parse_args(argv)
+    device = chosen.device
+    dtype = getattr(torch, chosen.dtype or ("float32" if device == "cpu" else "bfloat16"))
+    cases = [c for c in CASES if not chosen.operations or c.name.startswith(tuple(chosen.operations))]
+    if not cases:
+        parser.error(
+            f"no operation is called {' or '.join(chosen.operations)}; there are: {', '.join(c.name for c in CASES)}"
+        )
+    clock = Clock(device, chosen.repeats)
+    with torch.inference_mode():
+        torch.manual_seed(0)
+        rate = rates(clock, dtype)
+        rows = [
+            measure(case, b, n, dtype, clock, rate, not chosen.no_compile)
+            for case in cases
+            for b, n in chosen.sizes or SIZES[device]
+        ]
+    facts = environment(device)
+    show(f"{facts['device']}: {facts['measured']}", rows)
+    print(
+        "; ".join(f"{1e-12 * value:.3g} T{kind}/s" for kind, value in rate.items() if math.isfinite(value)),
+        "reached by plain torch",
+    )
+    if chosen.output:
+        result = {"environment": facts, "rates_per_second": rate, "results": rows}
+        chosen.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

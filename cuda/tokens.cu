@@ -1,0 +1,100 @@
+// What is done to every token by itself, in one pass over its values.
+//
+// Layout   rows of tokens contiguous, at multiples of 16 bytes; results contiguous.
+// Launch   grid (ceil(tokens / 8), B), 256 threads: a warp per token, 16 bytes per lane and step.
+// Shared   merge: the targets of all sources, r ints.
+// Floor    bytes: transition 2 D, matches F (bool), merge (N + K) D elements per token, at memory speed.
+#include "common.cuh"
+
+// transition_score: size and exp(1 - cos) of the step from `before` to what `after` adds. magnitude = |after| / |before| * turn.
+template <class T>
+__global__ void __launch_bounds__(256)
+    transition(const T* before, const T* after, i64 before_row, i64 after_row, int rows, int depth, int absolute,
+               float* magnitude, float* turn) {
+    const int r = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (r >= rows) return;
+    const T *const x = before + r * before_row, *const y = after + r * after_row;
+    float xx = 0.0f, xy = 0.0f, yy = 0.0f;
+    for (int i = lane * Piece<T>::EACH; i < depth; i += 32 * Piece<T>::EACH) {
+        const Piece<T> from_x(x + i), from_y(y + i);
+#pragma unroll
+        for (int j = 0; j < Piece<T>::EACH; j++) {
+            if (i + j >= depth) break;
+            const float a = to_float(from_x.value[j]), b = to_float(from_y.value[j]);
+            xx = fmaf(a, a, xx), xy = fmaf(a, b, xy), yy = fmaf(b, b, yy);
+        }
+    }
+    const float length = sqrtf(warp_sum(yy)), from = fmaxf(sqrtf(warp_sum(xx)), 1e-8f);
+    const float cosine = warp_sum(xy) / (from * fmaxf(length, 1e-8f));
+    if (lane) return;
+    const float e = expf(1.0f - (absolute ? fabsf(cosine) : cosine));
+    magnitude[r] = length / from * e, turn[r] = e;
+}
+
+// match_counts: active (B, N, F) and core (B, F) of bytes 0 and 1, F a multiple of 16.
+__global__ void __launch_bounds__(256)
+    matches(const unsigned char* active, const unsigned char* core, int rows, int width, i64* counts) {
+    const int r = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (r >= rows) return;
+    const uint4* const mine = reinterpret_cast<const uint4*>(active + (i64(blockIdx.y) * rows + r) * width);
+    const uint4* const theirs = reinterpret_cast<const uint4*>(core + i64(blockIdx.y) * width);
+    int shared = 0;
+    for (int i = lane; i < width / 16; i += 32) {
+        const uint4 a = mine[i], b = theirs[i];
+        shared += __popc(a.x & b.x) + __popc(a.y & b.y) + __popc(a.z & b.z) + __popc(a.w & b.w);
+    }
+    shared = __reduce_add_sync(ALL_LANES, shared);
+    if (lane == 0) counts[i64(blockIdx.y) * rows + r] = shared;
+}
+
+// merge_tokens: every kept row looks for the sources that merge into it, so that no sum depends on the order of arrival.
+// keep (B, K) rows of x, source (B, r) rows of x, target (B, r) places in keep, sizes (B, N) or null, after (B, K).
+template <class T>
+__global__ void __launch_bounds__(256, 4)
+    merge(const T* x, i64 batch, i64 row, const i64* keep, const i64* source, const i64* target, const float* sizes, int n,
+          int depth, int kept, int merged, T* out, float* after) {
+    constexpr int EACH = Piece<T>::EACH;
+    DYNAMIC_SHARED(shared);
+    int* const targets = reinterpret_cast<int*>(shared);
+    const i64 item = blockIdx.y;
+    x += item * batch, source += item * merged;
+    for (int i = threadIdx.x; i < merged; i += blockDim.x) targets[i] = int(target[item * merged + i]);
+    __syncthreads();
+    const int r = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (r >= kept) return;
+    auto size = [&](i64 token) { return sizes ? sizes[item * n + token] : 1.0f; };
+    auto for_each_source = [&](auto f) {  // all lanes together, in the order of `source`
+        for (int from = 0; from < merged; from += 32) {
+            unsigned hits = __ballot_sync(ALL_LANES, from + lane < merged && targets[from + lane] == r);
+            for (; hits; hits &= hits - 1) f(source[from + __ffs(hits) - 1]);
+        }
+    };
+    const i64 own = keep[item * kept + r];
+    float total = size(own);
+    bool alone = true;
+    for_each_source([&](i64 token) { total += size(token), alone = false; });
+    if (lane == 0) after[item * kept + r] = total;
+    out += (item * kept + r) * depth;
+    for (int start = 0; start < depth; start += 32 * EACH) {
+        const int c = start + lane * EACH;
+        const bool inside = c < depth;
+        Piece<T> mean(x + own * row + (inside ? c : 0));
+        if (!alone) {
+            float sum[EACH];
+#pragma unroll
+            for (int j = 0; j < EACH; j++) sum[j] = size(own) * to_float(mean.value[j]);
+            for_each_source([&](i64 token) {
+                const Piece<T> other(x + token * row + (inside ? c : 0));
+                const float weight = size(token);
+#pragma unroll
+                for (int j = 0; j < EACH; j++) sum[j] = fmaf(weight, to_float(other.value[j]), sum[j]);
+            });
+#pragma unroll
+            for (int j = 0; j < EACH; j++) from_float(sum[j] / total, mean.value[j]);
+        }
+        if (inside && depth % EACH == 0)
+            *reinterpret_cast<uint4*>(out + c) = *reinterpret_cast<const uint4*>(mean.value);
+        else
+            for (int j = 0; j < EACH && c + j < depth; j++) out[c + j] = mean.value[j];
+    }
+}

@@ -1,0 +1,103 @@
+"""Kernels that reduce pairs of tokens or treat every token by itself, against the torch references.
+
+The references have tests of their own, in test_merging.py, test_transitions.py and test_neurons.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from foveate.cuda import best_match, match_counts, merge_tokens, similarity_energy, transition_score
+
+TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+SHAPES = pytest.mark.parametrize(
+    ("n", "d", "dtype"), [(1, 8, "float32"), (33, 100, "bfloat16"), (197, 40, "float16"), (300, 67, "float32")]
+)
+Both = Callable[..., tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]
+
+
+@pytest.fixture
+def both(kernels_on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> Both:
+    """Results of the kernel and of the reference."""
+
+    def run(operation: Callable[..., Tensor | tuple[Tensor, ...]], *args: object, **options: object):
+        results = []
+        for mode in ("cupy", "torch"):
+            monkeypatch.setenv("FOVEATE_KERNELS", mode)
+            result = operation(*args, **options)
+            results.append(result if isinstance(result, tuple) else (result,))
+        return results
+
+    return run
+
+
+def tokens(n: int, d: int, dtype: str) -> Tensor:
+    """Two images whose tokens resemble each other, one of them zero."""
+    torch.manual_seed(n + d)
+    x = torch.randn(2, n, d) + 2 * torch.randn(2, 1, d)
+    x[1, n // 2] = 0.0
+    return x.to(TYPES[dtype])
+
+
+@SHAPES
+@pytest.mark.parametrize("jump", [False, True])
+def test_energy(n, d, dtype, jump, both):
+    (kernel,), (reference,) = both(similarity_energy, tokens(n, d, dtype), 0.45, alpha=0.7, jump=jump)
+    torch.testing.assert_close(kernel, reference, rtol=1e-5, atol=1e-6)
+
+
+@SHAPES
+def test_best_match(n, d, dtype, both):
+    sources, targets = tokens(n, d, dtype), tokens(n, d + 1, dtype)[:, : n // 2 + 1, 1:]
+    targets[:, 0] = targets[:, -1]  # equal targets: the lower index counts
+    kernel, reference = both(best_match, sources, targets)
+    torch.testing.assert_close(kernel[0], reference[0], rtol=1e-5, atol=1e-6)
+    assert torch.equal(kernel[1], reference[1])
+
+
+def test_best_match_of_valid_tokens(both):
+    sources, targets = tokens(70, 40, "float32"), tokens(140, 40, "float32")
+    target_valid = torch.rand(2, 140) < 0.3
+    target_valid[1] = False  # nothing to match
+    options = {"source_valid": torch.rand(2, 70) < 0.5, "target_valid": target_valid}
+    kernel, reference = both(best_match, sources, targets, **options)
+    torch.testing.assert_close(kernel[0], reference[0], rtol=1e-5, atol=1e-6)
+    assert torch.equal(kernel[1], reference[1])
+
+
+@SHAPES
+@pytest.mark.parametrize("sized", [False, True])
+def test_merge(n, d, dtype, sized, both):
+    x = tokens(n, d, dtype)
+    merged = n // 3
+    order = torch.stack([torch.randperm(n) for _ in range(2)])
+    source, keep = order[:, :merged], order[:, merged:]
+    target = torch.randint(0, (n - merged + 1) // 2, (2, merged))  # crowded: several sources in one target
+    sizes = torch.randint(1, 5, (2, n)).float() if sized else None
+    kernel, reference = both(merge_tokens, x, keep, source, target, sizes)
+    assert kernel[0].dtype == x.dtype
+    torch.testing.assert_close(
+        kernel[0], reference[0], rtol={"bfloat16": 1e-2, "float16": 2e-3}.get(dtype, 1e-5), atol=1e-6
+    )
+    assert torch.equal(kernel[1], reference[1])
+    alone = torch.ones(2, n - merged, dtype=torch.bool).scatter(1, target, False)
+    assert torch.equal(kernel[0][alone], x.gather(1, keep[..., None].expand(-1, -1, d))[alone])
+
+
+@SHAPES
+@pytest.mark.parametrize("direction", ["signed", "abs"])
+def test_transition(n, d, dtype, direction, both):
+    for before, after in ((tokens(n, d, dtype), 0.3 * tokens(n, d + 2, dtype)[..., 2:]), (tokens(n, d, dtype)[0],) * 2):
+        for kernel, reference in zip(*both(transition_score, before, after, direction=direction)):
+            torch.testing.assert_close(kernel, reference, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("n", "width"), [(1, 1), (33, 100), (9, 1024)])
+def test_match_counts(n, width, both):
+    torch.manual_seed(n)
+    (kernel,), (reference,) = both(match_counts, torch.rand(2, n, width) < 0.5, torch.rand(2, width) < 0.4)
+    assert torch.equal(kernel, reference)
