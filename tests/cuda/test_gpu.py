@@ -1,0 +1,110 @@
+"""On a GPU: kernels as CuPy loads them, against the references on the CPU; streams, graphs, bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from foveate import cuda
+from tests.cuda.test_attention import MASKS, TYPES, attention, log_sum_exp, options
+from tests.cuda.test_tokens import tokens
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+CALLS: dict[str, Callable[[str], Any]] = {
+    "received": lambda t: (cuda.received_attention, attention(577, 64, TYPES[t], shared=2)),
+    "received, log_sum_exp given": lambda t: (
+        lambda q, k, lse: cuda.received_attention(q, k, log_sum_exp=lse),
+        (*attention(577, 64, TYPES[t]), log_sum_exp(*attention(577, 64, TYPES[t]))),
+    ),
+    "given": lambda t: (lambda q, k: cuda.given_attention(q, k, first=1), attention(577, 72, TYPES[t])),
+    "class": lambda t: (cuda.class_attention, attention(577, 128, TYPES[t])),
+    "diverse": lambda t: (lambda x: cuda.diverse_subset(x, 60), (tokens(577, 1024, t),)),
+    "dpp": lambda t: (
+        lambda x: cuda.conditional_dpp(x, torch.ones(x.shape[:2], device=x.device), 60),
+        (tokens(577, 1024, t),),
+    ),
+    "energy": lambda t: (lambda x: cuda.similarity_energy(x, 0.5), (tokens(577, 1024, t),)),
+    "match": lambda t: (lambda x: cuda.best_match(x[:, ::2], x[:, 1::2])[0], (tokens(577, 1024, t),)),
+    "transition": lambda t: (lambda x: cuda.transition_score(x, x.flip(1))[0], (tokens(577, 1024, t),)),
+    **{
+        f"received, {name}": lambda t, name=name: (
+            lambda q, k: cuda.received_attention(
+                q, k, **{key: v.to(q.device) if isinstance(v, Tensor) else v for key, v in options(name, 577).items()}
+            ),
+            attention(577, 64, TYPES[t]),
+        )
+        for name in MASKS
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def forced(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """No test may pass on the reference."""
+    monkeypatch.setenv("FOVEATE_KERNELS", "cupy")
+    return monkeypatch
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("name", CALLS)
+def test_kernels_equal_the_references(name, dtype, forced):
+    call, args = CALLS[name](dtype)
+    on_gpu = [arg.cuda() for arg in args]
+    got = call(*on_gpu)
+    assert torch.equal(got, call(*on_gpu))  # the same bits again
+    forced.setenv("FOVEATE_KERNELS", "torch")
+    expected = call(*args)
+    if got.is_floating_point():
+        torch.testing.assert_close(got.cpu(), expected, rtol=2e-5, atol=1e-6)
+    else:
+        assert torch.equal(got.cpu(), expected)
+
+
+def test_kernels_run_on_the_current_stream():
+    x = torch.zeros(1, 2880, 1024, device="cuda")
+    fresh = torch.randn_like(x)
+    expected = cuda.similarity_energy(fresh, 0.5)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        x.copy_(fresh)
+        got = cuda.similarity_energy(x, 0.5)  # on another stream it would see zeros
+    torch.cuda.current_stream().wait_stream(stream)
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("name", ["received", "diverse", "dpp", "energy", "transition"])
+def test_a_captured_graph_repeats_the_kernels(name):
+    call, args = CALLS[name]("bfloat16")
+    still = [arg.cuda() for arg in args]
+    call(*still)  # loads
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call(*still)
+    for arg in still:
+        arg.copy_(arg.flip(-2))
+    graph.replay()
+    assert torch.equal(captured, call(*still))
+
+
+def test_warmup_loads_what_a_capture_needs():
+    cuda.warmup(dtypes=[torch.float16], head_dims=[96])
+    q, k = (x.cuda() for x in attention(65, 96, torch.float16))
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        cuda.received_attention(q, k)
+
+
+def test_many_tokens_are_picked_without_a_gram_matrix(forced):
+    x = torch.randn(1, 12000, 64, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    got = cuda.diverse_subset(x, 50)
+    assert torch.cuda.max_memory_allocated() - before < 64 << 20
+    forced.setenv("FOVEATE_KERNELS", "torch")
+    assert torch.equal(got, cuda.diverse_subset(x, 50))
