@@ -10,13 +10,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import gradio as gr
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from foveate.adapters.trace import ImageTrace
-from foveate.demo import views
+from foveate.demo import board, views
 from foveate.demo.engine import MAX_QUESTION, Answer, Engine
 from foveate.demo.examples import EXAMPLES
 from foveate.demo.export import snippet
@@ -113,11 +114,18 @@ def readable() -> Iterator[None]:
 
 
 class App:
-    """What the events do; ``blocks`` is the page."""
+    """What the events do; ``blocks`` is the page, ``results`` the file behind the leaderboard."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, engine: Engine, results: str | None = None) -> None:
+        self.engine, self.results = engine, results
         self.known = {_key(example.picture()): example.name for example in EXAMPLES}
+        self._folder = TemporaryDirectory(
+            prefix="foveate-examples-"
+        )  # written once, since all users are served the same files
+        self.files = []
+        for number, example in enumerate(EXAMPLES):
+            self.files.append(f"{self._folder.name}/{number}.png")
+            example.picture().save(self.files[-1])
         self.first = _FIRST if _FIRST in engine.methods else engine.methods[0]
         example = EXAMPLES[0]
         engine.unpruned(example.picture(), "warm up")
@@ -174,10 +182,12 @@ class App:
         """Tell about a method; without a budget of its own the slider rests."""
         return views.about(name), gr.Slider(interactive=self.engine.has_budget(name))
 
-    def example(self, event: gr.EventData) -> tuple[Image.Image, str]:
+    def example(self, event: gr.EventData) -> tuple[str, str]:
         """Put an example in place."""
-        chosen = EXAMPLES[event.index]
-        return chosen.picture(), chosen.question
+        number = event.index
+        if number not in range(len(EXAMPLES)):
+            raise gr.Error("There is no such example.", print_exception=False)
+        return self.files[number], EXAMPLES[number].question
 
     def compare(self, path: str | None, question: str, names: list[str], budget: float, positions: str) -> str:
         """Several methods on one picture."""
@@ -230,6 +240,8 @@ class App:
                 picture, question, positions = self._inspect_tab()
             with gr.Tab("Compare", id="compare") as tab:
                 self._compare_tab(tab, picture, question, positions)
+            with gr.Tab("Leaderboard", id="leaderboard"):
+                board.tab(self.results)
         return page
 
     def _inspect_tab(self) -> tuple[gr.Image, gr.Textbox, gr.Radio]:
@@ -239,7 +251,7 @@ class App:
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 picture = gr.Image(
-                    start.image,
+                    self.files[0],
                     label="Picture",
                     type="filepath",
                     image_mode=None,  # nothing is decoded before its size is known

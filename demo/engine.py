@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -63,12 +64,14 @@ class Engine:
         self._warm: set[str] = set()
         self._unpruned: OrderedDict[Any, Answer] = OrderedDict()
         self.methods, self.refused = [], {}
-        for name in sorted(PRUNERS):
-            try:
-                with foveate.attach(self.model, name):
-                    self.methods.append(name)
-            except FoveateError as error:
-                self.refused[name] = str(error)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # nobody has asked for any of them yet
+            for name in sorted(PRUNERS):
+                try:
+                    with foveate.attach(self.model, name):
+                        self.methods.append(name)
+                except FoveateError as error:
+                    self.refused[name] = str(error)
         if not self.methods:
             raise FoveateError(f"no method runs on {self.name}: {self.refused}")
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+from typing import TYPE_CHECKING
 
 from foveate.errors import FoveateError, ParameterError
+
+if TYPE_CHECKING:
+    from foveate.demo.app import App
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
     add("--dtype", help="float32, bfloat16 or float16 (default: float32 on a CPU, that of the checkpoint elsewhere)")
     add("--max-new-tokens", metavar="N", type=int, default=32, help="longest answer (default: 32)")
+    add("--results", metavar="PATH", help="a result file of `foveate bench --out`, for the leaderboard")
     add("--port", metavar="N", type=int, default=7860, help="where to serve (default: 7860)")
     add("--host", default="127.0.0.1", help="address to serve on (default: 127.0.0.1, this machine only)")
     add(
@@ -42,7 +47,7 @@ def main(args: argparse.Namespace) -> int:
         raise ParameterError(f"--port {args.port}: give a number from 1 to 65535")
     if args.max_new_tokens < 1:
         raise ParameterError(f"--max-new-tokens {args.max_new_tokens}: give at least 1")
-    app = create(args.model, args.device, args.dtype, args.max_new_tokens)
+    app = create(args.model, args.device, args.dtype, args.max_new_tokens, args.results)
     try:
         serve(app, host=args.host, port=args.port, share=args.share)
     except OSError as error:
@@ -52,7 +57,13 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def create(model: str = "shapes-llava", device: str | None = None, dtype: str | None = None, max_new_tokens: int = 32):
+def create(
+    model: str = "shapes-llava",
+    device: str | None = None,
+    dtype: str | None = None,
+    max_new_tokens: int = 32,
+    results: str | None = None,
+) -> App:
     """Load a model and build the app, :class:`foveate.demo.app.App`."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
     from transformers.utils import logging
@@ -63,10 +74,10 @@ def create(model: str = "shapes-llava", device: str | None = None, dtype: str | 
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    return App(Engine(models.load(model, device, dtype), max_new_tokens))
+    return App(Engine(models.load(model, device, dtype), max_new_tokens), results)
 
 
-def serve(app, host: str = "127.0.0.1", port: int | None = None, share: bool = False, block: bool = True) -> str:
+def serve(app: App, host: str = "127.0.0.1", port: int | None = None, share: bool = False, block: bool = True) -> str:
     """Start the server; returns its address (if it does not block)."""
     from foveate.demo.app import HERE, MAX_BYTES, theme
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from html import unescape
 
@@ -13,6 +14,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from gradio_client import Client, handle_file
 from PIL import Image
 
 import foveate
@@ -134,6 +136,29 @@ def test_eight_users_at_once_get_each_their_own(app):
         assert other.trace.method == wanted[user][0]
         assert len(other.trace.images[0].kept) == wanted[user][1]
         assert other.trace.images[0].kept.equal(one.trace.images[0].kept)
+
+
+def test_eight_sessions_at_once_keep_their_own_results(app, address, saved):
+    """Over the network: each session's trace is its own, asked for after all others have got theirs."""
+    wanted = [(name, keep) for keep in (20, 50) for name in ("random", "divprune", "visionzip", "fastv")]
+    together = threading.Barrier(8, timeout=120)
+
+    def visit(user: int) -> dict:
+        client = Client(address, verbose=False)
+        together.wait()
+        name, keep = wanted[user]
+        asked = [handle_file(saved), QUESTION, name, "tokens", keep, "", "keep", "kept"]
+        client.predict(*asked, api_name="/inspect")
+        together.wait()
+        told = client.predict(api_name="/as_json")
+        return json.loads(base64.b64decode(told.partition("base64,")[2]))["trace"]
+
+    with ThreadPoolExecutor(8) as pool:
+        traces = list(pool.map(visit, range(8)))
+    for (name, keep), trace in zip(wanted, traces):
+        alone = app.engine.pruned(PICTURE, QUESTION, app.engine.method(name, keep), "keep").trace
+        assert (trace["method"], trace["parameters"]["keep"]) == (name, keep)
+        assert trace["images"][0]["stages"][-1]["kept"] == alone.images[0].kept.tolist()
 
 
 @pytest.mark.parametrize(
