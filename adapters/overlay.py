@@ -174,12 +174,14 @@ def facts(trace: ImageTrace, layer: int = 0) -> Facts:
         alive = stays
     reached = trace.reached(layer)
     for stage in reached:
+        if stage.markers is not None:
+            markers[stage.markers.cpu().numpy()] = True
         if stage.owner is not None:
             speaks = stage.owner.cpu().numpy()
             owner = speaks if owner is None else np.where(owner >= 0, speaks[owner.clip(min=0)], -1)
     ranked = next((s.scores for s in reversed(reached) if s.scores is not None), trace.scores)
     scores = np.full(n, np.nan, np.float32) if ranked is None else ranked.float().cpu().numpy()
-    return Facts(kept, left, scores, owner, markers)
+    return Facts(kept, left, scores, owner, markers & kept)
 
 
 # ---------------------------------------------------------------------------------------------------------- drawing

@@ -140,6 +140,14 @@ def test_groups_of_several_mergers_are_followed_to_the_end():
     assert facts(trace, 2).owner.tolist() == [2, 2, 2, 3]
 
 
+def test_markers_are_diamonds_on_dimmed_ground():
+    trace = traced(Layout.grid(2, 2), kept([0, 3], markers=torch.tensor([3])))
+    assert facts(trace).markers.tolist() == [False, False, False, True]
+    square = cell(draw(trace, GRADIENT, width=200), trace, 3, 200)
+    assert square[len(square) // 2, len(square) // 2].tolist() == [240, 228, 66]
+    assert np.ptp(square[2, 2]) < 12
+
+
 def test_the_centre_square_is_drawn_where_the_processor_crops():
     wide = Image.new("RGB", (300, 100), "red")
     wide.paste("blue", (100, 0, 200, 100))
