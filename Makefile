@@ -19,7 +19,7 @@ demo: .venv/demo.stamp
 	$(BIN)/foveate demo $(ARGS)
 
 test: .venv/dev.stamp
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 lint: .venv/lint.stamp
 	$(BIN)/ruff check .

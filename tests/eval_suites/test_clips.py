@@ -57,12 +57,17 @@ def test_answers_follow_from_the_clip():
 def test_events_happen_one_after_the_other_inside_the_picture_and_briefly():
     for clip in drawn(300, held_out=True):
         shown = [frame for event in clip.events for frame in event.frames()]
-        assert len(shown) == len(set(shown)) and min(shown) >= 0 and max(shown) < scenes.FRAMES
+        assert len(shown) == len(set(shown))
+        assert min(shown) >= 0
+        assert max(shown) < scenes.FRAMES
         for event in clip.events:
             assert 2 <= event.length <= 3
             for frame in event.frames():
                 left, top, right, bottom = event.box(frame)
-                assert left >= 0 and top >= 0 and right <= scenes.SIZE and bottom <= scenes.SIZE
+                assert left >= 0
+                assert top >= 0
+                assert right <= scenes.SIZE
+                assert bottom <= scenes.SIZE
 
 
 def test_events_are_painted_in_their_frames_and_colours_only():
@@ -101,4 +106,6 @@ def test_answers_are_balanced():
 
 def test_score_is_exact_after_normalisation():
     sample = clips.Sample("0", "letter", None, "", "K", ())
-    assert clips.score(sample, " k.") and not clips.score(sample, "kk") and not clips.score(sample, "")
+    assert clips.score(sample, " k.")
+    assert not clips.score(sample, "kk")
+    assert not clips.score(sample, "")

@@ -61,7 +61,8 @@ def test_elements_are_apart_inside_their_windows_and_large_enough_to_hit():
         frames = (*screen.windows, *filter(None, [screen.dock]))
         for element in screen.elements:
             left, top, right, bottom = element.box
-            assert right - left >= 16 and bottom - top >= 16
+            assert right - left >= 16
+            assert bottom - top >= 16
             assert any(f[0] <= left and f[1] <= top and right <= f[2] and bottom <= f[3] for f in frames)
             covered[top:bottom, left:right] += 1
         assert covered.max() == 1
