@@ -13,6 +13,7 @@ from foveate.cuda.launch import launch
 from foveate.errors import ParameterError
 
 _BLOCK_ELEMENTS = 1 << 22  # activations looked at together
+_CPU_BLOCK_ELEMENTS = 1 << 17  # so that a block stays in the cache
 TOPK = ("mean", "per_token")
 
 
@@ -37,7 +38,7 @@ def neuron_counts(hidden: Tensor, rho: float, *, valid: Tensor | None = None, to
     batch, length, neurons = hidden.shape
     if valid is None:
         valid = hidden.new_ones(batch, length, dtype=torch.bool)
-    active = (hidden > 0).sum(dim=-1) * valid  # (B, T)
+    active = _trues(hidden > 0) * valid  # (B, T)
     if topk == "mean":
         tokens = valid.sum(dim=1, keepdim=True).clamp(min=1)
         k = (rho * active.sum(dim=1, keepdim=True).double() / tokens).long().expand(batch, length)
@@ -49,18 +50,37 @@ def neuron_counts(hidden: Tensor, rho: float, *, valid: Tensor | None = None, to
     most = (
         int(rho * neurons) if waits else int(k.max()) if k.numel() else 0
     )  # no token has more active neurons than there are
-    step = max(1, _BLOCK_ELEMENTS // max(1, batch * neurons))
+    step = max(1, (_BLOCK_ELEMENTS if waits else _CPU_BLOCK_ELEMENTS) // max(1, batch * neurons))
+    step = step if waits else min(step, 255)
     for start in range(0, length if most else 0, step):
         block, wanted = hidden[:, start : start + step], k[:, start : start + step, None]
-        strongest = block.topk(most, dim=-1).values
-        weakest = strongest.gather(-1, (wanted - 1).clamp(min=0))  # of those that count
+        if not waits:
+            block = block.detach().to(torch.promote_types(block.dtype, torch.float32))
+        weakest = _weakest(block, wanted, most)
         chosen = block >= weakest
-        if waits or bool((chosen.sum(dim=-1, keepdim=True) > wanted).any()):  # several neurons at the boundary
+        if waits or bool((_trues(chosen)[..., None] > wanted).any()):  # several neurons at the boundary, or none wanted
             above, equal = block > weakest, block == weakest
-            room = wanted - above.sum(dim=-1, keepdim=True)
-            chosen = above | (equal & (equal.cumsum(dim=-1, dtype=torch.int32) <= room))
-        counts += (chosen & (wanted > 0)).sum(dim=1)
+            room = wanted - _trues(above)[..., None]
+            chosen = (above | (equal & (equal.cumsum(dim=-1, dtype=torch.int32) <= room))) & (wanted > 0)
+        # of at most 255 tokens a byte holds the sum
+        counts += chosen.sum(dim=1) if waits else chosen.view(torch.uint8).sum(dim=1, dtype=torch.uint8)
     return counts
+
+
+def _weakest(block: Tensor, wanted: Tensor, most: int) -> Tensor:
+    """The ``wanted``-th largest activation of every token, ``(B, T, 1)``; anything where none is wanted."""
+    last = (wanted - 1).clamp(min=0)
+    if block.device.type != "cpu":
+        return block.topk(most, dim=-1).values.gather(-1, last)
+    place, values = block.shape[-1] - 1 - last.numpy(), block.numpy()  # NumPy uses vector instructions for both
+    kth = np.unique(place)
+    ordered = np.partition(values, kth[0], axis=-1) if len(kth) == 1 else np.sort(values, axis=-1)
+    return torch.from_numpy(np.take_along_axis(ordered, place, axis=-1))
+
+
+def _trues(mask: Tensor) -> Tensor:
+    """How many of the last axis are true, int64. On the CPU PyTorch would make int64 of every element first."""
+    return torch.from_numpy(np.count_nonzero(mask.numpy(), axis=-1)) if mask.device.type == "cpu" else mask.sum(dim=-1)
 
 
 def core_neurons(counts: Tensor, beta: float) -> Tensor:
@@ -89,4 +109,4 @@ def _matches_kernel(active: Tensor, core: Tensor) -> Tensor:
     fake=lambda active, core: active.new_empty(active.shape[:2], dtype=torch.int64),
 )
 def _matches(active: Tensor, core: Tensor) -> Tensor:
-    return (active & core[:, None]).sum(dim=-1)
+    return _trues(active & core[:, None])

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from foveate.errors import FoveateError
-from foveate.pruners import PRUNERS, ModelInfo, Pruner, Stage, find
+from foveate.pruners import PRUNERS, Hook, ModelInfo, Pruner, Stage, find
 
 # A method may act differently on different models, so a card shows it on two that differ in all that matters.
 EXAMPLES: dict[str, ModelInfo] = {
@@ -209,21 +209,28 @@ def _stages(method: Pruner, model: ModelInfo) -> tuple[StageCard, ...] | str:
 
 
 def _folded(stages: Iterable[Stage]) -> tuple[StageCard, ...]:
-    """A card per stage; a run of vision blocks that read the same becomes one, ``"vit_block 0 .. 22"``."""
+    """A card per stage; a run of vision blocks or MLPs that read the same, each in its own layer, becomes one,
+    ``"vit_block 0 .. 22"``."""
     cards: list[StageCard] = []
-    for new in map(_stage, stages):
-        last = cards[-1] if cards else None
-        if last and last.hook.startswith("vit_block") and dataclasses.replace(new, hook=last.hook) == last:
-            first, block = (hook.split(" ")[1] for hook in (last.hook, new.hook))
-            cards[-1] = dataclasses.replace(last, hook=f"vit_block {first} .. {block}")
+    last: tuple[int, StageCard] | None = (
+        None  # of the run so far: its last layer, and how its card would look without layers
+    )
+    for stage in stages:
+        card = _stage(stage)
+        signals = tuple(re.sub(rf"\(layer={stage.layer}\b", "(layer=…", text) for text in card.signals)
+        alike = dataclasses.replace(card, hook=stage.hook.value, signals=signals)
+        if stage.hook in (Hook.VIT_BLOCK, Hook.LLM_MLP) and last == (stage.layer - 1, alike):
+            hook, first = cards[-1].hook.split(" ")[:2]
+            cards[-1] = dataclasses.replace(alike, hook=f"{hook} {first} .. {stage.layer}")
         else:
-            cards.append(new)
+            cards.append(card)
+        last = stage.layer, alike
     return tuple(cards)
 
 
 def _stage(stage: Stage) -> StageCard:
     hook = stage.hook.value
-    if hook.endswith(("_layer", "_mlp", "_block")):
+    if hook.endswith(("_layer", "_mlp", "_cache", "_block")):
         hook += f" {stage.layer}"
     signals = tuple(_signal(name, signal) for name, signal in stage.signals.items())
     return StageCard(hook, signals, stage.positions)

@@ -262,3 +262,16 @@ def test_a_closed_pipe_is_no_error():
     )
     done = python("-c", code)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_runs_of_stages_are_one_line() -> None:
+    """Statement: MLPs that read the same of themselves fold into a range; a gap in the layers starts another line."""
+    hooks = [stage.hook for stage in view.card("corematching").stages[next(iter(view.EXAMPLES))]]
+    assert hooks == ["llm_layer 2", "llm_mlp 0 .. 31"]
+    gap = view._folded(
+        foveate.CoreMatching(neuron_layers=(0, 1, 3), select_layer=None).stages(next(iter(view.EXAMPLES.values())))
+    )
+    assert [(stage.hook, stage.signals) for stage in gap] == [
+        ("llm_mlp 0 .. 1", ("core: CoreNeurons(layer=…)",)),
+        ("llm_mlp 3", ("core: CoreNeurons(layer=3)",)),
+    ]

@@ -28,7 +28,7 @@ def by_definition(hidden: Tensor, rho: float, valid: Tensor, topk: str) -> Tenso
 @pytest.mark.parametrize("coarse", [False, True])
 def test_counts_are_their_definition(topk: str, rho: float, coarse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Statement: counts equal the definition, with ties, with tokens that do not count and over several blocks."""
-    monkeypatch.setattr(neurons, "_BLOCK_ELEMENTS", 200)
+    monkeypatch.setattr(neurons, "_CPU_BLOCK_ELEMENTS", 200)
     g = torch.Generator().manual_seed(3)
     hidden = torch.randn(2, 11, 30, generator=g)
     if coarse:
