@@ -17,7 +17,8 @@ from foveate.errors import FoveateError, ParameterError, nearest
 
 __all__ = ["EMBEDDED", "Loaded", "check_folder", "load"]
 
-EMBEDDED = ("shapes-llava",)
+EMBEDDED = {"shapes-llava": "shapes.train", "shapes-next": "shapes.train_next", "shapes-qwen": "screens.train"}
+"""Name -> the module that trained it, beside which it lies."""
 DTYPES = ("float32", "bfloat16", "float16")
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -44,7 +45,7 @@ def load(name: str | os.PathLike[str], device: str | None = None, dtype: str | N
     """Load a model and its processor.
 
     Args:
-        name: ``"shapes-llava"``, a folder in the ``transformers`` format, or the name of a model on the hub.
+        name: one of ``EMBEDDED``, a folder in the ``transformers`` format, or the name of a model on the hub.
         device: a torch device; default: CUDA where there is one.
         dtype: one of ``DTYPES``; default: float32 on a CPU, that of the checkpoint elsewhere.
 
@@ -66,13 +67,11 @@ def load(name: str | os.PathLike[str], device: str | None = None, dtype: str | N
 def _source(name: str) -> str:
     """The folder that ``name`` stands for, or ``name`` itself where it can only be a name on the hub."""
     if name in EMBEDDED:
-        from foveate.eval_suites import shapes
-
-        folder = str(shapes.MODEL_PATH)
+        folder = str(Path(__file__).parent / EMBEDDED[name].partition(".")[0] / name)
         if not os.path.isdir(folder):
             raise FoveateError(
                 f"the embedded model {name!r} is not at {folder}; install foveate again, or train it with "
-                f"`python -m foveate.eval_suites.shapes.train --out {folder}`"
+                f"`python -m foveate.eval_suites.{EMBEDDED[name]} --out {folder}`"
             )
         return folder
     if os.path.isdir(name):

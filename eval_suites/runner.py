@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         metavar="NAME",
         default="shapes-llava",
-        help="shapes-llava (embedded), a folder, or a name on the hub",
+        help=f"{', '.join(models.EMBEDDED)} (embedded), a folder, or a name on the hub",
     )
     add("--suite", metavar="NAME", default="shapes", help=f"one of: {', '.join(suites.SUITES)}")
     methods = 'all, or methods like "fastv,todre(stage2=False)"; the baselines always run'
@@ -78,7 +78,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", metavar="N", type=int, default=32, help="samples per call of the model (default: 32)")
     add("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
     add("--dtype", choices=models.DTYPES, help="default: float32 on a CPU, that of the checkpoint elsewhere")
-    help_ = "of the tokens that stay (default: auto; keep for shapes-llava, which never met closed gaps in training)"
+    help_ = (
+        "of the tokens that stay (default: auto; keep for the embedded models, which never met closed gaps in training)"
+    )
     add("--positions", choices=_POSITIONS, help=help_)
     add("--out", metavar="PATH", help="result file (SQLite): go on where it ends, and add to it after every batch")
     fresh = (
@@ -209,7 +211,7 @@ def bench(
     """Measure methods on a suite, beside the unpruned model, a blind one and the baselines.
 
     Args:
-        model: ``"shapes-llava"``, a folder, a name on the hub, or what :func:`foveate.eval_suites.models.load` returned.
+        model: the name of an embedded model, a folder, a name on the hub, or what :func:`foveate.eval_suites.models.load` returned.
         suite: a name, or a suite.
         pruners: ``"all"``, or methods by name, class or instance, separated by commas in a string. Names may carry
             parameters: ``"fastv(k=3)"``. Whatever has a parameter ``keep`` runs at every budget; instances, and methods

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from foveate.errors import UnknownNameError, nearest
@@ -66,6 +66,32 @@ def _shapes() -> Suite:
     )
 
 
+def _shapes_wide() -> Suite:
+    from foveate.eval_suites import shapes
+
+    def samples(limit: int, seed: int) -> Iterator[Sample]:
+        return shapes.samples(limit, seed, width=shapes.WIDE)
+
+    title = "the six tasks on pictures of 192 x 96 pixels, for models that cut crops"
+    return replace(_shapes(), name="shapes-wide", title=title, samples=samples)
+
+
+def _screens() -> Suite:
+    from foveate.eval_suites import screens
+
+    return Suite(
+        name="screens",
+        title="where to click on synthetic screenshots",
+        tasks=tuple(screens.TASKS),
+        chance=screens.CHANCE,
+        seed=screens.HELD_OUT_SEED,
+        samples=screens.samples,
+        score=screens.score,
+        prompt=screens.prompt,
+        max_new_tokens=8,
+    )
+
+
 def _clips() -> Suite:
     from foveate.eval_suites import clips
 
@@ -83,7 +109,12 @@ def _clips() -> Suite:
     )
 
 
-SUITES: dict[str, Callable[[], Suite]] = {"shapes": _shapes, "clips": _clips}
+SUITES: dict[str, Callable[[], Suite]] = {
+    "shapes": _shapes,
+    "shapes-wide": _shapes_wide,
+    "screens": _screens,
+    "clips": _clips,
+}
 """Name -> what builds the suite, so that none is loaded before it is asked for."""
 
 

@@ -16,10 +16,13 @@ from functools import cache
 
 import numpy as np
 
-from ..shapes.scenes import ALPHABET, COLOURS, SHAPES, glyph_mask, shape_mask
+from ..shapes import scenes as shapes
+from ..shapes.scenes import ALPHABET, COLOURS, glyph_mask, shape_mask
 
-SIZE, FRAMES, FPS = 64, 16, 8
+SIZE, FRAMES, FPS = 64, 16, 24
 TASKS: tuple[str, ...] = ("colour", "shape", "letter")
+SHAPES: tuple[str, ...] = tuple(shape for shape in shapes.SHAPES if shape != "square")
+"""Of a turned square and a circle of 24 pixels, little more than the corners differ."""
 
 _OBJECT_SIZES = (22, 24, 26)
 _PLATE, _GLYPH = 24, (12, 16)  # of a sign: side of its plate; width and height of its letter
@@ -85,17 +88,20 @@ class Question:
     frames: tuple[int, ...]
 
 
-def draw_clip(rng: np.random.Generator, held_out: bool) -> Clip:
-    """Draw one layout of the given split: no shape, no letter, no colour of objects and none of signs repeats."""
+def draw_clip(rng: np.random.Generator, held_out: bool, signs: float = 0.4) -> Clip:
+    """Draw one layout of the given split: no shape, no letter, no colour of objects and none of signs repeats.
+
+    `signs` is the share of signs among the events beyond the first two, one of each kind.
+    """
     while True:
-        clip = _draw(rng)
+        clip = _draw(rng, signs)
         if clip.held_out() == held_out:
             return clip
 
 
-def _draw(rng: np.random.Generator) -> Clip:
+def _draw(rng: np.random.Generator, share: float) -> Clip:
     count = int(rng.integers(3, 5))
-    signs = rng.random(count) < 0.4
+    signs = rng.random(count) < share
     signs[rng.permutation(count)[:2]] = True, False  # at least one of each
     slot = FRAMES // count
     pools = {kind: [rng.permutation(names).tolist() for names in pool] for kind, pool in _POOLS.items()}

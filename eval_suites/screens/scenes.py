@@ -115,14 +115,14 @@ class Screen:
         return zlib.crc32(repr(self).encode()) % 10 == 0
 
 
-def draw_screen(rng: np.random.Generator, held_out: bool) -> Screen:
-    """Draw one layout of the given split.
+def draw_screen(rng: np.random.Generator, held_out: bool, crowded: bool = False) -> Screen:
+    """Draw one layout of the given split; a `crowded` one has large windows full of words, which teach more.
 
     No two elements answer to the same instruction. Buttons share a few colours and words, and icons a few colours and
     signs, so that mostly only both together tell them apart.
     """
     while True:
-        screen = _Layout(rng).screen()
+        screen = _Layout(rng, crowded).screen()
         if screen.held_out() == held_out:
             return screen
 
@@ -130,8 +130,8 @@ def draw_screen(rng: np.random.Generator, held_out: bool) -> Screen:
 class _Layout:
     """Fills a screen from top to bottom."""
 
-    def __init__(self, rng: np.random.Generator) -> None:
-        self.rng = rng
+    def __init__(self, rng: np.random.Generator, crowded: bool) -> None:
+        self.rng, self.crowded = rng, crowded
         self.elements: list[Element] = []
         self.texts: list[tuple[int, int, int, int]] = []
         self.buttons = self._pairs(ACTIONS, 4)
@@ -167,6 +167,8 @@ class _Layout:
 
     def _span(self, start: int, end: int, least: int) -> tuple[int, int]:
         """A part of an interval, at least so long."""
+        if self.crowded:
+            return start, end
         least = min(least, end - start)
         length = max(self._between(least, end - start) for _ in range(2))
         start += self._between(0, end - start - length)
@@ -199,7 +201,9 @@ class _Layout:
     def _row(self, x: int, right: int, y: int, size: int) -> None:
         """One row of a window: buttons, icons, fields or running text."""
         rng = self.rng
-        kind = rng.choice(["button", "field", "icon", "text"], p=[0.5, 0.25, 0.15, 0.1])
+        kind = rng.choice(
+            ["button", "field", "icon", "text"], p=[0.7, 0.2, 0.1, 0] if self.crowded else [0.5, 0.25, 0.15, 0.1]
+        )
         if kind == "text" or (kind == "field" and not self.fields):
             self.texts.append((x, y, right - self._between(0, 24), y + size))
             return
@@ -247,6 +251,14 @@ def word_mask(word: str) -> np.ndarray:
         glyph = _bitmap(GLYPHS[letter])
         columns += [np.pad(glyph, ((0, 9 - len(glyph)), (0, 1)))]
     return np.concatenate(columns, axis=1)[:, :-1]
+
+
+def lettering(element: Element) -> tuple[int, int]:
+    """Left and top of an element's written label: beside the lamps of a window, left in a field, amid a button."""
+    left, top, right, bottom = element.box
+    start = {"window": 26, "field": 4}.get(element.kind)
+    x = (left + right - word_mask(element.label).shape[1]) // 2 if start is None else left + start
+    return x, (top + bottom - 8) // 2
 
 
 @cache
@@ -314,11 +326,11 @@ def render(screen: Screen, rng: np.random.Generator) -> np.ndarray:
             for index, lamp in enumerate(((236, 92, 84), (242, 190, 60), (98, 196, 84))):
                 x = left + 5 + 6 * index
                 canvas.panel((x, middle - 2, x + 4, middle + 2), np.array(lamp, np.float32), 2)
-            _letter(canvas, element, ink, start=26)
+            _letter(canvas, element, ink)
         elif element.kind == "field":
             canvas.panel(element.box, edge, 2)
             canvas.panel((left + 1, top + 1, right - 1, bottom - 1), well, 1)
-            _letter(canvas, element, (2 * ink + well) / 3, start=4)
+            _letter(canvas, element, (2 * ink + well) / 3)
         else:
             tone = np.array(COLOURS[element.colour], np.float32) + rng.uniform(-10, 10, 3).astype(np.float32)
             canvas.panel(element.box, tone * 0.72, 4)
@@ -333,12 +345,10 @@ def render(screen: Screen, rng: np.random.Generator) -> np.ndarray:
     return np.clip(canvas.pixels, 0, 255).astype(np.uint8)
 
 
-def _letter(canvas: _Canvas, element: Element, ink: np.ndarray, start: int = -1) -> None:
-    """Write an element's label, `start` pixels from its left edge, or in its middle."""
-    left, top, right, bottom = element.box
-    mask = word_mask(element.label)
-    x = left + start if start >= 0 else (left + right - mask.shape[1]) // 2
-    canvas.paint(mask, x, (top + bottom - 8) // 2, ink)
+def _letter(canvas: _Canvas, element: Element, ink: np.ndarray) -> None:
+    """Write an element's label."""
+    x, y = lettering(element)
+    canvas.paint(word_mask(element.label), x, y, ink)
 
 
 def _running_text(canvas: _Canvas, box: tuple[int, int, int, int], tone: np.ndarray, rng: np.random.Generator) -> None:

@@ -18,10 +18,12 @@ from PIL import Image
 from . import scenes
 from .scenes import TASKS
 
-__all__ = ["CHANCE", "HELD_OUT_SEED", "MODEL_PATH", "TASKS", "Sample", "prompt", "samples", "score"]
+__all__ = ["CHANCE", "HELD_OUT_SEED", "MODEL_PATH", "TASKS", "WIDE", "Sample", "prompt", "samples", "score"]
 
 MODEL_PATH = pathlib.Path(__file__).parent / "shapes-llava"
 HELD_OUT_SEED = 20_260
+WIDE = 192
+"""Width of the pictures that shapes-next is for; they are 96 pixels high as all are."""
 CHANCE: dict[str, float] = {
     "presence": 1 / 2,
     "colour": 1 / len(scenes.COLOURS),
@@ -43,11 +45,11 @@ class Sample:
     answer: str
 
 
-def samples(limit: int | None = None, seed: int = HELD_OUT_SEED) -> Iterator[Sample]:
+def samples(limit: int | None = None, seed: int = HELD_OUT_SEED, width: int = scenes.IMAGE_SIZE) -> Iterator[Sample]:
     """Held-out questions, the tasks in turn, one picture each; endless when `limit` is None.
 
     Training can reach none of these scenes: the CRC-32 of a scene's layout decides its split (`Scene.held_out`), and
-    the generators are seeded by different streams besides. Sample `i` depends on `seed` and `i` only.
+    the generators are seeded by different streams besides. Sample `i` depends on `seed`, `i` and `width` only.
     """
     index = 0
     while limit is None or index < limit:
@@ -57,7 +59,7 @@ def samples(limit: int | None = None, seed: int = HELD_OUT_SEED) -> Iterator[Sam
         while question is None:
             scene = scenes.draw_scene(rng, held_out=True, code=True if task == "code" else None)
             question = scenes.ask(scene, task, rng)
-        image = Image.fromarray(scenes.render(scene, rng).pixels)
+        image = Image.fromarray(scenes.render(scene, rng, width).pixels)
         yield Sample(f"{seed}-{index}", task, image, question.text, question.answer)
         index += 1
 

@@ -234,24 +234,26 @@ def glyph_mask(letter: str, width: int, height: int) -> np.ndarray:
 
 
 @cache
-def _stretch(cells: int) -> np.ndarray:
-    """(96, cells) matrix of linear interpolation from a coarse grid to pixels."""
-    position = np.linspace(0, cells - 1, IMAGE_SIZE)
+def _stretch(cells: int, length: int) -> np.ndarray:
+    """(length, cells) matrix of linear interpolation from a coarse grid to pixels."""
+    position = np.linspace(0, cells - 1, length)
     return np.maximum(0, 1 - np.abs(position[:, None] - np.arange(cells)[None])).astype(np.float32)
 
 
-def render(scene: Scene, rng: np.random.Generator) -> Picture:
-    """Draw a scene: textured background, objects with jittered size, place, turn and colour, the code, pixel noise."""
-    canvas = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), np.float32)
+def render(scene: Scene, rng: np.random.Generator, width: int = IMAGE_SIZE) -> Picture:
+    """Draw a scene: textured background, objects with jittered size, place, turn and colour, the code, pixel noise.
+
+    A picture of more than 96 pixels' `width` has wider cells; what is in them keeps its size, anywhere from side to side.
+    """
+    canvas = np.empty((IMAGE_SIZE, width, 3), np.float32)
     canvas[:] = rng.uniform(60, 130) + rng.uniform(-15, 15, 3)
     for cells, strength in ((4, 18.0), (13, 12.0)):
-        wave = _stretch(cells)
         texture = rng.standard_normal((cells, cells), np.float32) * strength
-        canvas += (wave @ texture @ wave.T)[..., None]
-    owner = np.full((IMAGE_SIZE, IMAGE_SIZE), -1, np.int8)
+        canvas += (_stretch(cells, IMAGE_SIZE) @ texture @ _stretch(cells, width).T)[..., None]
+    owner = np.full(canvas.shape[:2], -1, np.int8)
     for index, thing in enumerate(scene.things):
         size = int(rng.choice(_SIZES))
-        top, left = _corner(thing.cell, size, size, rng)
+        top, left = _corner(thing.cell, size, size, width, rng)
         mask = shape_mask(thing.shape, size, int(rng.choice(_ANGLES)))
         tone = np.array(COLOURS[thing.colour], np.float32) + rng.uniform(-18, 18, 3).astype(np.float32)
         _paint(canvas, owner, mask, tone, top, left, index)
@@ -261,12 +263,13 @@ def render(scene: Scene, rng: np.random.Generator) -> Picture:
     return Picture(np.clip(canvas, 0, 255).astype(np.uint8), owner)
 
 
-def _corner(cell: int, height: int, width: int, rng: np.random.Generator) -> tuple[int, int]:
-    """Top-left pixel of a box of the given size near the middle of a cell, kept inside the picture."""
-    jitter = rng.integers(-_JITTER, _JITTER + 1, size=2)
+def _corner(cell: int, height: int, width: int, across: int, rng: np.random.Generator) -> tuple[int, int]:
+    """Top-left pixel of a box of the given size near the middle of a cell, kept inside a picture `across` pixels wide."""
+    spare = across // 3 - CELL_SIZE
+    jitter = rng.integers((-_JITTER, -_JITTER - spare // 2), (_JITTER + 1, _JITTER + spare // 2 + 1))
     top = (cell // 3) * CELL_SIZE + (CELL_SIZE - height) // 2 + int(jitter[0])
-    left = (cell % 3) * CELL_SIZE + (CELL_SIZE - width) // 2 + int(jitter[1])
-    return min(max(top, 0), IMAGE_SIZE - height), min(max(left, 0), IMAGE_SIZE - width)
+    left = (cell % 3) * (across // 3) + (across // 3 - width) // 2 + int(jitter[1])
+    return min(max(top, 0), IMAGE_SIZE - height), min(max(left, 0), across - width)
 
 
 def _paint(canvas: np.ndarray, owner: np.ndarray, mask: np.ndarray, tone: np.ndarray, top: int, left: int, index: int):
@@ -280,7 +283,7 @@ def _print_code(canvas: np.ndarray, owner: np.ndarray, scene: Scene, rng: np.ran
     """Print the code in dark ink on a light plate."""
     width, height = int(rng.choice(_GLYPH_WIDTHS)), int(rng.choice(_GLYPH_HEIGHTS))
     plate_width = CODE_LENGTH * width + 3 * 2
-    top, left = _corner(scene.code_cell, _PLATE_HEIGHT, plate_width, rng)
+    top, left = _corner(scene.code_cell, _PLATE_HEIGHT, plate_width, canvas.shape[1], rng)
     paper, ink = np.full(3, rng.uniform(225, 250), np.float32), np.full(3, rng.uniform(5, 35), np.float32)
     plate = np.ones((_PLATE_HEIGHT, plate_width), np.float32)
     _paint(canvas, owner, plate, paper, top, left, 100)

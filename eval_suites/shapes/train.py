@@ -20,20 +20,15 @@ other and each counts its positions from the end of the picture, so that every q
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import re
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -44,10 +39,16 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from ..training import CHECK_STREAM, TRAIN_STREAM, Run, Stage, add_stage_arguments
 from . import scenes
 
-TRAIN_STREAM, CHECK_STREAM = 0, 2  # stream 1 is `samples()`
-STAGES = ("tower", "decoder", "align", "vqa", "read")
+STAGES = (
+    Stage("tower", 657, 64, 1e-3),
+    Stage("decoder", 2665, 32, 1e-3),
+    Stage("align", 150, 64, 2e-3, warmup=20),
+    Stage("vqa", 421, 32, 5e-4),
+    Stage("read", 260, 32, 1e-3, warmup=20, decay=0.4),
+)
 SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<image>")
 PATCH = 8
 GRID = scenes.IMAGE_SIZE // PATCH
@@ -218,6 +219,14 @@ def question_blocks(questions: list[scenes.Question]) -> tuple[np.ndarray, np.nd
     return ids, targets, block, offset
 
 
+def question_fields(questions: list[scenes.Question]) -> dict[str, np.ndarray]:
+    """What :func:`answer_loss` reads of the questions on one picture; tasks (8,) are numbers, -1 where none."""
+    ids, targets, block, offset = question_blocks(questions)
+    tasks = np.full(len(scenes.TASKS) + 2, -1)
+    tasks[: len(questions)] = [scenes.TASKS.index(q.task) if q.task in scenes.TASKS else -1 for q in questions]
+    return {"ids": ids, "targets": targets, "block": block, "offset": offset, "tasks": tasks}
+
+
 def make_batch(
     seed: tuple[int, ...],
     size: int,
@@ -244,37 +253,15 @@ def make_batch(
         questions = scenes.ask_all(scene, rng, tasks)
         if rng.random() < captions:
             questions = [scenes.Question("caption", DESCRIBE, scenes.caption(scene)), *questions]
-        ids, targets, block, offset = question_blocks(questions)
-        asked = np.full(len(scenes.TASKS) + 2, -1)
-        asked[: len(questions)] = [scenes.TASKS.index(q.task) if q.task in scenes.TASKS else -1 for q in questions]
         pairs = np.zeros(PAIRS, np.float32)
         for thing in scene.things:
             pairs[list(scenes.COLOURS).index(thing.colour) * 6 + scenes.SHAPES.index(thing.shape)] = 1
-        row = {"labels": patch_labels(scene, picture.owner), "bag": caption_bag(scene), "pairs": pairs, "tasks": asked}
-        row |= {"ids": ids, "targets": targets, "block": block, "offset": offset}
+        row = {"labels": patch_labels(scene, picture.owner), "bag": caption_bag(scene), "pairs": pairs}
+        row |= question_fields(questions)
         if pictures:
             row["pixels"] = picture.pixels
         rows.append(row)
     return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
-
-
-class Batches(IterableDataset):
-    """Training batches of one stage from a given step on, each seeded by (stream, seed, stage, step)."""
-
-    def __init__(self, options: argparse.Namespace, stage: str, start: int, total: int) -> None:
-        self.seed, self.stage, self.start, self.total = options.seed, stage, start, total
-        self.size = getattr(options, f"{stage}_batch")
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for step in range(self.start, self.total):
-            # the decoder meets few objects first: presence and place leave the guessing line much sooner
-            most = min(scenes.MAX_OBJECTS, 2 + step // 300) if self.stage == "decoder" else scenes.MAX_OBJECTS
-            seed = (TRAIN_STREAM, self.seed, STAGES.index(self.stage), step)
-            pictures = self.stage != "decoder"
-            captions = 0.1 if self.stage == "decoder" else 0.0
-            # once pictures are read, half of the scenes need colour and shape together to find the object asked about
-            alike = 0.5 if self.stage == "read" or (self.stage == "vqa" and step >= ALIKE_FROM) else 0.0
-            yield make_batch(seed, self.size, False, pictures, most, captions, alike)
 
 
 # -------------------------------------------------------------------------------------------------------------- losses
@@ -368,21 +355,22 @@ def answer_loss(
     patches: Tensor,
     batch: dict[str, Tensor],
     where: Tensor | None = None,
+    count: int = IMAGE_TOKENS,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss on the answers and exact-match accuracy per task (teacher-forced, which for exact match is greedy decoding).
 
     Args:
         decode: the language model, possibly compiled.
         patches: visual tokens in the decoder's width, (B, M, text width).
-        where: their places among the 144, (B, M); None when all are there.
+        where: their places among the `count` of a whole picture, (B, M); None when all are there.
     """
     device, size = patches.device, len(patches)
     embed = model.get_input_embeddings()
     opening = torch.tensor([TOKENS["<s>"], TOKENS["user"], TOKENS[":"]], device=device).expand(size, -1)
     hidden = torch.cat([embed(opening), patches, embed(batch["ids"])], dim=1)
-    prefix, end = opening.shape[1] + patches.shape[1], opening.shape[1] + IMAGE_TOKENS
+    prefix, end = opening.shape[1] + patches.shape[1], opening.shape[1] + count
     if where is None:
-        where = torch.arange(IMAGE_TOKENS, device=device).expand(size, -1)
+        where = torch.arange(count, device=device).expand(size, -1)
     opened = torch.arange(opening.shape[1], device=device).expand(size, -1)
     block = F.pad(batch["block"], (prefix, 0), value=-2)  # -2 the shared prefix, -1 padding
     positions = torch.cat([opened, opening.shape[1] + where, end + batch["offset"]], dim=1)
@@ -408,28 +396,32 @@ def answer_loss(
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-class Trainer:
-    """Model, heads and files of one run."""
+class Training(Run):
+    """The stages of shapes-llava."""
+
+    stages = STAGES
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        torch.manual_seed(options.seed)
-        if options.threads:
-            torch.set_num_threads(options.threads)
+        super().__init__(options)
         sizes = Sizes(options.width, options.depth, options.text_width, options.text_depth)
         self.model = build_model(sizes).to(self.device)
         self.heads = TowerHeads(sizes).to(self.device)
-        self.out = Path(options.out)
-        self.work = self.out / "checkpoints"
-        self.work.mkdir(parents=True, exist_ok=True)
-        self.compiled = torch.compile if options.compile else lambda function, **_: function
-        self.compiled_see = self.compiled(self._see, dynamic=False)
-        self.compiled_decode = self.compiled(self.model.model.language_model, dynamic=False)
+        self.modules = {"model": self.model, "heads": self.heads}
+        self.compiled_see = self.compiled(self._see)
+        self.compiled_decode = self.compiled(self.model.model.language_model)
 
-    def autocast(self) -> contextlib.AbstractContextManager:
-        """bfloat16 matrix products, float32 weights."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.bf16)
+    def batch(self, stage: str, step: int) -> dict[str, Tensor]:
+        """See :class:`Run`."""
+        pictures = stage != "decoder"
+        if step < 0:
+            return make_batch((CHECK_STREAM, self.options.seed, -1 - step), 64, True, pictures)
+        # the decoder meets few objects first: presence and place leave the guessing line much sooner
+        most = scenes.MAX_OBJECTS if pictures else min(scenes.MAX_OBJECTS, 2 + step // 300)
+        # once pictures are read, half of the scenes need colour and shape together to find the object asked about
+        alike = 0.5 if stage == "read" or (stage == "vqa" and step >= ALIKE_FROM) else 0.0
+        seed = (TRAIN_STREAM, self.options.seed, [known.name for known in STAGES].index(stage), step)
+        size = getattr(self.options, f"{stage}_batch")
+        return make_batch(seed, size, False, pictures, most, 0.0 if pictures else 0.1, alike)
 
     @property
     def see(self) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
@@ -477,120 +469,29 @@ class Trainer:
         dense, dense_figures = self.heads(patches, pooled, batch)
         return loss + 0.3 * dense, figures | dense_figures
 
-    def parameters(self, stage: str) -> list[dict]:
-        """Parameter groups with their share of the learning rate; everything else is frozen."""
+    def trained(self, stage: str) -> list[tuple[nn.Module, float]]:
+        """See :class:`Run`."""
         tower, projector = self.model.model.vision_tower, self.model.model.multi_modal_projector
         decoder = self.model.model.language_model
-        groups = {
+        return {
             "tower": [(tower, 1.0), (self.heads, 1.0)],
             "decoder": [(decoder, 1.0)],
             "align": [(projector, 1.0)],
             "read": [(decoder, 1.0)],
             "vqa": [(tower, 1.0), (self.heads, 1.0), (projector, 1.0), (decoder, 1.0)],
         }[stage]
-        for module in (self.model, self.heads):
-            module.requires_grad_(False)
-        result = []
-        for module, share in groups:
-            module.requires_grad_(True)
-            wide = [p for p in module.parameters() if p.ndim > 1]
-            narrow = [p for p in module.parameters() if p.ndim <= 1]
-            result += [{"params": wide, "share": share}, {"params": narrow, "share": share, "weight_decay": 0.0}]
-        return result
-
-    def check(self, stage: str) -> dict[str, float]:
-        """Figures on a fixed set of held-out pictures, other ones than `samples()` draws."""
-        modules = (self.model, self.heads)
-        for module in modules:
-            module.eval()
-        figures: dict[str, list[float]] = {}
-        for number in range(4):
-            seed = (CHECK_STREAM, self.options.seed, number)
-            batch = make_batch(seed, 64, True, stage != "decoder")
-            with torch.no_grad(), self.autocast():
-                loss, found = self.loss(stage, {k: v.to(self.device) for k, v in batch.items()}, 0)
-            for name, value in {"loss": loss, **found}.items():
-                figures.setdefault(name, []).append(float(value))
-        for module in modules:
-            module.train()
-        return {name: round(float(np.nanmean(values)), 4) for name, values in figures.items()}
-
-    def log(self, record: dict) -> None:
-        """Append one line to the run's log and print it."""
-        line = json.dumps(record)
-        print(line, flush=True)
-        with (self.out / "training_log.jsonl").open("a") as file:
-            file.write(line + "\n")
-
-    def save(self, stage: str, step: int, minutes: float, optimizer: torch.optim.Optimizer) -> None:
-        """Checkpoint everything that a stage changes."""
-        state = {"model": self.model.state_dict(), "heads": self.heads.state_dict(), "step": step, "minutes": minutes}
-        state["optimizer"] = optimizer.state_dict()
-        torch.save(state, self.work / f"{stage}.tmp")
-        (self.work / f"{stage}.tmp").replace(self.work / f"{stage}.pt")
-
-    def load(self, stage: str) -> dict | None:
-        """A stage's checkpoint, or None."""
-        path = self.work / f"{stage}.pt"
-        return torch.load(path, map_location=self.device) if path.exists() else None
 
     def start_from(self, stage: str) -> None:
         """Weights of the stages before: the tower's and the decoder's are put together, later ones are whole."""
         if stage == "align":
             for part, prefix in (("tower", "model.vision_tower."), ("decoder", ("model.language_model.", "lm_head."))):
-                state = self.load(part)
-                if state is None:
-                    raise FileNotFoundError(f"stage 'align' needs {self.work / part}.pt: run stage {part!r} first")
+                state = self.needed(part)
                 weights = {name: value for name, value in state["model"].items() if name.startswith(prefix)}
                 self.model.load_state_dict(weights, strict=False)
                 if part == "tower":
                     self.heads.load_state_dict(state["heads"])
         elif stage in ("vqa", "read"):
-            state = self.load(STAGES[STAGES.index(stage) - 1])
-            self.model.load_state_dict(state["model"])
-            self.heads.load_state_dict(state["heads"])
-
-    def run(self, stage: str) -> None:
-        """Train one stage: warm-up, then a constant rate; the last stage decays linearly over its last two fifths."""
-        options = self.options
-        total, peak = getattr(options, f"{stage}_steps"), getattr(options, f"{stage}_lr")
-        self.start_from(stage)
-        optimizer = torch.optim.AdamW(self.parameters(stage), lr=peak, betas=(0.9, 0.98), weight_decay=0.02)
-        state = self.load(stage) if options.resume else None
-        first, before = 0, 0.0
-        if state is not None:
-            self.model.load_state_dict(state["model"])
-            self.heads.load_state_dict(state["heads"])
-            optimizer.load_state_dict(state["optimizer"])
-            first, before = state["step"], state["minutes"]
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
-        loader = DataLoader(Batches(options, stage, first, total), batch_size=None, num_workers=1, prefetch_factor=4)
-        start = saved = time.monotonic()
-        warmup = 20 if stage in ("align", "read") else 200
-        decay = max(1, 2 * total // 5) if stage == STAGES[-1] else 1
-        running: list[float] = []
-        for step, batch in enumerate(loader, first):
-            rate = peak * min(1.0, (step + 1) / warmup, (total - step) / decay)
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group["share"]
-            with self.autocast():
-                loss, _ = self.loss(stage, {k: v.to(self.device) for k, v in batch.items()}, step)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            running.append(float(loss.detach()))
-            done, now = step + 1, time.monotonic()
-            minutes = before + (now - start) / 60
-            if done % options.check_every == 0 or done == total:
-                record = {"stage": stage, "step": done, "minutes": round(minutes, 2), "lr": round(rate, 6)}
-                record["pictures"] = done * loader.dataset.size
-                record["train_loss"] = round(float(np.mean(running)), 4)
-                self.log(record | {f"held_out_{k}": v for k, v in self.check(stage).items()})
-                running.clear()
-            if now - saved > 180 or done == total:
-                self.save(stage, done, minutes, optimizer)
-                saved = now
+            self.restore(self.needed({"vqa": "align", "read": "vqa"}[stage]))
 
     def export(self) -> None:
         """Write the model folder: float16 safetensors that load as float32, and the processor."""
@@ -607,39 +508,22 @@ class Trainer:
 def parse() -> argparse.Namespace:
     """Command line; the defaults made the shipped weights."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True, help="folder for the model, its log and its checkpoints")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--resume", action="store_true", help="continue from the checkpoints in --out")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads of torch, 0 for its own choice")
-    parser.add_argument("--check-every", type=int, default=200, help="steps between held-out checks")
+    add_stage_arguments(parser, STAGES)
     parser.add_argument("--decoder-patches", type=int, default=36, help="patches a picture in the decoder stage")
     parser.add_argument("--read-patches", type=int, default=60, help="patches a picture in the read stage")
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 autocast")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="needs a C++ compiler")
     for name, value in vars(Sizes()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
-    for stage, steps, batch, rate in (
-        ("tower", 657, 64, 1e-3),
-        ("decoder", 2665, 32, 1e-3),
-        ("align", 150, 64, 2e-3),
-        ("vqa", 421, 32, 5e-4),
-        ("read", 260, 32, 1e-3),
-    ):
-        parser.add_argument(f"--{stage}-steps", type=int, default=steps)
-        parser.add_argument(f"--{stage}-batch", type=int, default=batch, help="pictures a step")
-        parser.add_argument(f"--{stage}-lr", type=float, default=rate)
     return parser.parse_args()
 
 
 def main() -> None:
     """Run the chosen stages and write the model folder after the last one."""
     options = parse()
-    trainer = Trainer(options)
+    training = Training(options)
     for stage in options.stages:
-        trainer.run(stage)
-        if stage == STAGES[-1]:
-            trainer.export()
+        training.train(stage)
+    if stage == STAGES[-1].name:
+        training.export()
 
 
 if __name__ == "__main__":

@@ -595,8 +595,6 @@ def test_a_model_that_no_adapter_knows_is_refused(loaded):
 
 
 def test_a_missing_embedded_model_says_how_to_get_it(tmp_path, monkeypatch):
-    from foveate.eval_suites import shapes
-
-    monkeypatch.setattr(shapes, "MODEL_PATH", tmp_path / "shapes-llava")
+    monkeypatch.setattr(models, "__file__", str(tmp_path / "models.py"))
     with pytest.raises(FoveateError, match="install foveate again, or train it"):
         models.load("shapes-llava")

@@ -9,9 +9,14 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
-from foveate.eval_suites import screens
-from foveate.eval_suites.screens import scenes
+from foveate.eval_suites import clips, evaluate, models, screens, suites
+from foveate.eval_suites.screens import scenes, train
+
+FLOOR = 0.93  # 0.99 on 400 questions
+MODEL_BYTES = 14 * 2**20
 
 
 def drawn(count: int, held_out: bool, seed: int = 3) -> list[scenes.Screen]:
@@ -172,3 +177,72 @@ def test_importing_the_suite_loads_no_torch():
     folder = screens.MODEL_PATH.parent.parent
     done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, timeout=50)
     assert done.returncode == 0, done.stderr
+
+
+# ------------------------------------------------------------------------------------------------- the model that ships
+
+
+@pytest.fixture(scope="module")
+def shipped() -> models.Loaded:
+    return models.load("shapes-qwen", "cpu", "float32")
+
+
+def test_the_folder_is_small_and_its_weights_are_safetensors():
+    files = [path for path in screens.MODEL_PATH.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= MODEL_BYTES
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".jsonl", ".jinja", ".md"}
+    assert {"README.md", "training_log.jsonl", "config.json"} <= {path.name for path in files}
+
+
+def test_the_processor_expands_the_image_marker_and_resizes_nothing(shipped):
+    (sample,) = screens.samples(1)
+    inputs = shipped.processor(images=sample.image, text=screens.prompt(sample.question), return_tensors="pt")
+    assert int((inputs["input_ids"] == shipped.model.config.image_token_id).sum()) == 96
+    assert inputs["image_grid_thw"].tolist() == [[1, scenes.HEIGHT // 8, scenes.WIDTH // 8]]
+    assert shipped.processor.tokenizer.unk_token_id not in inputs["input_ids"]
+    content = [{"type": "image"}, {"type": "text", "text": sample.question}]
+    chat = shipped.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    assert chat == screens.prompt(sample.question)
+
+
+def test_training_tokens_are_the_tokenizers(shipped):
+    for screen in drawn(20, held_out=False):
+        for element in screen.elements:
+            text = screens.prompt(scenes.instruction(element))
+            assert train.encode(text) == shipped.processor.tokenizer(text)["input_ids"]
+    for point in train.points():
+        assert shipped.processor.tokenizer(point)["input_ids"] == [train.TOKENS[point]]
+
+
+def test_the_model_sees(shipped):
+    suite = suites.find("screens")
+    seen = evaluate.accuracy(shipped.model, shipped.processor, suite, screens.samples(120))
+    assert seen["overall"] >= FLOOR
+    blind = evaluate.accuracy(shipped.model, shipped.processor, suite, screens.samples(120), blanked=True)
+    assert blind["overall"] <= np.mean(list(screens.CHANCE.values())) + 0.10
+    sparse = evaluate.accuracy(shipped.model, shipped.processor, suite, screens.samples(120), keep=0.05)
+    assert sparse["overall"] <= seen["overall"] - 0.20
+
+
+@pytest.mark.parametrize("kind", ["screen", "clip"])
+def test_packed_training_gives_the_served_logits(shipped, kind):
+    """Several questions in one sequence, and the tower without its loops, train as `generate` serves each alone."""
+    module = screens if kind == "screen" else clips
+    draw, ask = (scenes.draw_screen, train.ask_screen) if kind == "screen" else (clips.scenes.draw_clip, train.ask_clip)
+    rng = np.random.default_rng(7)
+    layout = draw(rng, True)
+    pixels = module.scenes.render(layout, rng)
+    batch = train.question_batch(kind, [layout], np.random.default_rng(1))
+    asked = ask(layout, np.random.default_rng(1))
+    stacked = torch.from_numpy(pixels)
+    stacked = stacked[None, None] if kind == "screen" else stacked.unflatten(0, (-1, 2))
+    with torch.no_grad():
+        tokens = train.see(shipped.model.model.visual, stacked).flatten(0, 1)[None]
+        place = train.PlaceHead(tokens.shape[-1])
+        packed = train.answer_loss(shipped.model, place, kind, tokens, batch)[2][0]
+        media = {"images": [Image.fromarray(pixels)]} if kind == "screen" else {"videos": [pixels]}
+        for number, question in enumerate(asked):
+            inputs = shipped.processor(text=[module.prompt(question.text)], return_tensors="pt", **media)
+            alone = shipped.model(**inputs).logits[0, -1]
+            torch.testing.assert_close(packed[number], alone, rtol=1e-3, atol=1e-3)
+    assert len(asked) > 1

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from foveate.eval_suites import shapes
+from foveate.eval_suites import evaluate, models, shapes, suites
 from foveate.eval_suites.shapes import scenes
 
 FLOOR = 0.92  # 0.977 on 2,000 questions
+NEXT_FLOOR = 0.60
 MODEL_BYTES = 12 * 2**20
 
 
@@ -171,15 +172,14 @@ def test_training_tokens_are_the_tokenizers(shipped):
 
 
 def test_the_model_sees(shipped):
-    from foveate.eval_suites.shapes import evaluate
-
     model, processor = shipped
-    seen = evaluate.accuracy(model, processor, shapes.samples(120))
+    suite = suites.find("shapes")
+    seen = evaluate.accuracy(model, processor, suite, shapes.samples(120))
     assert seen["overall"] >= FLOOR
-    blind = evaluate.accuracy(model, processor, shapes.samples(120), blanked=True)
+    blind = evaluate.accuracy(model, processor, suite, shapes.samples(120), blanked=True)
     chance = float(np.mean(list(shapes.CHANCE.values())))
     assert blind["overall"] <= chance + 0.10
-    sparse = evaluate.accuracy(model, processor, shapes.samples(120), keep=0.05)
+    sparse = evaluate.accuracy(model, processor, suite, shapes.samples(120), keep=0.05)
     assert sparse["overall"] <= seen["overall"] - 0.20
 
 
@@ -215,3 +215,38 @@ def test_packed_training_gives_the_served_logits(shipped):
         head.remove()
     first = [int(((block[0] == k) & (targets[0] != -100)).nonzero()[0]) for k in range(len(questions))]
     torch.testing.assert_close(packed["logits"][first], torch.stack(alone), rtol=1e-3, atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------- the one with crops
+
+
+@pytest.fixture(scope="module")
+def crops() -> models.Loaded:
+    return models.load("shapes-next", "cpu", "float32")
+
+
+def test_wide_pictures_hold_the_same_scenes():
+    narrow, wide = (list(shapes.samples(6, width=width)) for width in (96, shapes.WIDE))
+    assert all(sample.image.size == (192, 96) for sample in wide)
+    assert [sample.image.size for sample in narrow] == [(96, 96)] * 6
+    rng = np.random.default_rng(1)
+    for scene in drawn(40, held_out=True):
+        picture = scenes.render(scene, rng, shapes.WIDE)
+        for index, thing in enumerate(scene.things):
+            rows, columns = np.nonzero(picture.owner == index)
+            assert (int(rows.mean()) // 32) * 3 + int(columns.mean()) // 64 == thing.cell
+
+
+def test_shapes_next_reads_a_thumbnail_and_two_crops(crops):
+    (sample,) = shapes.samples(1, width=shapes.WIDE)
+    inputs = crops.processor(images=sample.image, text=shapes.prompt(sample.question), return_tensors="pt")
+    assert inputs["pixel_values"].shape[1] == 3
+    assert int((inputs["input_ids"] == crops.model.config.image_token_id).sum()) == 144 + 12 * 25
+
+
+def test_shapes_next_sees(crops):
+    suite = suites.find("shapes-wide")
+    seen = evaluate.accuracy(crops.model, crops.processor, suite, suite.samples(60, suite.seed))
+    assert seen["overall"] >= NEXT_FLOOR
+    blind = evaluate.accuracy(crops.model, crops.processor, suite, suite.samples(60, suite.seed), blanked=True)
+    assert blind["overall"] <= float(np.mean(list(shapes.CHANCE.values()))) + 0.12

@@ -1,0 +1,739 @@
+"""Train shapes-qwen, a small Qwen2.5-VL for the screens and the clips suites, from nothing.
+
+1. *tower*: the vision tower with its merger learns what every visual token shows (dense labels, read off the merger's
+   output by linear classifiers, which are then thrown away).
+2. *decoder*: the language model learns the questions on the frozen tower's tokens, which are computed once. A word's
+   embedding starts as its classifier's weights, so that a question's words point at the tokens that show them; the lower
+   half is made to tell each visual token's place, and two heads in the middle to look at what a question is about. Visual
+   tokens are left out at random, those that stay keep their positions: a model which never saw gaps would collapse under
+   any pruner.
+3. *joint*: everything together on new pictures, the classifiers' losses stay on.
+
+All data is drawn on line from the two suites' `scenes.py`, batch by batch from (seed, stage, step). Pictures carry
+several questions in one sequence; the attention mask keeps the questions from seeing each other and each counts its
+positions from the end of the picture, so that every question is trained exactly as served.
+
+    python -m foveate.eval_suites.screens.train --out shapes-qwen
+
+`--stages` runs some of the stages only, `--resume` continues from checkpoints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2VLImageProcessorPil,
+    Qwen2VLVideoProcessor,
+)
+
+from ..clips import scenes as clips
+from ..shapes import scenes as shapes
+from ..training import CHECK_STREAM, TRAIN_STREAM, Run, Stage, add_stage_arguments
+from . import scenes as screens
+
+PATCH, MERGE, WINDOW = 8, 2, 64
+TOKEN = PATCH * MERGE  # pixels a side
+COLUMNS, ROWS = screens.WIDTH // TOKEN, screens.HEIGHT // TOKEN
+MEAN, STD = [0.5, 0.5, 0.5], [0.28, 0.28, 0.28]
+SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+    "<unk>",
+)
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
+    "{% elif part['type'] == 'video' %}{{ '<|vision_start|><|video_pad|><|vision_end|>' }}"
+    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+STAGES = (
+    Stage("tower", 1118, 24, 1.5e-3, warmup=100),
+    Stage("decoder", 1430, 16, 1e-3, warmup=50),
+    Stage("joint", 360, 12, 5e-4, warmup=20, decay=0.8),
+)
+CROWDED = 0.85  # share of screens full of words in the tower stage
+CACHED = {"screen": 3072, "clip": 2048}  # pictures of the decoder stage
+QUESTIONS, BLOCK_LENGTH = 6, 66  # most questions on a picture, and tokens of all of them, padded
+KEEPS = (
+    1.0,
+    1.0,
+    1.0,
+    0.6,
+    0.4,
+    0.25,
+    0.12,
+)  # shares of the visual tokens that stay, by step; last: one frame of clips
+
+# Dense labels of a visual token; the first of each means nothing.
+KINDS = ("nothing", *screens.TASKS, "object", "sign")
+COLOURS = ("nothing", *dict.fromkeys([*screens.COLOURS, *clips.COLOURS]))
+WORDS = ("nothing", *dict.fromkeys(word.lower() for word in (*screens.ACTIONS, *screens.SUBJECTS, *screens.SIGNS, *shapes.SHAPES, *clips.ALPHABET)))  # fmt: skip
+
+LETTERS = tuple(screens.GLYPHS)
+
+
+@dataclass
+class Sizes:
+    """Sizes of the model; the defaults are those of the shipped weights. Heads are 32 wide.
+
+    Attributes:
+        width, hidden, depth: of the tower, whose odd layers see the whole picture and whose even ones a window.
+        text_width, text_hidden, text_depth: of the decoder.
+    """
+
+    width: int = 128
+    hidden: int = 352
+    depth: int = 4
+    text_width: int = 160
+    text_hidden: int = 416
+    text_depth: int = 4
+
+
+def points() -> list[str]:
+    """Answers of the screens suite: the middles of the visual tokens, row by row."""
+    return [f"({x * TOKEN + TOKEN // 2}, {y * TOKEN + TOKEN // 2})" for y in range(ROWS) for x in range(COLUMNS)]
+
+
+def vocabulary() -> list[str]:
+    """Every token, special ones first, points last."""
+    text = "system user assistant click the title of window button icon field . ? what colour is shape object letter on sign"
+    words = [*text.split(), *COLOURS, *KINDS, *WORDS]
+    return [*SPECIAL, *dict.fromkeys(words), *points()]
+
+
+TOKENS = {word: index for index, word in enumerate(vocabulary())}
+
+
+def encode(text: str) -> list[int]:
+    """Token ids of plain text and special tokens, as the saved tokenizer gives them."""
+    return [TOKENS[word] for word in re.findall(r"<\|\w+\|>|\(\d+, \d+\)|\w+|[^\w\s<]+", text.lower())]
+
+
+def build_processor() -> Qwen2_5_VLProcessor:
+    """Word-level tokenizer with Qwen's special tokens, and picture and video processors that resize nothing of ours."""
+    tokenizer = Tokenizer(models.WordLevel(TOKENS, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    tokenizer.add_tokens([AddedToken(point, normalized=False) for point in points()])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|endoftext|>",
+        unk_token="<unk>",
+        eos_token="<|im_end|>",
+        extra_special_tokens={"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+    size = {"shortest_edge": TOKEN * TOKEN, "longest_edge": 512 * 512}
+    shared = {"size": size, "patch_size": PATCH, "merge_size": MERGE, "temporal_patch_size": 2}
+    shared |= {"image_mean": MEAN, "image_std": STD}
+    pictures, videos = Qwen2VLImageProcessorPil(**shared), Qwen2VLVideoProcessor(cap_pixels_per_frame=False, **shared)
+    return Qwen2_5_VLProcessor(pictures, fast, videos, chat_template=CHAT_TEMPLATE)
+
+
+def build_model(sizes: Sizes) -> Qwen2_5_VLForConditionalGeneration:
+    """An untrained model."""
+    config = Qwen2_5_VLConfig(
+        vision_config={
+            "depth": sizes.depth,
+            "hidden_size": sizes.width,
+            "intermediate_size": sizes.hidden,
+            "num_heads": sizes.width // 32,
+            "patch_size": PATCH,
+            "spatial_merge_size": MERGE,
+            "temporal_patch_size": 2,
+            "window_size": WINDOW,
+            "fullatt_block_indexes": list(range(1, sizes.depth, 2)),
+            "out_hidden_size": sizes.text_width,
+            "tokens_per_second": 12,
+            "rope_parameters": {"rope_type": "axial", "rope_theta": 100.0},
+        },
+        text_config={
+            "vocab_size": len(TOKENS),
+            "hidden_size": sizes.text_width,
+            "intermediate_size": sizes.text_hidden,
+            "num_hidden_layers": sizes.text_depth,
+            "num_attention_heads": sizes.text_width // 32,
+            "num_key_value_heads": sizes.text_width // 32,
+            "max_position_embeddings": 1024,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 20.0, "mrope_section": [4, 6, 6]},
+            "tie_word_embeddings": True,
+            "bos_token_id": TOKENS["<|endoftext|>"],
+            "eos_token_id": TOKENS["<|im_end|>"],
+            "pad_token_id": TOKENS["<|endoftext|>"],
+        },
+        image_token_id=TOKENS["<|image_pad|>"],
+        video_token_id=TOKENS["<|video_pad|>"],
+        vision_start_token_id=TOKENS["<|vision_start|>"],
+        vision_end_token_id=TOKENS["<|vision_end|>"],
+        tie_word_embeddings=True,
+    )
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+def _label(kind: str, colour: str | None, word: str) -> tuple[int, int, int]:
+    return KINDS.index(kind), COLOURS.index(colour or "nothing"), WORDS.index(word.lower())
+
+
+def screen_labels(screen: screens.Screen) -> np.ndarray:
+    """Kind, colour and word of the element under the middle of every visual token, (96, 3) int64, row by row."""
+    labels = np.zeros((ROWS, COLUMNS, 3), np.int64)
+    for element in screen.elements:
+        labels[hit(element)] = _label(element.kind, element.colour, element.label)
+    return labels.reshape(-1, 3)
+
+
+def screen_letters(screen: screens.Screen) -> np.ndarray:
+    """Which letters of labels have their middle inside every visual token, (96, 28) float32."""
+    seen = np.zeros((ROWS, COLUMNS, len(LETTERS)), np.float32)
+    for element in screen.elements:
+        if element.kind != "icon":
+            x, y = screens.lettering(element)
+            for letter in element.label:
+                width = screens.word_mask(letter).shape[1]
+                seen[(y + 4) // TOKEN, (2 * x + width) // 2 // TOKEN, LETTERS.index(letter)] = 1
+                x += width + 1
+    return seen.reshape(-1, len(LETTERS))
+
+
+def hit(element: screens.Element) -> np.ndarray:
+    """Which visual tokens have their middle inside an element, (8, 12) bool."""
+    left, top, right, bottom = element.box
+    x, y = (np.arange(count) * TOKEN + TOKEN // 2 for count in (COLUMNS, ROWS))
+    return ((y >= top) & (y < bottom))[:, None] & ((x >= left) & (x < right))[None]
+
+
+def clip_labels(clip: clips.Clip) -> np.ndarray:
+    """Kind, colour and word of what covers a quarter of a visual token in either of its two frames, (8, 16, 3)."""
+    side = clips.SIZE // TOKEN
+    labels = np.zeros((clips.FRAMES // 2, side, side, 3), np.int64)
+    edges = np.arange(side) * TOKEN
+    for event in clip.events:
+        for frame in event.frames():
+            left, top, right, bottom = event.box(frame)
+            x = np.clip(np.minimum(right, edges + TOKEN) - np.maximum(left, edges), 0, None)
+            y = np.clip(np.minimum(bottom, edges + TOKEN) - np.maximum(top, edges), 0, None)
+            covered = y[:, None] * x[None] >= TOKEN * TOKEN // 4
+            labels[frame // 2][covered] = _label("sign" if event.is_sign else "object", event.colour, event.what)
+    return labels.reshape(clips.FRAMES // 2, -1, 3)
+
+
+def labelled(
+    seed: tuple[int, ...], counts: tuple[int, int], held_out: bool, crowded: float
+) -> tuple[dict[str, Tensor], list, list]:
+    """Pictures with dense labels: so many screens and so many clips, a pure function of the arguments.
+
+    Returns:
+        screens (S, 1, 128, 192, 3) and pairs of frames (P, 2, 64, 64, 3) uint8; screen_labels (S, 96, 3) and
+        pair_labels (P, 16, 3).
+    """
+    rng = np.random.default_rng(seed)
+    drawn = [screens.draw_screen(rng, held_out, crowded=rng.random() < crowded) for _ in range(counts[0])]
+    films = [clips.draw_clip(rng, held_out, 0.4 + 0.5 * crowded) for _ in range(counts[1])]
+    pairs = [clips.render(clip, rng).reshape(-1, 2, clips.SIZE, clips.SIZE, 3) for clip in films]
+    arrays = {
+        "screens": np.stack([screens.render(screen, rng) for screen in drawn])[:, None],
+        "pairs": np.concatenate(pairs),
+        "screen_labels": np.stack([screen_labels(screen) for screen in drawn]),
+        "screen_letters": np.stack([screen_letters(screen) for screen in drawn]),
+        "pair_labels": np.concatenate([clip_labels(clip) for clip in films]),
+    }
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}, drawn, films
+
+
+def tower_batch(seed: tuple[int, ...], size: int, held_out: bool, crowded: float = 0.0) -> dict[str, Tensor]:
+    """Pictures with dense labels only, a quarter as many clips as screens."""
+    return labelled(seed, (size, size // 4), held_out, crowded)[0]
+
+
+def event_tokens(event: clips.Event) -> np.ndarray:
+    """Which visual tokens show an event, (8, 16) bool."""
+    return clip_labels(clips.Clip((event,)))[..., 0] > 0
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One question for training: its text, all right answers, and the visual tokens (M,) that show what it is about."""
+
+    task: str
+    text: str
+    answers: tuple[str, ...]
+    evidence: np.ndarray
+
+
+def ask_screen(screen: screens.Screen, rng: np.random.Generator) -> list[Asked]:
+    """Instructions on some of the elements; every point inside the element is right."""
+    some = [screen.elements[i] for i in rng.permutation(len(screen.elements))[:QUESTIONS]]
+    names = np.array(points())
+    evidence = [hit(element).reshape(-1) for element in some]
+    return [Asked(e.kind, screens.instruction(e), tuple(names[at]), at) for e, at in zip(some, evidence)]
+
+
+def ask_clip(clip: clips.Clip, rng: np.random.Generator) -> list[Asked]:
+    """All questions on a clip, as many as fit."""
+    found = []
+    for event in clip.events:
+        for task in ("letter",) if event.is_sign else ("colour", "shape"):
+            question = clips.ask(clips.Clip((event,)), task, rng)
+            answer = question.answer.lower()
+            found.append(Asked(task, question.text, (answer,), event_tokens(event).reshape(-1)))
+    return [found[i] for i in rng.permutation(len(found))[:QUESTIONS]]
+
+
+TASKS = (*screens.TASKS, *clips.TASKS)
+
+
+def question_blocks(questions: list[Asked], tokens: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Questions in a row.
+
+    Returns:
+        ids, block (number of the question, -1 padding) and offset (place in the block), (66,) int64; at (6,) where the
+        answer is to be said, -1 where there is no question; accept (6, V) bool right answers; evidence (6, M) bool; task
+        (6,) numbers in `TASKS`.
+    """
+    out = {name: np.zeros(BLOCK_LENGTH, np.int64) for name in ("ids", "block", "offset")}
+    out["block"] -= 1
+    out |= {"at": np.full(QUESTIONS, -1), "task": np.full(QUESTIONS, -1)}
+    out |= {"accept": np.zeros((QUESTIONS, len(TOKENS)), bool), "evidence": np.zeros((QUESTIONS, tokens), bool)}
+    start = 0
+    for number, question in enumerate(questions):
+        asked = encode(f"{question.text}<|im_end|><|im_start|>assistant")
+        answer = TOKENS[question.answers[rng.integers(len(question.answers))]]
+        end = start + len(asked) + 1
+        if end > BLOCK_LENGTH:
+            break
+        span = slice(start, end)
+        out["ids"][span], out["block"][span], out["offset"][span] = [*asked, answer], number, np.arange(end - start)
+        out["at"][number], out["task"][number] = end - 2, TASKS.index(question.task)
+        out["accept"][number, [TOKENS[answer] for answer in question.answers]] = True
+        out["evidence"][number] = question.evidence
+        start = end
+    return out
+
+
+def question_batch(kind: str, layouts: list, rng: np.random.Generator) -> dict[str, Tensor]:
+    """The questions on a batch of screens or clips."""
+    ask, tokens = (ask_screen, ROWS * COLUMNS) if kind == "screen" else (ask_clip, clip_places().shape[1])
+    rows = [question_blocks(ask(layout, rng), tokens, rng) for layout in layouts]
+    return {f"{kind}_{name}": torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
+
+
+def screen_places() -> Tensor:
+    """Temporal, vertical and horizontal place of a screen's visual tokens, (3, 96)."""
+    return torch.stack(
+        torch.meshgrid(torch.zeros(1).long(), torch.arange(ROWS), torch.arange(COLUMNS), indexing="ij")
+    ).flatten(1)
+
+
+def clip_places() -> Tensor:
+    """The same of a clip's, (3, 128)."""
+    side = torch.arange(clips.SIZE // TOKEN)
+    return torch.stack(torch.meshgrid(torch.arange(clips.FRAMES // 2), side, side, indexing="ij")).flatten(1)
+
+
+# --------------------------------------------------------------------------------------------------------------- tower
+
+
+def patchify(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Patches in the order in which the tower's windows take them, as one batch of pictures of the same size.
+
+    Args:
+        pixels: (B, T, H, W, 3) uint8, T 1 (a picture, doubled in time) or 2, sides multiples of the window.
+
+    Returns:
+        (B, N, 3 * 2 * 8 * 8) float32 normalised patches, (2, N) int64 rows and columns.
+    """
+    batch, _, height, width, _ = pixels.shape
+    mean, std = (torch.tensor(value, device=pixels.device) for value in (MEAN, STD))
+    frames = ((pixels.float() / 255 - mean) / std).expand(-1, 2, -1, -1, -1)
+    many = WINDOW // TOKEN
+    split = (height // WINDOW, many, MERGE, PATCH, width // WINDOW, many, MERGE, PATCH)
+    # B T (wy my py y) (wx mx px x) C -> B wy wx my mx py px | C T y x
+    frames = frames.reshape(batch, 2, *split, 3).permute(0, 2, 6, 3, 7, 4, 8, 10, 1, 5, 9)
+    rows, columns = height // PATCH, width // PATCH
+    place = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")).to(pixels.device)
+    place = place.reshape(2, height // WINDOW, many, MERGE, width // WINDOW, many, MERGE).permute(0, 1, 4, 2, 5, 3, 6)
+    return frames.reshape(batch, rows * columns, -1), place.reshape(2, -1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions on (B, heads, N, 32)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def see(visual: nn.Module, pixels: Tensor) -> Tensor:
+    """Visual tokens (B, M, text width), row by row: what `visual` computes, for equal pictures and without its loops."""
+    patches, place = patchify(pixels)
+    batch, count, _ = patches.shape
+    height, width = pixels.shape[2] // WINDOW, pixels.shape[3] // WINDOW
+    windows, inside = height * width, (WINDOW // PATCH) ** 2
+    with torch.autocast(pixels.device.type, enabled=False):
+        cos, sin = visual.rotary_pos_emb(patches, place.T)  # (N, 32)
+    x = F.linear(patches, visual.patch_embed.proj.weight.flatten(1))
+    for index, block in enumerate(visual.blocks):
+        heads = block.attn.num_heads
+        qkv = block.attn.qkv(block.norm1(x)).view(batch, count, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        query, key, value = rotate(qkv[0], cos, sin).to(qkv.dtype), rotate(qkv[1], cos, sin).to(qkv.dtype), qkv[2]
+        if index not in visual.fullatt_block_indexes:
+            query, key, value = (t.reshape(batch, heads * windows, inside, -1) for t in (query, key, value))
+        # written out: backward of the fused attention is several times slower on a CPU at these lengths
+        weights = (query @ key.transpose(-1, -2) * block.attn.scaling).softmax(dim=-1).to(value.dtype)
+        attended = (weights @ value).reshape(batch, heads, count, -1)
+        x = x + block.attn.proj(attended.transpose(1, 2).reshape(batch, count, -1))
+        x = x + block.mlp(block.norm2(x))
+    tokens = visual.merger(x).view(batch, height, width, WINDOW // TOKEN, WINDOW // TOKEN, -1)
+    return tokens.transpose(2, 3).reshape(batch, count // MERGE**2, -1)
+
+
+class TowerHeads(nn.Module):
+    """What trains the tower: linear classifiers of its tokens."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        self.kind = nn.Linear(sizes.text_width, len(KINDS))
+        self.colour = nn.Linear(sizes.text_width, len(COLOURS))
+        self.word = nn.Linear(sizes.text_width, len(WORDS))
+        self.letters = nn.Linear(sizes.text_width, len(LETTERS))
+
+    def forward(self, tokens: Tensor, batch: dict[str, Tensor], name: str) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and figures from tokens (B, M, D) of the batch's screens or pairs."""
+        labels = batch[f"{name}_labels"]
+        tokens = F.rms_norm(tokens.float(), tokens.shape[-1:])
+        something = labels[..., 0] > 0
+        weight = torch.where(something, 1.0, 0.3).flatten()
+        loss, figures = torch.zeros((), device=tokens.device), {}
+        for index, head in enumerate((self.kind, self.colour, self.word)):
+            logits = head(tokens).float()
+            entropy = F.cross_entropy(logits.flatten(0, 1), labels[..., index].flatten(), reduction="none")
+            loss = loss + (entropy * weight).sum() / weight.sum()
+            right = logits.argmax(-1) == labels[..., index]
+            figures[f"{name}_{('kind', 'colour', 'word')[index]}"] = right[something].float().mean()
+        figures[f"{name}_nothing"] = (self.kind(tokens).argmax(-1) == 0)[~something].float().mean()
+        if f"{name}_letters" in batch:
+            letters = batch[f"{name}_letters"]
+            entropy = F.binary_cross_entropy_with_logits(self.letters(tokens).float(), letters, reduction="sum")
+            loss = loss + entropy / letters.sum()
+        return loss, figures
+
+
+# ------------------------------------------------------------------------------------------------------------- decoder
+
+
+def decode(language: nn.Module, hidden: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The language model on embeddings (B, L, D): its output and what it has after half of its layers.
+
+    Args:
+        turn: cosine and sine of the positions (B, L, 32); mask: additive, (B, 1, L, L).
+    """
+    middle = hidden
+    for index, layer in enumerate(language.layers):
+        if index == len(language.layers) // 2:
+            middle = hidden
+        hidden = layer(hidden, attention_mask=mask, position_embeddings=turn)
+    return language.norm(hidden), middle
+
+
+def pointing(layer: nn.Module, hidden: Tensor, turn: tuple[Tensor, Tensor], at: Tensor, seen: slice) -> Tensor:
+    """Logarithms of how a layer's first two heads spread attention over the visual tokens, (B, Q, 2, K).
+
+    Args:
+        hidden: (B, L, D) in front of the layer; at: (B, Q) places that attend; seen: where the visual tokens are.
+    """
+    heads = layer.self_attn
+    x = layer.input_layernorm(hidden)
+    rows = torch.arange(len(x), device=x.device)[:, None]
+    cos, sin = (t.unsqueeze(2) for t in turn)
+    query = heads.q_proj(x[rows, at]).unflatten(-1, (-1, heads.head_dim))[:, :, :2]
+    key = heads.k_proj(x[:, seen]).unflatten(-1, (-1, heads.head_dim))[:, :, :2]
+    query, key = rotate(query, cos[rows, at], sin[rows, at]), rotate(key, cos[:, seen], sin[:, seen])
+    return (torch.einsum("bqhd,bkhd->bqhk", query, key).float() * heads.scaling).log_softmax(-1)
+
+
+class PlaceHead(nn.Module):
+    """Makes the lower half of the decoder tell every visual token's row and column, which rotary positions leave implicit."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.row, self.column = nn.Linear(width, ROWS), nn.Linear(width, COLUMNS)
+
+    def forward(self, hidden: Tensor, places: Tensor) -> Tensor:
+        """Loss on hidden (B, K, D) at places (3, B, K)."""
+        hidden = F.rms_norm(hidden.float(), hidden.shape[-1:])
+        row, column = self.row(hidden).flatten(0, 1), self.column(hidden).flatten(0, 1)
+        return F.cross_entropy(row, places[1].flatten()) + F.cross_entropy(column, places[2].flatten())
+
+
+def answer_loss(
+    model: Qwen2_5_VLForConditionalGeneration,
+    place_head: PlaceHead,
+    kind: str,
+    tokens: Tensor,
+    batch: dict[str, Tensor],
+    where: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss on the answers to a batch's questions on its screens or clips (`kind`).
+
+    Args:
+        tokens: visual tokens (B, M, D).
+        where: ascending places (B, K) of those that stay, None for all.
+
+    Returns:
+        The loss; whether each question was answered rightly, (B, Q) float32, NaN where there is none or where nothing is
+        left of what it is about; the logits at the answers, (B, Q, V).
+    """
+    device, size, count = tokens.device, *tokens.shape[:2]
+    of = lambda name: batch[f"{kind}_{name}"]  # noqa: E731
+    embed = model.get_input_embeddings()
+    opening = torch.tensor(encode("<|im_start|>user<|vision_start|>"), device=device).expand(size, -1)
+    closing = torch.full((size, 1), TOKENS["<|vision_end|>"], device=device)
+    if where is None:
+        where = torch.arange(count, device=device).expand(size, -1)
+    places = (screen_places() if kind == "screen" else clip_places()).to(device)
+    start = opening.shape[1]
+    end = start + int(places[1:].max()) + 1
+    seen = places[:, where]  # (3, B, K)
+    text = torch.cat([torch.full((size, 1), end, device=device), end + 1 + of("offset")], dim=1)
+    opened = torch.arange(start, device=device).expand(3, size, -1)
+    positions = torch.cat([opened, start + seen, text.expand(3, -1, -1)], dim=2)
+    kept = tokens.gather(1, where[..., None].expand(-1, -1, tokens.shape[-1]))
+    hidden = torch.cat(
+        [embed(opening), kept.to(embed.weight.dtype), embed(torch.cat([closing, of("ids")], dim=1))], dim=1
+    )
+    prefix = hidden.shape[1] - BLOCK_LENGTH
+    block = F.pad(of("block"), (prefix, 0), value=-2)  # -2 the shared prefix, -1 padding
+    length = block.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    allowed = causal & ((block[:, :, None] == block[:, None, :]) | (block[:, None, :] == -2))
+    mask = torch.zeros(allowed.shape, device=device).masked_fill(~allowed, -1e4)[:, None]
+    language = model.model.language_model
+    turn = language.rotary_emb(hidden, positions)
+    out, middle = decode(language, hidden, turn, mask)
+    at = prefix + of("at").clamp(min=0)
+    rows = torch.arange(size, device=device)[:, None]
+    logits = model.lm_head(out[rows, at]).float()
+    over = model.lm_head(out[rows, at + 1]).float()  # after the answer: the end of the turn
+    evidence = of("evidence").gather(2, where[:, None].expand(-1, QUESTIONS, -1))  # (B, Q, K)
+    left = evidence.any(-1)
+    asked = (of("at") >= 0) & left
+    likely = logits.log_softmax(-1)
+    right = torch.logsumexp(likely.masked_fill(~of("accept"), -1e4), -1)
+    gone = (of("at") >= 0) & ~left  # nothing shows what is asked about: a guess, which must not sound sure
+    loss = sum(-share * right[some].mean() for some, share in ((asked, 1.0), (gone, 0.2)) if some.any())
+    loss = loss - 0.1 * over.log_softmax(-1)[..., TOKENS["<|im_end|>"]][of("at") >= 0].mean()
+    visual = slice(start, start + kept.shape[1])
+    loss = loss + 0.3 * place_head(middle[:, visual], seen)
+    pointed = pointing(language.layers[len(language.layers) // 2], middle, turn, at, visual)
+    found = torch.logsumexp(pointed.masked_fill(~evidence[:, :, None], -1e4), -1).mean(-1)  # (B, Q)
+    if asked.any():
+        loss = loss - 0.5 * found[asked].mean()
+    correct = of("accept").gather(2, logits.argmax(-1, keepdim=True))[..., 0].float()
+    return loss, correct.masked_fill(~asked, torch.nan), logits
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+@dataclass
+class Cache:
+    """Layouts and, once the tower is trained, their visual tokens, (number, M, D) float16, of both kinds."""
+
+    layouts: dict[str, list]
+    tokens: dict[str, Tensor]
+
+
+class Training(Run):
+    """The stages of shapes-qwen."""
+
+    stages = STAGES
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        super().__init__(options)
+        sizes = Sizes(**{name: getattr(options, name) for name in vars(Sizes())})
+        self.model = build_model(sizes).to(self.device)
+        self.model.set_attn_implementation("eager")  # as in `see`
+        self.heads = TowerHeads(sizes).to(self.device)
+        self.place = PlaceHead(sizes.text_width).to(self.device)
+        self.modules = {"model": self.model, "heads": self.heads, "place": self.place}
+        self.compiled_see = self.compiled(see)
+        self.caches: dict[bool, Cache] = {}
+
+    def batch(self, stage: str, step: int) -> dict[str, Tensor]:
+        """See :class:`Run`."""
+        held_out = step < 0
+        stream = CHECK_STREAM if held_out else TRAIN_STREAM
+        seed = (stream, self.options.seed, [known.name for known in STAGES].index(stage), abs(step))
+        size = getattr(self.options, f"{stage}_batch")
+        if stage == "tower":
+            return tower_batch(seed, size, held_out, 0.0 if held_out else CROWDED)
+        if stage == "joint":
+            return joint_batch(seed, size, held_out)
+        rng, batch, cache = np.random.default_rng(seed), {}, self.caches[held_out]
+        for kind, count in (("screen", size), ("clip", size * 2 // 3)):
+            chosen = rng.integers(len(cache.layouts[kind]), size=count)
+            batch |= question_batch(kind, [cache.layouts[kind][i] for i in chosen], rng)
+            batch[f"{kind}_tokens"] = cache.tokens[kind][chosen]
+        return batch
+
+    def look(self, pixels: Tensor) -> Tensor:
+        """The tower, compiled while training only: the few held-out checks are not worth a second compilation."""
+        return (self.compiled_see if self.model.training else see)(self.model.model.visual, pixels)
+
+    def loss(self, stage: str, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """See :class:`Run`."""
+        total, figures, tokens = torch.zeros((), device=self.device), {}, {}
+        if stage in ("tower", "joint"):
+            for name, weight in (("screen", 1.0), ("pair", 1.0)):
+                tokens[name] = self.look(batch[f"{name}s"])
+                loss, found = self.heads(tokens[name], batch, name)
+                total, figures = total + weight * loss, figures | found
+            if stage == "tower":
+                return total, figures
+            total = 0.5 * total
+            tokens["clip"] = tokens.pop("pair").reshape(-1, clip_places().shape[1], tokens["screen"].shape[-1])
+        else:
+            tokens = {kind: batch[f"{kind}_tokens"].float() for kind in ("screen", "clip")}
+        keep = KEEPS[step % len(KEEPS)] if step >= 0 else 1.0
+        for kind, weight in (("screen", 1.0), ("clip", 1.0)):
+            where = some_places(*tokens[kind].shape[:2], keep, step) if keep < 1 else None
+            if kind == "clip" and keep == KEEPS[-1]:
+                where = some_frame(len(tokens[kind]), step)
+            loss, right, _ = answer_loss(self.model, self.place, kind, tokens[kind], batch, where)
+            total = total + weight * loss
+            for index, task in enumerate(TASKS):
+                if (batch[f"{kind}_task"] == index).any():
+                    figures[task] = right[batch[f"{kind}_task"] == index].nanmean()
+        return total, figures
+
+    def trained(self, stage: str) -> list[tuple[nn.Module, float]]:
+        """See :class:`Run`."""
+        tower = [(self.model.model.visual, 1.0), (self.heads, 1.0)]
+        decoder = [(self.model.model.language_model, 1.0), (self.place, 1.0)]
+        return {"tower": tower, "decoder": decoder, "joint": tower + decoder}[stage]
+
+    def start_from(self, stage: str) -> None:
+        """See :class:`Run`."""
+        if stage == "tower":
+            return
+        self.restore(self.needed({"decoder": "tower", "joint": "decoder"}[stage]))
+        if stage == "decoder":
+            self.teach_words()
+            for held_out in (False, True):
+                file = self.work / f"seen_{'held_out' if held_out else 'training'}.pt"
+                if not (self.options.resume and file.exists()):
+                    torch.save(vars(self.cache(held_out)), file)
+                self.caches[held_out] = Cache(**torch.load(file, weights_only=False))
+
+    @torch.no_grad()
+    def teach_words(self) -> None:
+        """Give words the embeddings that their classifiers found, and visual tokens the size of a sum of some."""
+        embedding = self.model.get_input_embeddings().weight
+        embedding.normal_(0, 0.1)
+        self.model.model.language_model.norm.weight.fill_(0.25)  # so that no word is said too loudly at first
+        for names, head in ((KINDS, self.heads.kind), (COLOURS, self.heads.colour), (WORDS, self.heads.word)):
+            for name, row in zip(names[1:], head.weight[1:]):
+                embedding[TOKENS[name]] = 0.1 * F.rms_norm(row, row.shape)
+        pixels = tower_batch((TRAIN_STREAM, self.options.seed, 0, 0), 4, False)["screens"]
+        last = self.model.model.visual.merger.mlp[-1]
+        scale = 0.2 / see(self.model.model.visual, pixels).square().mean().sqrt()
+        last.weight *= scale
+        last.bias *= scale
+
+    @torch.no_grad()
+    def cache(self, held_out: bool) -> Cache:
+        """Draw the decoder stage's pictures and look at them once."""
+        rng = np.random.default_rng((CHECK_STREAM if held_out else TRAIN_STREAM, self.options.seed, 99))
+        cache = Cache({}, {})
+        for kind, total in CACHED.items():
+            total = total // 16 if held_out else total
+            module = screens if kind == "screen" else clips
+            draw = screens.draw_screen if kind == "screen" else clips.draw_clip
+            cache.layouts[kind] = [draw(rng, held_out) for _ in range(total)]
+            found = []
+            for first in range(0, total, 8):
+                pixels = np.stack([module.render(layout, rng) for layout in cache.layouts[kind][first : first + 8]])
+                pixels = pixels[:, None] if kind == "screen" else pixels.reshape(-1, 2, *pixels.shape[2:])
+                with self.autocast():
+                    tokens = see(self.model.model.visual, torch.from_numpy(pixels).to(self.device))
+                found.append(tokens.reshape(8, -1, tokens.shape[-1]).half().cpu())
+            cache.tokens[kind] = torch.cat(found)
+        return cache
+
+    def export(self) -> None:
+        """Write the model folder: float16 safetensors that load as float32, and the processor."""
+        config = self.model.config
+        config.dtype = config.text_config.dtype = config.vision_config.dtype = "float32"
+        weights = {name: value.half() for name, value in self.model.state_dict().items() if name != "lm_head.weight"}
+        self.model.generation_config.pad_token_id = TOKENS["<|endoftext|>"]
+        self.model.generation_config.eos_token_id = TOKENS["<|im_end|>"]
+        self.model.save_pretrained(self.out, state_dict=weights)
+        build_processor().save_pretrained(self.out)
+
+
+def some_places(size: int, count: int, keep: float, seed: int) -> Tensor:
+    """Ascending random places (B, K), K a share `keep` of `count`."""
+    noise = torch.rand(size, count, generator=torch.Generator().manual_seed(seed))
+    return noise.argsort(1)[:, : max(1, round(keep * count))].sort(1).values
+
+
+def some_frame(size: int, seed: int) -> Tensor:
+    """The places (B, 16) of a random pair of frames of each clip: what a model sees that judges frame by frame."""
+    inside = (clips.SIZE // TOKEN) ** 2
+    chosen = torch.randint(clips.FRAMES // 2, (size, 1), generator=torch.Generator().manual_seed(seed))
+    return chosen * inside + torch.arange(inside)
+
+
+def joint_batch(seed: tuple[int, ...], size: int, held_out: bool) -> dict[str, Tensor]:
+    """Pictures with dense labels and questions, as many clips as screens."""
+    rng = np.random.default_rng((*seed, 1))
+    batch, drawn, films = labelled(seed, (size, size), held_out, 0.0 if held_out else 0.2)
+    return batch | question_batch("screen", drawn, rng) | question_batch("clip", films, rng)
+
+
+def parse() -> argparse.Namespace:
+    """Command line; the defaults made the shipped weights."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_stage_arguments(parser, STAGES)
+    for name, value in vars(Sizes()).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run the chosen stages."""
+    options = parse()
+    training = Training(options)
+    for stage in options.stages:
+        training.train(stage)
+    if stage == STAGES[-1].name:
+        training.export()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""What the recipes of the embedded models share: stages with checkpoints, a log and held-out figures.
+
+A recipe subclasses :class:`Run`, says what each stage trains (`trained`), how a batch is drawn (`batch`) and what the
+loss is (`loss`), and calls :meth:`Run.train` for one stage after the other. Every batch is a pure function of (seed,
+stage, step), so that a run can be resumed and repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+__all__ = ["CHECK_STREAM", "TRAIN_STREAM", "Run", "Stage", "add_stage_arguments"]
+
+TRAIN_STREAM, CHECK_STREAM = 0, 2  # stream 1 is what a suite's `samples()` draws
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage's name and the defaults of its options.
+
+    Attributes:
+        steps, batch, lr: number of steps, pictures a step, peak learning rate.
+        warmup: steps over which the rate rises; decay: share of the steps, the last ones, over which it falls to zero.
+    """
+
+    name: str
+    steps: int
+    batch: int
+    lr: float
+    warmup: int = 200
+    decay: float = 0.0
+
+
+def add_stage_arguments(parser: argparse.ArgumentParser, stages: Sequence[Stage]) -> None:
+    """Arguments that every recipe takes; the defaults made the shipped weights."""
+    names = [stage.name for stage in stages]
+    parser.add_argument("--out", required=True, help="folder for the model, its log and its checkpoints")
+    parser.add_argument("--stages", nargs="+", choices=names, default=names)
+    parser.add_argument("--resume", action="store_true", help="continue from the checkpoints in --out")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads of torch, 0 for its own choice")
+    parser.add_argument("--check-every", type=int, default=200, help="steps between held-out checks")
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 autocast")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="needs a C++ compiler")
+    for stage in stages:
+        parser.add_argument(f"--{stage.name}-steps", type=int, default=stage.steps)
+        parser.add_argument(f"--{stage.name}-batch", type=int, default=stage.batch, help="pictures a step")
+        parser.add_argument(f"--{stage.name}-lr", type=float, default=stage.lr)
+
+
+class Run(ABC):
+    """Modules, files and the loop of one run.
+
+    Attributes:
+        modules: what checkpoints hold, by name.
+        stages: in the order in which they run.
+    """
+
+    stages: Sequence[Stage]
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        torch.manual_seed(options.seed)
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        self.out = Path(options.out)
+        self.work = self.out / "checkpoints"
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.modules: dict[str, nn.Module] = {}
+
+    @abstractmethod
+    def batch(self, stage: str, step: int) -> dict[str, Tensor]:
+        """The training batch of a step, or of a held-out check where `step` is negative."""
+
+    @abstractmethod
+    def loss(self, stage: str, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and figures of a stage on a batch."""
+
+    @abstractmethod
+    def trained(self, stage: str) -> list[tuple[nn.Module, float]]:
+        """Modules that a stage trains, with their share of its learning rate; everything else is frozen."""
+
+    @abstractmethod
+    def start_from(self, stage: str) -> None:
+        """Bring in the weights of the stages before."""
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """bfloat16 matrix products, float32 weights."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.bf16)
+
+    def compiled(self, function: Callable) -> Callable:
+        """`function`, compiled for fixed shapes if the options say so."""
+        return torch.compile(function, dynamic=False) if self.options.compile else function
+
+    def parameters(self, stage: str) -> list[dict]:
+        """Parameter groups for the optimiser: weight decay on matrices only."""
+        for module in self.modules.values():
+            module.requires_grad_(False)
+        groups = []
+        for module, share in self.trained(stage):
+            module.requires_grad_(True)
+            wide = [p for p in module.parameters() if p.ndim > 1]
+            narrow = [p for p in module.parameters() if p.ndim <= 1]
+            groups += [{"params": wide, "share": share}, {"params": narrow, "share": share, "weight_decay": 0.0}]
+        return groups
+
+    def check(self, stage: str, batches: int = 4) -> dict[str, float]:
+        """Mean figures on a fixed set of held-out pictures, other ones than `samples()` draws."""
+        for module in self.modules.values():
+            module.eval()
+        figures: dict[str, list[float]] = {}
+        for number in range(batches):
+            batch = {name: value.to(self.device) for name, value in self.batch(stage, -1 - number).items()}
+            with torch.no_grad(), self.autocast():
+                loss, found = self.loss(stage, batch, -1 - number)
+            for name, value in {"loss": loss, **found}.items():
+                figures.setdefault(name, []).append(float(value))
+        for module in self.modules.values():
+            module.train()
+        return {name: round(float(np.nanmean(values)), 4) for name, values in figures.items()}
+
+    def log(self, record: dict) -> None:
+        """Append one line to the run's log and print it."""
+        line = json.dumps(record)
+        print(line, flush=True)
+        with (self.out / "training_log.jsonl").open("a") as file:
+            file.write(line + "\n")
+
+    def save(self, stage: str, **state: object) -> None:
+        """Checkpoint all modules and `state`."""
+        everything = {name: module.state_dict() for name, module in self.modules.items()} | state
+        torch.save(everything, self.work / f"{stage}.tmp")
+        (self.work / f"{stage}.tmp").replace(self.work / f"{stage}.pt")
+
+    def load(self, stage: str) -> dict | None:
+        """A stage's checkpoint, or None."""
+        path = self.work / f"{stage}.pt"
+        return torch.load(path, map_location=self.device) if path.exists() else None
+
+    def needed(self, stage: str) -> dict:
+        """A stage's checkpoint, which the next stage starts from."""
+        state = self.load(stage)
+        if state is None:
+            raise FileNotFoundError(f"there is no {self.work / stage}.pt to start from: run stage {stage!r} first")
+        return state
+
+    def restore(self, state: dict) -> None:
+        """Put all modules into the state of a checkpoint."""
+        for name, module in self.modules.items():
+            module.load_state_dict(state[name])
+
+    def train(self, name: str) -> None:
+        """Train one stage: warm-up, a constant rate, then a linear fall to zero where the stage has one."""
+        stage = next(stage for stage in self.stages if stage.name == name)
+        total, peak = getattr(self.options, f"{name}_steps"), getattr(self.options, f"{name}_lr")
+        size = getattr(self.options, f"{name}_batch")
+        self.start_from(name)
+        optimizer = torch.optim.AdamW(self.parameters(name), lr=peak, betas=(0.9, 0.98), weight_decay=0.02)
+        state = self.load(name) if self.options.resume else None
+        first, before = 0, 0.0
+        if state is not None:
+            self.restore(state)
+            optimizer.load_state_dict(state["optimizer"])
+            first, before = state["step"], state["minutes"]
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        loader = DataLoader(_Batches(self.batch, name, first, total), batch_size=None, num_workers=1, prefetch_factor=4)
+        start = saved = time.monotonic()
+        decay = max(1, round(stage.decay * total))
+        running: list[float] = []
+        for step, batch in enumerate(loader, first):
+            rate = peak * min(1.0, (step + 1) / stage.warmup, (total - step) / decay)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["share"]
+            with self.autocast():
+                loss, _ = self.loss(name, {k: v.to(self.device) for k, v in batch.items()}, step)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            running.append(float(loss.detach()))
+            done, now = step + 1, time.monotonic()
+            minutes = before + (now - start) / 60
+            if done % self.options.check_every == 0 or done == total:
+                record = {"stage": name, "step": done, "minutes": round(minutes, 2), "lr": round(rate, 6)}
+                record |= {"pictures": done * size, "train_loss": round(float(np.mean(running)), 4)}
+                self.log(record | {f"held_out_{k}": v for k, v in self.check(name).items()})
+                running.clear()
+            if now - saved > 180 or done == total:
+                self.save(name, step=done, minutes=minutes, optimizer=optimizer.state_dict())
+                saved = now
+
+
+class _Batches(IterableDataset):
+    """Training batches of one stage from a given step on."""
+
+    def __init__(self, draw: Callable[[str, int], dict[str, Tensor]], stage: str, start: int, total: int) -> None:
+        self.draw, self.stage, self.start, self.total = draw, stage, start, total
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for step in range(self.start, self.total):
+            yield self.draw(self.stage, step)
