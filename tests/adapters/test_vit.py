@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import foveate
 from foveate.adapters import MergeTrace, VitSession
 from foveate.adapters.vit import tower_for
 from foveate.errors import AttachError, UnsupportedModelError
+from foveate.pruners.merging import BlockTokens
 
 timm = pytest.importorskip("timm")
 open_clip = pytest.importorskip("open_clip")
@@ -57,6 +59,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "post norm": lambda: timm_model(block_fn=timm.models.vision_transformer.ResPostBlock),
     "eva": lambda: timm_model("eva02_tiny_patch14_224", patch_size=PATCH),
     "dinov3": lambda: timm_model("vit_small_patch16_dinov3", patch_size=PATCH),
+    "rope by head": lambda: timm_model("vit_small_patch16_rope_mixed_224"),
     "open_clip": clip,
     "open_clip average": lambda: clip(pool_type="avg", ls_init_value=0.3),
     "open_clip pooler": lambda: clip(attentional_pool=True, attn_pooler_heads=4, attn_pooler_queries=5),
@@ -66,6 +69,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "hf dinov2": lambda: hf("Dinov2Model", "Dinov2Config", layerscale_value=0.3),
     "hf dinov2 registers": lambda: hf("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", num_register_tokens=4),
 }
+ROTARY = ("eva", "dinov3", "rope by head")  # positions tell equal patches apart
+POOLING = ("average", "map", "open_clip average", "open_clip pooler", "hf siglip")
 MERGERS = [foveate.ToMe(r=3), foveate.PiToMe(ratio=0.8), foveate.PiToMe(ratio=0.8, order="llava", metric="keys")]
 
 
@@ -148,29 +153,91 @@ def test_a_batch_gives_what_its_pictures_give_alone(name: str) -> None:
                 torch.testing.assert_close(features(model, x[b : b + 1]), together[b : b + 1], atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_equal_patches_merge_without_loss(name: str) -> None:
-    """Statement: tokens that are all alike can be merged exactly: proportional attention and pooling count them by size.
-
-    A picture of one colour without position embeddings gives equal patches in every block; merging them must not change the
-    features, which needs LayerScale, key bias, weighted mean and weighted pooling to be right all at once.
-    """
-    if name in ("eva", "dinov3"):
-        pytest.skip("rotary positions tell equal patches apart")
-    model = built(name)
+@pytest.fixture(params=[name for name in MODELS if name not in ROTARY])
+def unplaced(request: pytest.FixtureRequest) -> nn.Module:
+    """A model to which patches of one colour are equal wherever they are."""
+    model = built(request.param)
     for key, parameter in model.named_parameters():
         if "pos_embed" in key or ("position" in key and "text" not in key):
             parameter.zero_()
-    x = torch.full((2, 3, SIDE, SIDE), 0.3)
-    plain = features(model, x)
-    for merger in (foveate.ToMe(r=3), foveate.PiToMe(ratio=0.8), foveate.ToMe(matching="pairs", r=4)):
-        with foveate.attach(model, merger) as session:
-            torch.testing.assert_close(features(model, x), plain, atol=2e-5, rtol=1e-4)
-            assert session.trace.counts[-1] < session.trace.counts[0]
-    if not tower_for(model).prefix:
-        return  # all rows are equal, so no weighting matters
-    with foveate.attach(model, foveate.ToMe(r=3, prop_attn=False)):
-        assert (features(model, x) - plain).abs().max() > 1e-4, "the statement could not fail otherwise"
+    return model
+
+
+def two_colours() -> tuple[Tensor, Tensor]:
+    """Two pictures whose patches have one of two colours each, more of one than of the other, and ``(2, 16)`` which."""
+    which = torch.zeros(2, 16, dtype=torch.long)
+    which[0, [0, 1, 6, 7, 11]] = 1
+    which[1, [2, 5, 8, 10, 13, 15]] = 1
+    palette = torch.tensor([[0.3, -0.8, 0.5], [-0.9, 0.4, 0.1]])
+    cells = palette[which].transpose(1, 2).unflatten(2, (SIDE // PATCH, SIDE // PATCH))
+    return cells.repeat_interleave(PATCH, dim=2).repeat_interleave(PATCH, dim=3), which
+
+
+def test_equal_patches_merge_without_loss(unplaced: nn.Module) -> None:
+    """Statement: with size weighting and proportional attention, merging tokens that are alike changes nothing.
+
+    That needs LayerScale, key bias, weighted mean and weighted pooling to be right all at once. The colours differ in
+    how many of their patches merge, so whatever counts rows instead of patches shows.
+    """
+    x, which = two_colours()
+    plain = features(unplaced, x)
+    for merger in (foveate.ToMe(r=3), foveate.PiToMe(ratio=0.8)):
+        with foveate.attach(unplaced, merger) as session:
+            found = features(unplaced, x)
+            trace = session.trace
+            assert trace.counts[-1] < trace.counts[0]
+            assert torch.equal(which.gather(1, trace.owner), which), "like merges with like"
+            torch.testing.assert_close(found, plain, atol=2e-5, rtol=1e-4)
+        with foveate.attach(unplaced, replace(merger, prop_attn=False)):
+            assert (features(unplaced, x) - plain).abs().max() > 1e-4, "the statement could not fail otherwise"
+
+
+@pytest.mark.parametrize("unplaced", POOLING, indirect=True)
+def test_pooling_counts_patches_not_rows(unplaced: nn.Module) -> None:
+    """Statement: average and attention pooling weigh every row by its patches.
+
+    Only the last block merges, behind its attention, so that nothing but the pooling sees sizes.
+    """
+    x, which = two_colours()
+    plain = features(unplaced, x)
+    with foveate.attach(unplaced, foveate.ToMe(r=(0, 0, 5))) as session:
+        torch.testing.assert_close(features(unplaced, x), plain, atol=2e-5, rtol=1e-4)
+        assert torch.equal(which.gather(1, session.trace.owner), which), "like merges with like"
+
+        def forget(*_: Any) -> None:
+            session._merger.sizes = session._merger._bias = None
+
+        handle = tower_for(unplaced).blocks[-1].register_forward_hook(forget)
+        assert (features(unplaced, x) - plain).abs().max() > 1e-4, "the statement could not fail otherwise"
+        handle.remove()
+
+
+@pytest.mark.parametrize("name", ["vit", "registers", *ROTARY])
+def test_dropping_rows_equals_masking_them(name: str) -> None:
+    """Statement: rows that leave a block without merging are missing from later attention, and nothing else changes.
+
+    The bare model, with those rows masked as keys from the next block on, has its whole rotary table; survivors must be at
+    their own places in the gathered one.
+    """
+    model, x = built(name), pictures()
+    rows: list[Tensor] = []
+    last = model.blocks[-1].register_forward_hook(lambda module, args, output: rows.append(output))
+    dropper = foveate.PiToMe(ratio=0.8, order="plain", weighting="prune", prop_attn=False)
+    with foveate.attach(model, dropper) as session:
+        model(x)
+        trace = session.trace
+    n, alive = trace.counts[0], [trace.origins(i) for i in range(len(model.blocks))]
+    assert all((a[:, trace.prefix :].diff(dim=1) < 0).any() for a in alive[1:]), "rows must leave their order"
+    for block, origins in zip(model.blocks, alive, strict=True):
+        mask = torch.zeros(3, n, dtype=torch.bool).scatter(1, origins, True)[:, None, None]
+        block.register_forward_pre_hook(
+            lambda module, args, kwargs, mask=mask: (args, {**kwargs, "attn_mask": mask}), with_kwargs=True
+        )
+    model(x)
+    last.remove()
+    pruned, masked = rows
+    at = trace.origins()[..., None].expand(-1, -1, masked.shape[-1])
+    torch.testing.assert_close(pruned, masked.gather(1, at), atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["vit", "dinov2", "open_clip", "hf clip"])
@@ -187,7 +254,9 @@ def test_low_precision_models_keep_their_type(name: str) -> None:
 
 def test_bf16_models_group_by_float32_energies_of_their_keys() -> None:
     """Statement: in a bfloat16 model the first block's groups are those of float32 energies of the same keys."""
-    model, x = built("vit").bfloat16(), pictures().bfloat16()
+    torch.manual_seed(0)
+    model = timm_model(img_size=128).eval().requires_grad_(False).bfloat16()
+    x = torch.randn(2, 3, 128, 128).bfloat16()
     heard: list[Tensor] = []
     handle = model.blocks[0].attn.k_norm.register_forward_hook(lambda m, a, keys: heard.append(keys))
     merger = foveate.PiToMe(ratio=0.6, order="plain")
@@ -196,12 +265,28 @@ def test_bf16_models_group_by_float32_energies_of_their_keys() -> None:
         groups = session.trace._groups[0][1]
     handle.remove()
     stage = merger.block(0, session.info)
-    from foveate.pruners.merging import BlockTokens
-
     metric = heard[0].float().mean(dim=1)
     expected = stage.select(BlockTokens(x, 1, groups.source.shape[1]), metric)
     for field in ("keep", "source", "target"):
         assert torch.equal(getattr(groups, field), getattr(expected, field))
+    rounded = stage.select(BlockTokens(x, 1, groups.source.shape[1]), heard[0].mean(dim=1))
+    assert not torch.equal(groups.source, rounded.source), "a mean over heads in bfloat16 groups otherwise"
+
+
+@pytest.mark.parametrize("merger", MERGERS[:2], ids=lambda m: m.name)
+def test_attached_models_compile_whole(merger: foveate.Pruner) -> None:
+    """Statement: torch.compile takes the attached model as one graph, traced once per shape, with the same numbers and trace."""
+    torch._dynamo.reset()
+    model, x = built("vit"), pictures()
+    with foveate.attach(model, merger) as session:
+        expected, kept, counts = features(model, x), session.trace.kept, list(session.trace.counts)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)  # code generation takes minutes
+        other = compiled(pictures(seed=1))
+        torch.testing.assert_close(compiled(x), expected)
+        assert session.trace.counts == counts
+        assert torch.equal(session.trace.kept, kept)
+        torch.testing.assert_close(other, features(model, pictures(seed=1)))
+    torch.testing.assert_close(compiled(x), features(model, x))
 
 
 @pytest.mark.parametrize(
