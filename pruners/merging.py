@@ -84,6 +84,7 @@ class Merger(Pruner):
         "dinov2",
         "llava",
         "llava_next",
+        "llava_onevision",
     )
 
     def block(self, i: int, model: ModelInfo) -> BlockStage:

@@ -8,8 +8,7 @@ for 0.5 points of ImageNet accuracy off the shelf, where other mergers lose 2.6.
 
 Follows the published code where it differs from the paper (continuous energy, blocks without protection by family), with
 attention that counts patches as the paper says. Sets depend on the parity of energy ranks, so energies are exact float32.
-On a few photographs and self-supervised features ToMe stayed closer to the unmerged model at equal counts: compare both on
-yours (``foveate bench``). Cost: N^2 similarities of key width per block, four times those of ToMe.
+Cost: N^2 similarities of key width per block, four times those of ToMe.
 """
 
 from __future__ import annotations
