@@ -39,6 +39,7 @@ from foveate.eval_suites.rows import Status
 from foveate.eval_suites.store import Store
 from foveate.eval_suites.suites import Sample, Suite
 from foveate.pruners.base import Keep, Pruner, check_keep, one_of
+from foveate.pruners.control import RandomLike
 from foveate.pruners.registry import PRUNERS, create
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ logger = logging.getLogger(__name__)
 __all__ = ["BASELINES", "add_arguments", "bench", "main"]
 
 BASELINES = ("random", "grid", "avgpool", "downsample")
+_CONTROL = "random@"
 """Methods that every bench runs at every budget."""
 
 _POSITIONS = ("auto", "keep", "compact")
@@ -64,7 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(models.EMBEDDED)} (embedded), a folder, or a name on the hub",
     )
     add("--suite", metavar="NAME", default="shapes", help=f"one of: {', '.join(suites.SUITES)}")
-    methods = 'all, or methods like "fastv,todre(stage2=False)"; the baselines always run'
+    methods = (
+        'all, or methods like "fastv,todre(stage2=False)"; random@METHOD keeps as many tokens as METHOD in every layer; '
+        "the baselines always run"
+    )
     add("--pruners", metavar="NAMES", default="all", help=methods)
     add(
         "--keep",
@@ -174,7 +179,7 @@ def parse_methods(text: str) -> list[str | tuple[str, dict[str, Any]]]:
     """
     methods = []
     for part in filter(None, map(str.strip, re.split(r",(?![^()]*\))", text))):
-        match = re.fullmatch(r"([\w.:+-]+)\s*(?:\((.*)\))?", part)
+        match = re.fullmatch(r"([\w.:+@-]+)\s*(?:\((.*)\))?", part)
         try:
             call = ast.parse(f"f({match[2] or ''})", mode="eval").body if match else None
             if not isinstance(call, ast.Call) or call.args:
@@ -214,7 +219,8 @@ def bench(
         model: the name of an embedded model, a folder, a name on the hub, or what :func:`foveate.eval_suites.models.load` returned.
         suite: a name, or a suite.
         pruners: ``"all"``, or methods by name, class or instance, separated by commas in a string. Names may carry
-            parameters: ``"fastv(k=3)"``. Whatever has a parameter ``keep`` runs at every budget; instances, and methods
+            parameters: ``"fastv(k=3)"``; ``"random@fastv"`` is the control that keeps as many tokens as FastV in every layer.
+            Whatever has a parameter ``keep`` runs at every budget; instances, and methods
             whose ``keep`` is given in parentheses, run once as they are.
         keep: budgets, fractions in (0, 1] or whole numbers of tokens per picture.
         limit: number of samples; seed: which ones (None: the suite's own choice).
@@ -391,24 +397,42 @@ def _plan(methods: Any, budgets: Sequence[Keep], seeds: int) -> list[Run]:
     swept, fixed = {name: create(name) for name in BASELINES}, []
     for pruner, given in _methods(methods):
         label = _label(pruner, given)
-        named = pruner.budget_parameter
-        if given is None or named in given or not hasattr(pruner, named):
+        named = (pruner.pruner if isinstance(pruner, RandomLike) else pruner).budget_parameter
+        if given is None or named in given or _keep(pruner) is _NO_BUDGET:
             fixed.append((label, pruner))
         else:
             swept[label] = pruner
-            if getattr(pruner, named) is None:  # left to itself it finds its own
+            if _keep(pruner) is None:  # left to itself it finds its own
                 fixed.append((label, pruner))
     runs = [Run("unpruned", None), Run("no-image", None, baseline=True)]
     for keep, (label, pruner) in itertools.product(budgets, swept.items()):
-        for seed in range(seeds) if label == "random" else (None,):
-            drawn = {} if seed is None else {"seed": seed}
-            budgeted = replace(pruner, **{pruner.budget_parameter: keep}, **drawn)
-            runs.append(Run(label, budgeted, seed, pruner.name in BASELINES))
-    runs += [Run(label, pruner, None, pruner.name in BASELINES) for label, pruner in fixed]
+        if isinstance(pruner, RandomLike):
+            budgeted = pruner.at(keep)
+        else:
+            budgeted = replace(pruner, **{pruner.budget_parameter: keep})
+        runs += _drawn(label, budgeted, seeds if label == "random" or isinstance(pruner, RandomLike) else 0)
+    for label, pruner in fixed:
+        runs += _drawn(label, pruner, seeds if isinstance(pruner, RandomLike) else 0)
     distinct: dict[Any, Run] = {}
     for run in runs:
         distinct.setdefault((run.label, type(run.keep), run.keep, run.seed), run)
     return list(distinct.values())
+
+
+_NO_BUDGET = object()
+
+
+def _keep(pruner: Pruner) -> Any:
+    """The budget; :data:`_NO_BUDGET` of a method without one."""
+    return getattr(pruner, pruner.budget_parameter, _NO_BUDGET)
+
+
+def _drawn(label: str, pruner: Pruner, seeds: int) -> list[Run]:
+    """A run per seed, or a single one."""
+    blind = isinstance(pruner, RandomLike) or pruner.name in BASELINES
+    if not seeds:
+        return [Run(label, pruner, None, blind)]
+    return [Run(label, replace(pruner, seed=seed), seed, blind) for seed in range(seeds)]
 
 
 def _methods(methods: Any) -> Iterator[tuple[Pruner, dict[str, Any] | None]]:
@@ -418,7 +442,10 @@ def _methods(methods: Any) -> Iterator[tuple[Pruner, dict[str, Any] | None]]:
             if name == "all" and not given:
                 yield from ((cls(), {}) for _, cls in sorted(PRUNERS.items()) if _runs_by_itself(cls))
                 continue
-            yield create(name, **given), given
+            if name.startswith(_CONTROL):
+                yield RandomLike(create(name.removeprefix(_CONTROL), **given)), given
+            else:
+                yield create(name, **given), given
     elif isinstance(methods, Sequence):
         for method in methods:
             yield from _methods(method)
