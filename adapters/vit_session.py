@@ -11,7 +11,11 @@ from foveate.pruners.base import ModelInfo, Pruner
 
 
 class VitSession(Attachment):
-    """A merger on a vision transformer. It acts in every call of the model until :meth:`detach`."""
+    """A merger on a vision transformer. It acts in every call of the model until :meth:`detach`.
+
+    Numbers of tokens follow from the input's shape, so ``torch.compile`` makes no graph break. Attach to the model itself, not
+    to what ``torch.compile`` returned.
+    """
 
     def __init__(self, model: nn.Module, pruner: Pruner, tower: Tower) -> None:
         super().__init__(model, pruner, tower.trunk)
