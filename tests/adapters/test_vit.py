@@ -48,6 +48,7 @@ def clip(**vision: Any) -> nn.Module:
     )
 
 
+# LayerScale well above its usual start, or no branch would show in the output
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "vit": timm_model,
     "deit distilled": lambda: timm_model("deit_tiny_distilled_patch16_224"),
@@ -58,8 +59,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "qk norm": lambda: timm_model(qk_norm=True),
     "post norm": lambda: timm_model(block_fn=timm.models.vision_transformer.ResPostBlock),
     "eva": lambda: timm_model("eva02_tiny_patch14_224", patch_size=PATCH),
-    "dinov3": lambda: timm_model("vit_small_patch16_dinov3", patch_size=PATCH),
-    "rope by head": lambda: timm_model("vit_small_patch16_rope_mixed_224"),
+    "dinov3": lambda: timm_model("vit_small_patch16_dinov3", init_values=0.3),
+    "rope by head": lambda: timm_model("vit_small_patch16_rope_mixed_224", init_values=0.3),
     "open_clip": clip,
     "open_clip average": lambda: clip(pool_type="avg", ls_init_value=0.3),
     "open_clip pooler": lambda: clip(attentional_pool=True, attn_pooler_heads=4, attn_pooler_queries=5),
