@@ -8,6 +8,7 @@ A process of its own, because children are forked from it: each must start withi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -68,6 +69,15 @@ def timed(work: Callable[[], None]) -> float:
     return time.perf_counter() - began
 
 
+def wait_for(path: pathlib.Path, answers: int, number: int) -> None:
+    """Until the file holds so many answers, or process ``number`` has ended."""
+    while os.waitid(os.P_PID, number, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        with contextlib.suppress(sqlite3.OperationalError), sqlite3.connect(f"file:{path}?mode=ro", uri=True) as db:
+            if db.execute("SELECT count(*) FROM answer").fetchone()[0] >= answers:
+                return
+        time.sleep(0.002)
+
+
 def counted(path: pathlib.Path) -> list[tuple[int, int]]:
     """Run and number of every answer; the file must be sound, and batches whole."""
     if not path.exists():
@@ -99,11 +109,16 @@ def main(model: str, kills: int, stub: bool) -> None:
     rng, partial = random.Random(0), []
     with tempfile.TemporaryDirectory() as folder:
         whole, killed = pathlib.Path(folder) / "whole.db", pathlib.Path(folder) / "killed.db"
-        work, start = (timed(lambda: bench(loaded, whole)) for _ in range(2))  # the second finds all done
+        bench(loaded, whole)
+        start = timed(lambda: bench(loaded, whole))  # finds all done
         before: list[tuple[int, int]] = []
         for _ in range(kills):
             number = child(lambda: bench(loaded, killed))
-            time.sleep(rng.uniform(start / 2, start + (work - start) / 6))
+            if rng.random() < 0.3:  # before anything is written, maybe
+                time.sleep(rng.uniform(0, start))
+            else:  # in the middle of the next batches, however fast this machine is today
+                wait_for(killed, len(before) + rng.randint(1, 3) * BATCH, number)
+                time.sleep(rng.uniform(0, 0.01))
             os.kill(number, signal.SIGKILL)
             os.waitpid(number, 0)
             now = counted(killed)

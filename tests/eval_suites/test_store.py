@@ -238,7 +238,7 @@ def test_several_processes_write_one_new_file(path):
         "import sys; from foveate.eval_suites.store import Store; from foveate.eval_suites.rows import Answer, Row\n"
         f"store = Store({str(path)!r}); bench = store.open_bench({FACTS | {'limit': 400}!r}, ('a', 'b'))\n"
         "(run,) = store.open_runs(bench, [Row('unpruned', 'unpruned')]); me = int(sys.argv[1])\n"
-        "for n in range(0, 400, 2): store.add(run, [Answer(n + me % 2, 's', 'a', 'x', 1.0, (4,), None, 0.1)])\n"
+        "for n in range(0, 400, 2): store.add(run, [Answer(n + me % 2, 's', 'a', 'x', 1.0, (4,), seconds=0.1)])\n"
     )
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     writers = [subprocess.Popen([sys.executable, "-c", code, str(i)], env=env) for i in range(3)]
