@@ -178,7 +178,7 @@ def parse_methods(text: str) -> list[str | tuple[str, dict[str, Any]]]:
         ParameterError: unreadable.
     """
     methods = []
-    for part in filter(None, map(str.strip, re.split(r",(?![^()]*\))", text))):
+    for part in filter(None, map(str.strip, re.split(r",(?![^()]*(?:\([^()]*\)[^()]*)*\))", text))):
         match = re.fullmatch(r"([\w.:+@-]+)\s*(?:\((.*)\))?", part)
         try:
             call = ast.parse(f"f({match[2] or ''})", mode="eval").body if match else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import foveate
-from foveate.eval_suites.runner import _plan
+from foveate.eval_suites.runner import _plan, parse_methods
 from foveate.pruners.control import RandomLike
 from tests.models import inputs, picture, tiny
 
@@ -41,4 +41,11 @@ def test_the_bench_draws_the_control_at_every_budget() -> None:
         *((label, keep, seed) for keep in (0.5, 4) for seed in (0, 1)),
         *(("random@transprune", None, seed) for seed in (0, 1)),
         *((label, None, seed) for seed in (0, 1)),
+    ]
+
+
+def test_names_carry_tuples_beside_other_parameters() -> None:
+    assert parse_methods("transprune(ratios=(0.5, 0.25), alpha=0.5),random@corematching(neuron_layers=())") == [
+        ("transprune", {"ratios": (0.5, 0.25), "alpha": 0.5}),
+        ("random@corematching", {"neuron_layers": ()}),
     ]
