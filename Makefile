@@ -6,8 +6,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 # A bench that was stopped goes on; one of other code or settings starts over. ARGS=--fresh measures everything again.
-BENCH := --model shapes-llava --suite shapes --pruners all,random@transprune,random@corematching --keep 0.5,0.25,0.11 --limit 200
-	--out results.db --fresh=changed --html leaderboard.html
+BENCH := --model shapes-llava --suite shapes --pruners all,random@transprune,random@corematching \
+	--keep 0.5,0.25,0.11 --limit 200 --out results.db --fresh=changed --html leaderboard.html
 
 .DELETE_ON_ERROR:
 .PHONY: bench demo test lint format clean
