@@ -119,9 +119,8 @@ class App:
     def __init__(self, engine: Engine, results: str | None = None) -> None:
         self.engine, self.results = engine, results
         self.known = {_key(example.picture()): example.name for example in EXAMPLES}
-        self._folder = TemporaryDirectory(
-            prefix="foveate-examples-"
-        )  # written once, since all users are served the same files
+        # written once, since all users are served the same files
+        self._folder = TemporaryDirectory(prefix="foveate-examples-")
         self.files = []
         for number, example in enumerate(EXAMPLES):
             self.files.append(f"{self._folder.name}/{number}.png")

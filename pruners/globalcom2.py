@@ -203,9 +203,8 @@ def canvas_of(layout: Layout) -> Canvas | None:
     if thumbnail.kind != "thumbnail" or not sum(crop.size for crop in crops):
         return None
     cols, n = crops[0].stride, len(crops)
-    widths = [
-        crop.cols for crop in crops
-    ]  # repeat in every row of crops and add up to the canvas, also where some are 0
+    # widths repeat in every row of crops and add up to the canvas, also where some are 0
+    widths = [crop.cols for crop in crops]
     fits = (p for p in range(1, n + 1) if n % p == 0 and widths == widths[:p] * (n // p) and sum(widths[:p]) == cols)
     across = next(fits)
     rows = sum(crop.rows for crop in crops[::across])
