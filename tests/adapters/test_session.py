@@ -391,7 +391,7 @@ def test_a_failing_pruner_leaves_the_model_usable() -> None:
         model(**given)
     assert session.trace is None
     assert session._prompt is None  # nothing is held on to
-    assert not session._encoded
+    assert not session._encoder.encoded
     text = {"input_ids": given["input_ids"][:, :3], "attention_mask": torch.ones(1, 3)}
     model(**text)  # still attached, still usable
     session.detach()

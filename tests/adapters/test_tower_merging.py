@@ -72,7 +72,7 @@ def test_counts_are_those_of_the_blocks(models: dict[str, nn.Module]) -> None:
     with foveate.attach(models["llava"], foveate.ToMe(r=2)) as session:
         models["llava"](**batch("llava"))
         assert [len(image.kept) for image in session.trace.images] == [16 - 4 * 2] * 2
-        assert session._inside.trace.counts == [17, 15, 13, 11, 9]
+        assert session._encoder.merging.trace.counts == [17, 15, 13, 11, 9]
     assert foveate.ToMe(r=16).kept_in(Layout.grid(24, 24)) == 576 - 23 * 16
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import foveate
+from foveate.adapters.sequence import SequenceWriter
 from foveate.adapters.session import Session
 from foveate.adapters.trace import ImageTrace, StageTrace
 from foveate.cli import main
@@ -309,14 +310,14 @@ def test_an_honest_method_passes(loaded):
 
 def test_a_trace_that_differs_from_the_decoder_fails(loaded, monkeypatch):
     """Tokens are counted where the decoder works: the trace's own word is not enough."""
-    count = Session._count
+    count = SequenceWriter.count
 
-    def flattered(self, layer, *more):
-        count(self, layer, *more)
-        for item in self._items:
+    def flattered(self, prompt, layer, *more):
+        count(self, prompt, layer, *more)
+        for item in prompt.items:
             item.trace.tokens_per_layer[layer:] = [n // 2 for n in item.trace.tokens_per_layer[layer:]]
 
-    monkeypatch.setattr(Session, "_count", flattered)
+    monkeypatch.setattr(SequenceWriter, "count", flattered)
     board = quick(loaded, limit=3)
     assert all("the decoder's layers saw" in row.reason for row in board.rows[2:])
 
