@@ -24,7 +24,9 @@ from foveate.pruners.ui_graph import box_coverage, fused_label, image_blocks, ui
 
 from ..training import CHECK_STREAM, TRAIN_STREAM
 from . import scenes
-from .train import PATCH, TOKEN, TOKENS, encode, hit, see
+from .lessons import hit
+from .model import PATCH, TOKEN, TOKENS, encode
+from .train import see
 
 WORDS = 9  # most words of an instruction
 
