@@ -6,44 +6,11 @@
 //          every tile of the other side, which is copied two deep.
 // Shared   one tile of 64 and two of STREAM<T> tokens, WIDTH + padding wide: 27 KiB (16 bit, d = 64) to 66 KiB (float32, d = 128).
 // Floor    exponentials: Q K H B per pass at 16 per clock and SM; products at d = 64 take about as long. Bytes are nothing.
-#include "tile.cuh"
+#include "attention.cuh"
 
 constexpr int OWN = 64;  // tokens of a block's own tile
 template <class T>
 constexpr int STREAM = sizeof(T) == 2 ? 64 : 32;  // tokens of a streamed tile
-constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
-constexpr int NOWHERE = -0x7fffffff - 1;
-
-// What a launch reads: the fields of GEOMETRY in attention.py, in that order.
-struct Attention {
-    const void *q, *k;
-    i64 q_batch, q_head, q_row, k_batch, k_head, k_row;  // strides in elements
-    const i64* row_positions;                            // (B, Q) place of a query row among the keys; null: row + first_query
-    const int* segments;                                 // (B, K) keys are seen from their own segment only; null: from all
-    const unsigned char* key_valid;                      // (B, K) keys that may be seen; null: all
-    int rows, keys, depth, group;                        // Q, K, d, H / H_kv
-    int before, after, first_query;                      // a row sees keys at position - before .. position + after
-    float scale;
-
-    template <class T>
-    __device__ const T* queries() const {
-        return static_cast<const T*>(q) + blockIdx.z * q_batch + blockIdx.y * q_head;
-    }
-    template <class T>
-    __device__ const T* head_keys() const {
-        return static_cast<const T*>(k) + blockIdx.z * k_batch + blockIdx.y / group * k_head;
-    }
-    __device__ int position(int row) const {
-        return row_positions ? int(row_positions[i64(blockIdx.z) * rows + row]) : row + first_query;
-    }
-    __device__ int segment(int position) const { return segments ? segments[i64(blockIdx.z) * keys + position] : 0; }
-    __device__ int key_segment(int key) const {  // of a key that nobody may see: NOWHERE
-        return key < keys && (!key_valid || key_valid[i64(blockIdx.z) * keys + key]) ? segment(key) : NOWHERE;
-    }
-    __device__ bool near(int position, int key) const {
-        return unsigned(key - position + before) <= unsigned(before + after);
-    }
-};
 
 // lse (B, H, Q): natural log of sum over visible keys of exp(scale q . k); -inf for a row that sees nothing.
 template <class T, int WIDTH, bool MASKED>
@@ -51,7 +18,7 @@ __global__ void __launch_bounds__(128, 4) row_lse(const Attention a, float* lse)
     constexpr int NT = STREAM<T> / 8, P = PITCH<T, WIDTH>;
     const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     const i64 map = i64(blockIdx.z) * gridDim.y + blockIdx.y;  // which of the B x H attention maps
-    const T *const q = a.queries<T>(), *const k = a.head_keys<T>();
+    const T *const q = a.queries<T>(blockIdx.y), *const k = a.head_keys<T>(blockIdx.y / a.group);
     const int rows = a.rows, keys = a.keys;
     const float to_log2 = a.scale * LOG2E;
     DYNAMIC_SHARED(shared);
@@ -120,7 +87,7 @@ __global__ void __launch_bounds__(128, 4) column_sums(const Attention a, const f
     constexpr int NT = STREAM<T> / 8, P = PITCH<T, WIDTH>;
     const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     const i64 map = i64(blockIdx.z) * gridDim.y + blockIdx.y;  // which of the B x H attention maps
-    const T *const q = a.queries<T>(), *const k = a.head_keys<T>();
+    const T *const q = a.queries<T>(blockIdx.y), *const k = a.head_keys<T>(blockIdx.y / a.group);
     const int rows = a.rows, keys = a.keys;
     const float to_log2 = a.scale * LOG2E;
     DYNAMIC_SHARED(shared);

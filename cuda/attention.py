@@ -1,8 +1,8 @@
 """Attention statistics from queries and keys, never holding more than a block of rows of the attention map.
 
 Queries are ``(B, H, Q, d)``, keys ``(B, H_kv, K, d)`` with ``H`` a multiple of ``H_kv`` (grouped-query attention). Inputs
-may have any float dtype and strides; arithmetic and results are float32. On CUDA the kernels of ``attention.cu`` run, for
-head dimensions up to 128; they multiply 16-bit inputs exactly (tensor cores, float32 sums) and give the same bits run to run.
+may have any float dtype and strides; arithmetic and results are float32. On CUDA the kernels of ``attention.cu`` run (for a
+few query rows those of ``rows.cu``), for head dimensions up to 128; they multiply 16-bit inputs exactly (tensor cores, float32 sums) and give the same bits run to run.
 """
 
 from __future__ import annotations
@@ -135,7 +135,10 @@ def _grouped(q: Tensor, k: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------ kernels
 
 _OWN = 64  # tokens of a block's own tile, in attention.cu
+_FEW_KEYS = 128  # keys of a block, in rows.cu
 _WIDEST = 128
+_FEW = 32  # query rows that rows.cu is for; the tiles of attention.cu would be mostly empty
+_SCORE_BYTES = 1 << 28  # that it may hold of their scores
 _EVERYWHERE = 1 << 30  # tokens before or after a row, no mask
 _GEOMETRY = np.dtype(
     [
@@ -150,7 +153,7 @@ _GEOMETRY = np.dtype(
 
 
 class _Attention:
-    """One geometry for the kernels of ``attention.cu``. Holds the tensors that its pointers point to."""
+    """One geometry for the kernels of ``attention.cu`` and ``rows.cu``. Holds the tensors that its pointers point to."""
 
     def __init__(
         self,
@@ -202,6 +205,26 @@ class _Attention:
         """Sum over query rows of ``exp(score - lse)``: ``(B, H, K)``."""
         received = self.q.new_empty(*self.q.shape[:2], self.k.shape[2], dtype=torch.float32)
         self._launch("column_sums", self.k.shape[2], lse.float().contiguous(), received)
+        return received
+
+    def mean_of_few(self, row_valid: Tensor | None) -> Tensor:
+        """Mean over heads and valid rows of the softmax, every key read once: ``(B, K)``."""
+        (batch, heads, n_rows), (_, kv_heads, n_keys) = self.q.shape[:3], self.k.shape[:3]
+        tiles = -(-n_keys // _FEW_KEYS)
+        scores = self.q.new_empty(batch, heads * n_rows, n_keys, dtype=torch.float32)
+        parts = self.q.new_empty(batch, tiles, heads * n_rows, 2, dtype=torch.float32)
+        listed = n_rows * (heads // kv_heads)  # rows that share a key head
+        eights = 1 if listed <= 8 else 4
+        kernel = f"row_scores<{TYPES[self.q.dtype]}, {self.width}, {eights}>"
+        grid = (tiles, kv_heads * -(-listed // (8 * eights)), batch)
+        shared = (_FEW_KEYS + 8 * eights) * (self.width * self.q.itemsize + 16)
+        args = (self.structure, scores, parts)
+        launch("rows.cu", kernel, grid, 128, args, shared=shared, device=self.q.device)
+        received = self.q.new_empty(batch, n_keys, dtype=torch.float32)
+        row_valid = None if row_valid is None else row_valid.bool().contiguous()
+        args = (scores, parts, row_valid, *map(np.int32, (heads, n_rows, n_keys, tiles)), received)
+        grid = (-(-n_keys // 64), batch, 1)
+        launch("rows.cu", "key_means", grid, 256, args, shared=4 * heads * n_rows, device=self.q.device)
         return received
 
     def _launch(self, kernel: str, tokens: int, *args: Tensor) -> None:
@@ -257,6 +280,8 @@ def _rows_to_columns_kernel(
     heads, n_rows = q.shape[1:3]
     causal = row_positions is not None
     attention = _Attention(q, k, scale, causal=causal, row_positions=row_positions, key_valid=key_valid)
+    if n_rows <= _FEW and 4 * len(q) * heads * n_rows * k.shape[2] <= _SCORE_BYTES:
+        return attention.mean_of_few(row_valid)
     lse = attention.row_lse()
     if row_valid is None:
         return attention.column_sums(lse).sum(dim=1) / (heads * n_rows)

@@ -6,7 +6,7 @@ implementation for ``torch.compile``, and two bodies: a torch reference for any 
 The environment variable ``FOVEATE_KERNELS`` chooses the body, call by call:
 
 - ``auto`` (default): kernels on CUDA tensors. Where they cannot be had (no CuPy, an old GPU, a geometry they were not
-  written for) the reference answers, after one warning for every reason;
+  written for) the reference answers, after one warning for every reason, and one in all if kernels cannot be loaded;
 - ``torch``: the reference;
 - ``cupy``: kernels, or :class:`~foveate.errors.ParameterError`.
 """
@@ -31,6 +31,10 @@ _reported: set[str] = set()
 
 class KernelUnavailable(Exception):
     """There is no kernel for this call; the message says why. Never leaves foveate.cuda."""
+
+
+class NoKernels(KernelUnavailable):
+    """Kernels cannot be compiled or loaded: no CuPy, no compiler, no fitting driver. What stops one mostly stops all."""
 
 
 def operation(
@@ -62,7 +66,7 @@ def operation(
                     raise ParameterError(
                         f"FOVEATE_KERNELS=cupy, but {name} has no kernel here: {reason}; set FOVEATE_KERNELS=auto"
                     ) from reason
-                _report(str(reason))
+                _report(reason)
                 return reference(*args)
 
         _LIBRARY.define(schema)
@@ -124,7 +128,8 @@ def _has_kernels(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None
 
 
-def _report(reason: str) -> None:
-    if reason not in _reported:
-        _reported.add(reason)
+def _report(reason: KernelUnavailable) -> None:
+    what = NoKernels.__name__ if isinstance(reason, NoKernels) else str(reason)
+    if what not in _reported:
+        _reported.add(what)
         warnings.warn(f"foveate runs on plain torch, slower, with the same results: {reason}", stacklevel=2)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from foveate.cuda.dispatch import operation
+from foveate.cuda.launch import launch
+
+_WORDS = {16: "uint4", 4: "unsigned", 2: "unsigned short", 1: "unsigned char"}  # what rows can be moved in
 
 
 def gather_tokens(
@@ -12,16 +18,17 @@ def gather_tokens(
     """Rows ``index (B, K)`` of ``x (B, N, …)``: ``(B, K, …)`` of x's dtype, bit for bit.
 
     Args:
-        index: -1 gives a row of zeros.
+        x: any dtype and strides; on CUDA without a copy if every row is contiguous.
+        index: int64, -1 gives a row of zeros.
         marked: ``(B, K)`` bool, rows that become ``marker``: a number, one row ``(…)``, or one for each, ``(B, K, …)``.
+
+    Reads and writes the K rows once.
     """
-    rows = torch.arange(len(x), device=x.device)[:, None]
-    taken = x[rows, index.clamp(min=0)]
-    shape = (*index.shape, *[1] * (x.ndim - 2))
-    taken = taken.masked_fill((index < 0).view(shape), 0)
-    if marked is None:
-        return taken
-    return torch.where(marked.view(shape), torch.as_tensor(marker, dtype=x.dtype, device=x.device), taken)
+    if marked is not None and not isinstance(
+        marker, Tensor
+    ):  # filled on the device: copying it there would wait for it
+        marker = torch.full(x.shape[2:], marker, dtype=x.dtype, device=x.device)
+    return _gather(x, index, marked, marker)
 
 
 def run_mean(x: Tensor, run: Tensor, count: int) -> Tensor:
@@ -32,3 +39,42 @@ def run_mean(x: Tensor, run: Tensor, count: int) -> Tensor:
     total = total.scatter_add(1, where, torch.where(inside, x.float(), 0.0))
     size = total.new_zeros(len(x), max(count, 1), 1).scatter_add(1, where[..., :1], inside.float())
     return (total / size.clamp(min=1))[:, :count]
+
+
+def _gather_kernel(x: Tensor, index: Tensor, marked: Tensor | None, marker: Tensor | None) -> Tensor:
+    taken = x.new_empty(*index.shape, *x.shape[2:])
+    sources = [_with_whole_rows(x)]
+    if marked is not None:
+        marked = marked.contiguous()
+        sources.append(_with_whole_rows(marker.to(x.dtype).expand(taken.shape)))
+    width = sources[0].shape[2] * x.itemsize
+    strides = [stride * x.itemsize for source in sources for stride in source.stride()[:2]]
+    word = next(
+        size for size in _WORDS if all(place % size == 0 for place in (width, *strides, *map(Tensor.data_ptr, sources)))
+    )
+    steps = [np.int64(stride // word) for stride in (*strides, 0, 0)[:4]]
+    numbers = map(np.int32, (x.shape[1], width // word, index.shape[1]))
+    marker = sources[1] if marked is not None else None
+    args = (sources[0], *steps[:2], index.contiguous(), marked, marker, *steps[2:], *numbers, taken)
+    grid = (-(-index.shape[1] // 8), len(x), 1)
+    launch("tokens.cu", f"gather<{_WORDS[word]}>", grid, 256, args, device=x.device)
+    return taken
+
+
+def _with_whole_rows(x: Tensor) -> Tensor:
+    """``(B, N, …) -> (B, N, D)`` with D contiguous; a copy only where it is not."""
+    x = x.flatten(2) if x.ndim > 2 else x[..., None]
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+@operation(
+    "gather_tokens(Tensor x, Tensor index, Tensor? marked, Tensor? marker) -> Tensor",
+    kernel=_gather_kernel,
+    fake=lambda x, index, *_: x.new_empty(*index.shape, *x.shape[2:]),
+)
+def _gather(x: Tensor, index: Tensor, marked: Tensor | None, marker: Tensor | None) -> Tensor:
+    rows = torch.arange(len(x), device=x.device)[:, None]
+    taken = x[rows, index.clamp(min=0)]
+    shape = (*index.shape, *[1] * (x.ndim - 2))
+    taken = taken.masked_fill((index < 0).view(shape), 0)
+    return taken if marked is None else torch.where(marked.view(shape), marker.to(x.dtype), taken)

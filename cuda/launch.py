@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foveate.cuda.dispatch import KernelUnavailable
+from foveate.cuda.dispatch import KernelUnavailable, NoKernels
 from foveate.errors import AttachError
 
 Argument: TypeAlias = "Tensor | np.generic | np.ndarray | None"
@@ -99,8 +99,8 @@ def _execute(
 ) -> None:
     with torch.cuda.device(device):
         function = _function(file, kernel, device.index)
-        if isinstance(function, KernelUnavailable):
-            raise function
+        if isinstance(function, str):
+            raise NoKernels(function)  # a new one each time: one that is kept would keep every caller's tensors
         stream = _Stream(torch.cuda.current_stream(device).cuda_stream)
         function(grid, (threads, 1, 1), values, shared, stream)
 
@@ -115,7 +115,7 @@ def _function(file: str, kernel: str, device: int) -> Any:
     try:
         import cupy
     except ImportError as error:
-        return KernelUnavailable(f"CuPy is not installed ({error}); pip install foveate[cuda13] or [cuda12]")
+        return f"CuPy is not installed ({error}); pip install foveate[cuda13] or [cuda12]"
     try:
         module = cupy.RawModule(code=source(file), options=("-std=c++17",), name_expressions=(kernel,))
         function = module.get_function(kernel)
@@ -123,7 +123,7 @@ def _function(file: str, kernel: str, device: int) -> Any:
         return function.kernel
     # whatever a compiler or driver may raise: every reason is reported by dispatch, none changes results
     except Exception as error:
-        return KernelUnavailable(f"{kernel} of {file} does not load: {type(error).__name__}: {error}")
+        return f"{kernel} of {file} does not load: {type(error).__name__}: {error}"
 
 
 @functools.cache

@@ -62,7 +62,7 @@ def merge_tokens(
     """Replace some tokens by the weighted mean of themselves and those that merge into them; drop the merged ones.
 
     Written to be cheap where few tokens merge: rows that stay are copied once, and only the r sources and their targets
-    are computed with. O(K C + r^2 C).
+    are computed with. O((K + r) C) time and memory.
 
     Args:
         x: ``(B, N, C)``.
@@ -109,7 +109,8 @@ def _merge_kernel(
     numbers = map(np.int32, (n, depth, kept, merged))
     args = (x, np.int64(x.stride(0)), np.int64(x.stride(1)), *lists, sizes, *numbers, out, after)
     grid = (-(-kept // 8), batch, 1)
-    launch("tokens.cu", f"merge<{TYPES[x.dtype]}>", grid, 256, args, shared=4 * merged, device=x.device)
+    shared = 4 * 8 * -(-merged // 8)
+    launch("tokens.cu", f"merge<{TYPES[x.dtype]}>", grid, 256, args, shared=shared, device=x.device)
     return out, after
 
 
@@ -180,22 +181,25 @@ def _fake_merge(x: Tensor, keep: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 def _merge(x: Tensor, keep: Tensor, source: Tensor, target: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
     batch, n, width = x.shape
     rows, image = x.reshape(batch * n, width), torch.arange(batch, device=x.device)[:, None]
-    start = image * n
+    start, count = image * n, source.shape[1]
     kept = rows.index_select(0, (keep + start).flatten())  # whole rows are copied, where `gather` would go by elements
-    moved = rows.index_select(0, (source + start).flatten()).float().view(*source.shape, width)
+    moved = rows.index_select(0, (source + start).flatten()).float()
     place = (target + image * keep.shape[1]).flatten()
     after = merged_sizes(keep, source, target, sizes)
-    total = kept.index_select(0, place).float().view(*target.shape, width)
+    total = kept.index_select(0, place).float()
     if sizes is not None:
-        total = total * sizes.gather(1, keep.gather(1, target))[..., None]
-        moved = moved * sizes.gather(1, source)[..., None]
-    together = target[:, :, None] == target[:, None]  # (B, r, r): sources of one group
-    mean = torch.baddbmm(total, together.to(moved.dtype), moved) / after.gather(1, target)[..., None]
+        total = total * sizes.gather(1, keep.gather(1, target)).view(-1, 1)
+        moved = moved * sizes.gather(1, source).view(-1, 1)
+    # sources of one target add up in the row of the first of them, whose mean then stands for all
+    order = torch.arange(count, device=x.device).expand(batch, count)
+    leader = torch.full_like(keep, count).scatter_reduce(1, target, order, "amin").gather(1, target)
+    leaders = (leader + image * count).flatten()
+    mean = total.index_add(0, leaders, moved) / after.gather(1, target).view(-1, 1)
+    mean = mean.index_select(0, leaders)
     # a group's mean is written once per source of it, the same value each time; only the first write is differentiated
     if mean.requires_grad:
-        repeated = together.tril(-1).any(dim=-1, keepdim=True)
-        mean = torch.where(repeated, mean.detach(), mean)
-    kept.index_copy_(0, place, mean.flatten(0, 1).to(x.dtype))
+        mean = torch.where((leader == order).view(-1, 1), mean, mean.detach())
+    kept.index_copy_(0, place, mean.to(x.dtype))
     return kept.view(batch, -1, width), after
 
 

@@ -7,6 +7,7 @@ float32, but their last bits depend on the device, and a pick between two tokens
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -76,9 +77,18 @@ def _check_k(k: int, features: Tensor) -> None:
         raise ParameterError(f"k={k} tokens cannot be picked from {features.shape[1]}; use 1 to {features.shape[1]}")
 
 
+def most_with_gram(device: torch.device) -> int:
+    """Tokens of an image beyond which its similarities are computed pick by pick."""
+    return math.isqrt(_gram_elements(device))
+
+
 def _images_at_once(features: Tensor) -> int:
     """Images whose similarities are held together; 0 if not even one's are."""
-    return _GRAM_ELEMENTS.get(features.device.type, 1 << 25) // features.shape[1] ** 2
+    return _gram_elements(features.device) // features.shape[1] ** 2
+
+
+def _gram_elements(device: torch.device) -> int:
+    return _GRAM_ELEMENTS.get(device.type, _GRAM_ELEMENTS["cpu"])
 
 
 # ------------------------------------------------------------------------------------------------------------ kernels

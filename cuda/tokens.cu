@@ -2,8 +2,8 @@
 //
 // Layout   rows of tokens contiguous, at multiples of 16 bytes; results contiguous.
 // Launch   grid (ceil(tokens / 8), B), 256 threads: a warp per token, 16 bytes per lane and step.
-// Shared   merge: the targets of all sources, r ints.
-// Floor    bytes: transition 2 D, matches F (bool), merge (N + K) D elements per token, at memory speed.
+// Shared   merge: room for a list of all sources, r words.
+// Floor    bytes: transition 2 D, matches F (bool), gather 2 D per row taken, merge (N + K) D elements, at memory speed.
 #include "common.cuh"
 
 // transition_score: size and exp(1 - cos) of the step from `before` to what `after` adds. magnitude = |after| / |before| * turn.
@@ -47,26 +47,63 @@ __global__ void __launch_bounds__(256)
     if (lane == 0) counts[i64(blockIdx.y) * rows + r] = shared;
 }
 
+// gather_tokens: rows of x by index, as they stand. index (B, K): -1 gives zeros; where marked (B, K; or null), the marker.
+// WORD: the widest type in whose multiples all rows are long and apart.
+template <class WORD>
+__global__ void __launch_bounds__(256)
+    gather(const WORD* x, i64 batch, i64 row, const i64* index, const unsigned char* marked, const WORD* marker,
+           i64 marker_batch, i64 marker_row, int n, int width, int kept, WORD* out) {
+    const int r = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (r >= kept) return;
+    const i64 item = blockIdx.y, place = item * kept + r, from = index[place];
+    const WORD* source = x + item * batch + from * row;
+    bool empty = from < 0;
+    if (marked && marked[place]) {
+        source = marker + item * marker_batch + r * marker_row, empty = false;
+    } else if (from >= n) {
+        __trap();  // as torch does
+        return;
+    }
+    out += place * width;
+#pragma unroll 4
+    for (int i = lane; i < width; i += 32) out[i] = empty ? WORD() : source[i];
+}
+
 // merge_tokens: every kept row looks for the sources that merge into it, so that no sum depends on the order of arrival.
 // keep (B, K) rows of x, source (B, r) rows of x, target (B, r) places in keep, sizes (B, N) or null, after (B, K).
 template <class T>
 __global__ void __launch_bounds__(256, 4)
     merge(const T* x, i64 batch, i64 row, const i64* keep, const i64* source, const i64* target, const float* sizes, int n,
           int depth, int kept, int merged, T* out, float* after) {
-    constexpr int EACH = Piece<T>::EACH;
+    constexpr int EACH = Piece<T>::EACH, PLACE = 28;  // bits below the row within the block
     DYNAMIC_SHARED(shared);
-    int* const targets = reinterpret_cast<int*>(shared);
+    unsigned* const found = reinterpret_cast<unsigned*>(shared);
+    __shared__ int n_found[8];
     const i64 item = blockIdx.y;
-    x += item * batch, source += item * merged;
-    for (int i = threadIdx.x; i < merged; i += blockDim.x) targets[i] = int(target[item * merged + i]);
+    x += item * batch, source += item * merged, target += item * merged;
+    const int first = blockIdx.x * 8, mine = threadIdx.x / 32, lane = threadIdx.x % 32, r = first + mine;
+    // every warp lists, in its eighth of the sources, those that merge into one of the block's eight rows
+    const int each = (merged + 7) / 8, stop = min((mine + 1) * each, merged);
+    int count = 0;
+    for (int from = mine * each; from < stop; from += 32) {
+        const int s = from + lane, into = s < stop ? int(target[s]) - first : -1;
+        const bool here = into >= 0 && into < 8;
+        const unsigned lanes = __ballot_sync(ALL_LANES, here);
+        if (here) found[mine * each + count + __popc(lanes & ((1u << lane) - 1))] = unsigned(into) << PLACE | unsigned(s);
+        count += __popc(lanes);
+    }
+    if (lane == 0) n_found[mine] = count;
     __syncthreads();
-    const int r = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (r >= kept) return;
     auto size = [&](i64 token) { return sizes ? sizes[item * n + token] : 1.0f; };
     auto for_each_source = [&](auto f) {  // all lanes together, in the order of `source`
-        for (int from = 0; from < merged; from += 32) {
-            unsigned hits = __ballot_sync(ALL_LANES, from + lane < merged && targets[from + lane] == r);
-            for (; hits; hits &= hits - 1) f(source[from + __ffs(hits) - 1]);
+        for (int part = 0; part < 8; part++) {
+            const unsigned* const list = found + part * each;
+            for (int from = 0; from < n_found[part]; from += 32) {
+                const bool listed = from + lane < n_found[part];
+                unsigned hits = __ballot_sync(ALL_LANES, listed && int(list[from + lane] >> PLACE) == mine);
+                for (; hits; hits &= hits - 1) f(source[list[from + __ffs(hits) - 1] & ((1u << PLACE) - 1)]);
+            }
         }
     };
     const i64 own = keep[item * kept + r];

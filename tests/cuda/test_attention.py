@@ -250,8 +250,39 @@ def test_class_attention_kernel(kernels_on_cpu):
     torch.testing.assert_close(class_attention(q, k), whole_map(q, k).mean(dim=1)[:, 0].float(), rtol=1e-5, atol=1e-9)
 
 
-def test_rows_to_columns_kernel(kernels_on_cpu):
-    check_rows_to_columns(97, 128, torch.bfloat16)
+@pytest.mark.parametrize(
+    ("n", "d", "dtype"),
+    [(97, 128, "bfloat16"), (9, 40, "float16"), (128, 33, "float32"), (300, 128, "float32"), (300, 32, "bfloat16")],
+)
+def test_rows_to_columns_kernel(n, d, dtype, kernels_on_cpu):
+    check_rows_to_columns(n, d, TYPES[dtype])
+
+
+@pytest.mark.parametrize("shared", [1, 2, 4])
+@pytest.mark.parametrize("n_rows", [1, 3, 9, 32, 33, 70])
+def test_rows_to_columns_kernels_for_few_and_for_many_rows(n_rows, shared, kernels_on_cpu):
+    """One row of one key head up to several lists of them; from 33 on the tiles of received_attention take over."""
+    n, d = 150, 48
+    q, k = attention(n, d, torch.bfloat16, shared=shared)
+    positions = torch.stack([torch.randperm(n)[:n_rows] for _ in range(2)])
+    q = q.gather(2, positions[:, None, :, None].expand(-1, q.shape[1], -1, d))
+    row_valid = torch.rand(2, n_rows) < 0.7
+    row_valid[1] = False
+    probs = whole_map(q, k, torch.arange(n) <= positions[:, None, :, None])
+    expected = (probs * row_valid[:, None, :, None]).mean(dim=1).sum(dim=1) / row_valid.sum(dim=1, keepdim=True).clamp(
+        min=1
+    )
+    got = rows_to_columns_attention(q, k, row_positions=positions, row_valid=row_valid)
+    torch.testing.assert_close(got, expected.float(), rtol=1e-5, atol=1e-9)
+    assert torch.equal(got, rows_to_columns_attention(q, k, row_positions=positions, row_valid=row_valid))
+
+
+@pytest.mark.parametrize("n", [1, 64, 129, 300])
+def test_class_attention_kernel_at_any_length(n, kernels_on_cpu):
+    q, k = attention(n, 72, torch.float16, shared=2)
+    rows = whole_map(30 * q, k).mean(dim=1).float()
+    for row in (0, n // 2, -1):
+        torch.testing.assert_close(class_attention(30 * q, k, row=row), rows[:, row], rtol=2e-4, atol=1e-9)
 
 
 def test_kernels_give_the_same_bits_again(kernels_on_cpu):

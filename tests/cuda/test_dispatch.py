@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import multiprocessing
+import os
 import sys
+import types
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -12,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 import foveate.cuda
-from foveate.cuda import dispatch, launch, received_attention
+from foveate.cuda import dispatch, launch, received_attention, similarity_energy
 from foveate.errors import ParameterError
 
 
@@ -83,8 +89,98 @@ def test_without_cupy_or_driver_there_is_no_kernel(installed, monkeypatch):
     launch._function.cache_clear()
     reason = launch._function("attention.cu", "row_lse<float, 64, false>", 0)
     launch._function.cache_clear()
-    assert isinstance(reason, dispatch.KernelUnavailable)
-    assert ("does not load" if installed else "CuPy is not installed") in str(reason)
+    assert isinstance(reason, str)
+    assert ("does not load" if installed else "CuPy is not installed") in reason
+
+
+@pytest.fixture
+def fake_device(monkeypatch: pytest.MonkeyPatch, gpu: None) -> None:
+    """The launcher up to CuPy, without a driver."""
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=77))
+    launch._function.cache_clear()
+    yield
+    launch._function.cache_clear()
+
+
+class Broken:
+    """CuPy whose compiler fails."""
+
+    compiled = 0
+
+    def RawModule(self, **_):
+        Broken.compiled += 1
+        raise RuntimeError(f"nvrtc: error number {Broken.compiled}")
+
+
+@pytest.mark.parametrize("cupy", [None, Broken()], ids=["missing", "broken"])
+def test_kernels_that_do_not_load_are_missed_once(cupy, monkeypatch, pair, fake_device):
+    """One warning for all operations together, the reference's results, no second compilation, no tensor kept alive."""
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    x = torch.randn(1, 9, 8)
+    expected = [
+        received_attention(*(p.clone().requires_grad_() for p in pair)),
+        similarity_energy(x.requires_grad_(), 0.5),
+    ]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            got = [received_attention(*pair), similarity_energy(x.detach(), 0.5)]
+    assert len(caught) == 1
+    assert "foveate runs on plain torch, slower, with the same results" in str(caught[0].message)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected))
+    compiled = Broken.compiled
+    mine = [p.clone() for p in pair]
+    held = weakref.ref(mine[0])
+    received_attention(*mine)
+    del mine
+    gc.collect()
+    assert held() is None
+    assert Broken.compiled == compiled
+
+
+def test_what_cupy_is_asked_for(monkeypatch, pair, fake_device):
+    """One module for each kernel, C++17, the source with its headers; launched on torch's stream with values of C's width."""
+    asked, launched = [], []
+
+    class Kernel:
+        def kernel(self, *args):
+            launched.append(args)
+
+    class Cupy:
+        def RawModule(self, **options):
+            asked.append(options)
+            return types.SimpleNamespace(get_function=lambda name: Kernel())
+
+    monkeypatch.setitem(sys.modules, "cupy", Cupy())
+    for _ in range(2):
+        received_attention(*pair)
+    names = ("row_lse<float, 16, false>", "column_sums<float, 16, false>")
+    assert [options["name_expressions"] for options in asked] == [(name,) for name in names]
+    for options in asked:
+        assert set(options) == {"code", "options", "name_expressions"}
+        assert options["options"] == ("-std=c++17",)
+        assert '#include "' not in options["code"]
+    assert len(launched) == 4
+    for grid, block, values, shared, stream in launched:
+        assert (grid, block) == ((1, 2, 2), (128, 1, 1))
+        assert 0 < shared <= launch.MOST_SHARED
+        assert stream.ptr == 77
+        assert all(isinstance(value, (np.generic, np.ndarray)) for value in values)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_worker_has_all_operations(pair):
+    """As a data loader makes them: after operations ran in the parent."""
+    expected = received_attention(*pair)
+    with multiprocessing.get_context("fork").Pool(1, torch.set_num_threads, (1,)) as pool:
+        got = pool.apply_async(_received, [x.numpy() for x in pair]).get(60)
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+def _received(q: np.ndarray, k: np.ndarray) -> np.ndarray:
+    return received_attention(torch.from_numpy(q), torch.from_numpy(k)).numpy()
 
 
 def test_arguments_of_kernels_have_a_width():
@@ -131,6 +227,7 @@ def operators() -> dict[str, tuple[object, ...]]:
         "merge_tokens": (x, keep, source, target, None),
         "transition_score": (x, x.flip(1), False),
         "match_counts": (x > 0, x[:, 0] > 0),
+        "gather_tokens": (x, torch.tensor([[2, -1, 8]]), torch.tensor([[False, False, True]]), x[:, :3]),
     }
 
 

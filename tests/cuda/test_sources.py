@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from foveate.cuda import (
     best_match,
+    class_attention,
     conditional_dpp,
     dispatch,
     diverse_subset,
+    gather_tokens,
     launch,
     match_counts,
     merge_tokens,
     received_attention,
+    rows_to_columns_attention,
     selection,
     similarity_energy,
     transition_score,
+    warmup,
 )
 
 ARCHITECTURES = (80, 90, 100, 120)
@@ -38,6 +43,8 @@ def calls() -> None:
     ):
         q, k = torch.zeros(2, 1, 4, 8, d, dtype=dtype)
         received_attention(q, k, causal=causal)
+        class_attention(q, k)
+        rows_to_columns_attention(q, k, row_positions=torch.arange(8)[None])
     for dtype in (torch.bfloat16, torch.float32):
         x = torch.zeros(1, 8, 64, dtype=dtype)
         diverse_subset(x, 2)
@@ -50,11 +57,12 @@ def calls() -> None:
     similarity_energy(x, 0.5)
     best_match(x, x)
     conditional_dpp(x, torch.ones(1, 8), 2)
+    for rest in ((16,), (2,), (1,)):
+        gather_tokens(torch.zeros(1, 8, *rest, dtype=torch.bfloat16), torch.zeros(1, 4, dtype=torch.int64))
     match_counts(torch.zeros(1, 8, 16, dtype=torch.bool), torch.zeros(1, 16, dtype=torch.bool))
 
 
-@pytest.fixture(scope="module")
-def wanted() -> dict[str, dict[str, tuple[int, int]]]:
+def asked_for(run: Callable[[], None]) -> dict[str, dict[str, tuple[int, int]]]:
     """File -> kernel instance -> (threads, bytes of dynamic shared memory), as the launchers ask."""
     files: dict[str, dict[str, tuple[int, int]]] = defaultdict(dict)
 
@@ -65,8 +73,22 @@ def wanted() -> dict[str, dict[str, tuple[int, int]]]:
         patch.setattr(launch, "_execute", record)
         patch.setattr(dispatch, "_has_kernels", lambda device: True)
         patch.setenv("FOVEATE_KERNELS", "cupy")
-        calls()
+        run()
     return files
+
+
+@pytest.fixture(scope="module")
+def wanted() -> dict[str, dict[str, tuple[int, int]]]:
+    return asked_for(calls)
+
+
+def test_warmup_loads_every_kernel(wanted):
+    """No operation compiles anything afterwards, which a CUDA-graph capture would not survive."""
+    loaded = asked_for(
+        lambda: warmup("cpu", dtypes=(torch.bfloat16, torch.float16, torch.float32), head_dims=(64, 128))
+    )
+    for file, instances in wanted.items():
+        assert not set(instances) - set(loaded[file])
 
 
 def compile_report(source: str, names: list[str], architecture: int) -> dict[str, str]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from foveate.cuda import best_match, match_counts, merge_tokens, similarity_energy, transition_score
+from foveate.cuda import best_match, gather_tokens, match_counts, merge_tokens, similarity_energy, transition_score
 
 TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SHAPES = pytest.mark.parametrize(
@@ -101,3 +101,81 @@ def test_match_counts(n, width, both):
     torch.manual_seed(n)
     (kernel,), (reference,) = both(match_counts, torch.rand(2, n, width) < 0.5, torch.rand(2, width) < 0.4)
     assert torch.equal(kernel, reference)
+
+
+def test_match_counts_of_other_layouts(both):
+    active = torch.rand(100, 9, 2).permute(2, 1, 0) < 0.5
+    (kernel,), (reference,) = both(match_counts, active, active[:, 0])
+    assert torch.equal(kernel, reference)
+
+
+MARKERS = {
+    "none": lambda x, k: None,
+    "number": lambda x, k: 2.5,
+    "row": lambda x, k: torch.randn(x.shape[2:]).to(x.dtype),
+    "row for each": lambda x, k: torch.randn(len(x), k, *x.shape[2:]).to(x.dtype),
+    "other dtype": lambda x, k: torch.randn(len(x), k, *x.shape[2:], dtype=torch.float64),
+}
+
+
+@SHAPES
+@pytest.mark.parametrize("marker", MARKERS)
+def test_gather(n, d, dtype, marker, both):
+    x = tokens(n, d, dtype)
+    index = torch.randint(-1, n, (2, n // 2 + 1))
+    marked = None if marker == "none" else torch.rand(index.shape) < 0.3
+    for source in (
+        x,
+        x[..., 1:],
+        x.transpose(1, 2).contiguous().transpose(1, 2),
+        x[..., None],
+        x.unflatten(2, (1, -1)),
+    ):
+        options = {"marked": marked, "marker": MARKERS[marker](source, index.shape[1])}
+        (kernel,), (reference,) = both(gather_tokens, source, index, **options)
+        assert kernel.dtype == x.dtype
+        assert torch.equal(kernel, reference)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float64, torch.complex64])
+def test_gather_of_any_type(dtype, both):
+    for shape in ((2, 9), (2, 9, 3), (2, 9, 16)):
+        x = (torch.rand(shape) * 9 - 4).to(dtype)
+        (kernel,), (reference,) = both(gather_tokens, x, torch.tensor([[3, -1, 8], [0, 0, 2]]))
+        assert torch.equal(kernel, reference)
+
+
+def test_gather_of_nothing(both):
+    x = torch.rand(2, 9, 4)
+    for index in (torch.zeros(2, 0, dtype=torch.int64), torch.zeros(0, 3, dtype=torch.int64)):
+        (kernel,), (reference,) = both(gather_tokens, x[: len(index)], index)
+        assert kernel.shape == reference.shape == (*index.shape, 4)
+
+
+def test_gather_refuses_rows_that_are_not_there(kernels_on_cpu):
+    with pytest.raises(AssertionError, match="__trap"):
+        gather_tokens(torch.rand(1, 9, 4), torch.tensor([[9]]))
+
+
+@pytest.mark.parametrize(("n", "merged"), [(700, 300), (700, 699), (40, 1), (9, 0)])
+def test_merge_of_many_into_few(n, merged, both):
+    """Lists of sources that are longer than a warp, in all parts; all sources into one row; none at all."""
+    x = tokens(n, 24, "float32")
+    order = torch.stack([torch.randperm(n) for _ in range(2)])
+    target = torch.randint(0, max(1, (n - merged) // 100), (2, merged))
+    kernel, reference = both(merge_tokens, x, order[:, merged:], order[:, :merged], target)
+    torch.testing.assert_close(kernel[0], reference[0], rtol=1e-5, atol=1e-6)
+    assert torch.equal(kernel[1], reference[1])
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_widest_tokens(dtype, both):
+    """8192 values a token, which many steps of a warp move."""
+    x = tokens(17, 8192, dtype)
+    for operation, args in (
+        (transition_score, (x, x.flip(1))),
+        (similarity_energy, (x, 0.45)),
+        (gather_tokens, (x, torch.tensor([[3, -1], [16, 2]]))),
+    ):
+        for kernel, reference in zip(*both(operation, *args)):
+            torch.testing.assert_close(kernel, reference, rtol=2e-5, atol=1e-5)
