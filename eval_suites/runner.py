@@ -63,8 +63,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         metavar="NAME",
         default="shapes-llava",
-        help=f"{', '.join(models.EMBEDDED)} (embedded), a folder, or a name on the hub",
+        help=f"{', '.join(models.EMBEDDED)} (embedded), a folder, or a name on the hub; a vision model: shapes-clip, "
+        "timm/NAME[:WEIGHTS], open_clip/NAME:WEIGHTS, hf/OWNER/NAME, a folder",
     )
+    add("--images", metavar="FOLDER", help="pictures for a vision model; sub-folders are classes")
     add("--suite", metavar="NAME", default="shapes", help=f"one of: {', '.join(suites.SUITES)}")
     methods = (
         'all, or methods like "fastv,todre(stage2=False)"; random@METHOD keeps as many tokens as METHOD in every layer; '
@@ -106,6 +108,8 @@ def main(args: argparse.Namespace) -> int:
     """
     from transformers.utils import logging
 
+    from foveate.eval_suites.vision import is_vision_model
+
     written = {
         "--out": args.out,
         "--html": args.html,
@@ -117,6 +121,12 @@ def main(args: argparse.Namespace) -> int:
             _check_writable(option, path)
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # what is wrong with a checkpoint is one line of ours
+    if is_vision_model(args.model):
+        from foveate.eval_suites.vision import bench as vision_bench
+
+        return vision_bench.main(args)
+    if args.images:
+        raise ParameterError(f"--images is for vision models; {args.model} is asked the questions of --suite")
     try:
         board = bench(
             model=args.model,

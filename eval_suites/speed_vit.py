@@ -109,15 +109,16 @@ def _round_robin(
             start = turn % len(names)
             for name in names[start:] + names[:start]:
                 with variants[name]():
-                    began = _now(x.device)
+                    began = clock(x.device)
                     model(x)
-                    elapsed = _now(x.device) - began
+                    elapsed = clock(x.device) - began
                 if turn:
                     seconds[name].append(elapsed)
     return seconds
 
 
-def _now(device: torch.device) -> float:
+def clock(device: torch.device) -> float:
+    """Seconds: the process's own on a CPU, wall time behind everything queued on a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         return time.perf_counter()

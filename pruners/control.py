@@ -20,6 +20,8 @@ from foveate.pruners.base import (
     kept_tokens,
     seeded,
 )
+from foveate.pruners.merging import BlockStage, BlockTokens, Groups
+from foveate.pruners.tome import random_groups
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class RandomLike(Pruner):
     """A random choice of as many tokens as ``pruner`` takes, in the same layers, picture by picture.
 
     Whatever else the method does (eviction, sparse neurons) stays, so the difference is what its choice is worth. It reads
-    what the method reads to learn the numbers, and so takes its time as well: for accuracy, not for speed.
+    what the method reads to learn the numbers, and so takes its time as well: for accuracy, not for speed. Inside vision
+    towers, where numbers are known in advance, random pairs merge, the same ones in all pictures.
 
     Attributes:
         pruner: the method; seed: with the picture's id and the layer it determines the choice.
@@ -62,9 +65,20 @@ class RandomLike(Pruner):
 
     def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
         return tuple(
-            replace(stage, select=self._by_chance(stage)) if stage.hook in (Hook.LLM_INPUT, Hook.LLM_LAYER) else stage
+            self._in_block(stage)
+            if stage.hook is Hook.VIT_BLOCK
+            else replace(stage, select=self._by_chance(stage))
+            if stage.hook in (Hook.LLM_INPUT, Hook.LLM_LAYER)
+            else stage
             for stage in self.pruner.stages(model)
         )
+
+    def _in_block(self, stage: BlockStage) -> BlockStage:
+        def select(tokens: BlockTokens) -> Groups:
+            drawn = torch.Generator().manual_seed(self.seed * 1_000_003 + stage.layer)
+            return random_groups(tokens.embeds, tokens.count, drawn, prefix=tokens.prefix, pairs=True)
+
+        return replace(stage, select=select, signals={})
 
     def _by_chance(self, stage: Stage) -> Any:
         def select(tokens: Tokens, **signals: Tensor) -> Selection:

@@ -91,6 +91,10 @@ class Merger(Pruner):
         """The stage of the 0-based block ``i``."""
         raise NotImplementedError(f"{type(self).__name__} does not implement block()")
 
+    def removing(self, counts: tuple[int, ...], n_patches: int, model: ModelInfo) -> Merger:
+        """The method with a schedule of its own: ``counts[i]`` of the tokens that ``n_patches`` patches became merge in block i."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement removing()")
+
     def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
         """One stage for every block up to the one whose output is used.
 

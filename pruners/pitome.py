@@ -14,7 +14,7 @@ Cost: N^2 similarities of key width per block, four times those of ToMe.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -81,6 +81,14 @@ class PiToMe(Merger):
             one_of("weighting", self.weighting, ("size", "mean", "prune"))
         if isinstance(self.margin, tuple) and len(self.margin) != 2:
             raise ParameterError(f"margin={self.margin}: give that of block 0, or a pair (first, end)")
+
+    def removing(self, counts: tuple[int, ...], n_patches: int, model: ModelInfo) -> PiToMe:
+        ratios, n = [], n_patches
+        for i, count in enumerate(counts):
+            of = n + (model.prefix_tokens if self.variant(i, model.encoder_layers) == "bsm" else 0)
+            ratios.append(1 - (count + 0.5) / of if count else 1.0)  # half a token clear of rounding
+            n -= count
+        return replace(self, ratio=tuple(ratios))
 
     def block(self, i: int, model: ModelInfo) -> BlockStage:
         prefix, depth, llava = model.prefix_tokens, model.encoder_layers, self.order == "llava"

@@ -14,7 +14,7 @@ ascending order unless ``order="official"``. Cost: N^2 / 4 similarities of key w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -75,6 +75,11 @@ class ToMe(Merger):
         one_of("order", self.order, ("ascending", "official"))
         if self.k < 2:
             raise ParameterError(f"k={self.k}: of every k tokens k - 1 merge; give at least 2")
+
+    def removing(self, counts: tuple[int, ...], n_patches: int, model: ModelInfo) -> ToMe:
+        if self.matching == "kth":
+            raise ParameterError(f"matching='kth' merges all but every {self.k}th token; it has no other schedule")
+        return replace(self, r=counts, inflection=0.0, ratio=None)
 
     def block(self, i: int, model: ModelInfo) -> BlockStage:
         prefix, official = model.prefix_tokens, self.order == "official"
