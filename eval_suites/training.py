@@ -148,7 +148,7 @@ class Run(ABC):
     def load(self, stage: str) -> dict | None:
         """A stage's checkpoint, or None."""
         path = self.work / f"{stage}.pt"
-        return torch.load(path, map_location=self.device) if path.exists() else None
+        return torch.load(path, map_location=self.device, weights_only=True) if path.exists() else None
 
     def needed(self, stage: str) -> dict:
         """A stage's checkpoint, which the next stage starts from."""
