@@ -25,7 +25,7 @@ _HOME = {
     "run_mean": "gather",
     "similarity_energy": "merging",
     "transition_score": "transitions",
-    "warmup": "warmup",
+    "warmup": "preload",
 }
 __all__ = sorted(_HOME)
 
