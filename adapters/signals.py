@@ -390,8 +390,9 @@ class DecoderTap(Tap):
             q, k = attention.q_norm(q), attention.k_norm(k)
         q, k = q.transpose(1, 2), k.transpose(1, 2)
         rotate = _rotation(attention)
-        k = rotate(k, k, *rotary)[1]
-        q = rotate(q, q, *(x.gather(-2, rows[..., None].expand(*x.shape[:-2], -1, x.shape[-1])) for x in rotary))[0]
+        here = (x.gather(-2, rows[..., None].expand(*x.shape[:-2], -1, x.shape[-1])) for x in rotary)
+        q = rotate(q, q[:, :1], *here)[0]  # models rotate both at once; of the other one head will do
+        k = rotate(k[:, :1], k, *rotary)[1]
         return self._ahead(
             q, _with_past(k, cache, signal.layer, stored=False), rows, counted, present, attention.scaling
         )

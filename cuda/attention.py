@@ -362,9 +362,10 @@ def _rows_to_columns(
         if row_positions is not None:
             seen = seen & (keys <= row_positions[:, block, None])  # (B, R, K)
         # -finfo.min, not -inf: a padding row sees nothing and must give zeros, not NaN
-        probs = scores.masked_fill(~seen[:, None], torch.finfo(torch.float32).min).softmax(dim=-1)
-        counted = (seen & row_valid[:, block, None])[:, None]
-        total += torch.where(counted, probs, 0.0).sum(dim=(1, 2))
+        unseen = scores.new_zeros(seen.shape).masked_fill_(~seen, torch.finfo(torch.float32).min)
+        probs = scores.add_(unseen[:, None]).softmax(dim=-1)
+        counted = (row_valid[:, block] & seen.any(dim=-1)).float()  # (B, R)
+        total += (counted[:, None, None] @ probs).sum(dim=(1, 2))
     return total / (heads * row_valid.sum(dim=1, keepdim=True).clamp(min=1))
 
 
