@@ -433,8 +433,8 @@ _NO_BUDGET = object()
 
 
 def _keep(pruner: Pruner) -> Any:
-    """The budget; :data:`_NO_BUDGET` of a method without one."""
-    return getattr(pruner, pruner.budget_parameter, _NO_BUDGET)
+    """The budget; :data:`_NO_BUDGET` of a method without one, or that its other parameters leave without."""
+    return getattr(pruner, pruner.budget_parameter, _NO_BUDGET) if pruner.takes_budget else _NO_BUDGET
 
 
 def _drawn(label: str, pruner: Pruner, seeds: int) -> list[Run]:

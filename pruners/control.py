@@ -55,6 +55,10 @@ class RandomLike(Pruner):
         return self.pruner.needs_grid
 
     @property
+    def takes_budget(self) -> bool:
+        return self.pruner.takes_budget
+
+    @property
     def keep(self) -> Keep | None:
         """The method's budget. Like the method, it may not have the attribute."""
         return getattr(self.pruner, self.pruner.budget_parameter)

@@ -58,7 +58,8 @@ class CoreMatching(Pruner):
         topk: do tokens contribute equally many neurons (``"mean"``) or their own share each (``"per_token"``)?
         select_layer: the layer whose neurons choose the tokens that enter the next one. None: keep all tokens.
         neuron_layers: layers whose MLP runs core neurons only in decode. None: all; CoreInfer takes 6 .. 26 of 32.
-        budget: fraction or number of visual tokens to keep, those of largest count (ours). None: the knee decides.
+        budget: fraction or number of visual tokens to keep, those of largest count (ours). None: the knee decides. Not where
+            no token goes: without ``select_layer``, and in mode ``"released"``.
         threshold: are tokens at the knee kept (``">="``) or not (``">"``)?
         min_keep, max_keep: bounds of what the knee may leave (ours). None: no upper bound.
         kv_evict: remove dropped tokens from the caches of the layers up to ``select_layer`` too.
@@ -102,6 +103,11 @@ class CoreMatching(Pruner):
             object.__setattr__(self, "neuron_layers", tuple(self.neuron_layers))
         if self.budget is not None:
             check_keep(self.budget)
+            if not self.takes_budget:
+                reason = "mode='released'" if self.mode == "released" else "select_layer=None"
+                raise ParameterError(
+                    f"budget={self.budget}: {reason} keeps all tokens; leave the budget out, or let a layer choose tokens"
+                )
         if self.min_keep < 0 or (self.max_keep is not None and self.max_keep < max(1, self.min_keep)):
             raise BudgetError(
                 f"min_keep={self.min_keep}, max_keep={self.max_keep}: give 0 <= min_keep <= max_keep, and max_keep >= 1"
@@ -110,6 +116,10 @@ class CoreMatching(Pruner):
     @property
     def adaptive(self) -> bool:
         return self.budget is None
+
+    @property
+    def takes_budget(self) -> bool:
+        return self.mode == "paper" and self.select_layer is not None
 
     def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
         depth, scope = model.decoder_layers, "image" if self.per_image else "sample"
@@ -140,8 +150,8 @@ class CoreMatching(Pruner):
         """At most so many: the knee may leave fewer. Separators count as tokens."""
         if self.budget is not None:
             return (budget(self.budget, layout.length),)
-        unbounded = self.mode == "released" or self.select_layer is None or self.max_keep is None
-        return (layout.length if unbounded else min(self.max_keep, layout.length),)
+        bounded = self.takes_budget and self.max_keep is not None
+        return (min(self.max_keep, layout.length) if bounded else layout.length,)
 
     def core_tokens(self, tokens: Tokens, matches: Tensor) -> Selection:
         """The tokens whose count of matching neurons passes the knee, or the ``budget`` largest."""

@@ -88,6 +88,15 @@ def test_baselines_run_beside_any_choice_of_methods(loaded):
     assert len(rows(board, "random", 0.5)) == len(rows(board, "random", 0.25)) == 2
 
 
+@pytest.mark.parametrize("name", ["corematching(select_layer=None)", "random@corematching(select_layer=None)"])
+def test_a_method_that_keeps_all_tokens_is_not_swept(loaded, name):
+    """Statement: parameters that leave a method without a budget leave it one row beside the budgets, which runs."""
+    found = [row for row in quick(loaded, name, (0.5, 0.25)).rows if "corematching" in row.method]
+    assert {row.keep for row in found} == {None}
+    assert {row.status for row in found} == {Status.OK}
+    assert {tuple(row.tokens_per_layer) for row in found} == {(TOKENS,) * len(found[0].tokens_per_layer)}
+
+
 def test_every_row_tells_all_there_is_to_tell(board):
     for row in board.rows:
         assert row.n == LIMIT == len(row.answers)

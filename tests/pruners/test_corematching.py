@@ -89,6 +89,14 @@ def test_bounds_and_budget() -> None:
     assert CoreMatching(budget=64).kept(576) == 64
 
 
+@pytest.mark.parametrize("without", [{"select_layer": None}, {"mode": "released"}])
+def test_no_budget_where_no_token_goes(without: dict) -> None:
+    """Statement: a budget that could drop nothing is refused, not forgotten."""
+    assert CoreMatching(**without).kept(576) == 576
+    with pytest.raises(ParameterError, match=r"budget=0\.5.*keeps all tokens"):
+        CoreMatching(**without, budget=0.5)
+
+
 def test_reading_neurons_does_not_stand_in_the_way_of_composition() -> None:
     """Statement: a later method may follow core tokens although every MLP is read; one in front of them may not."""
     stages = Then(CoreMatching(), FastV(k=5)).stages(CLIP)
