@@ -59,9 +59,9 @@ def neuron_counts(hidden: Tensor, rho: float, *, valid: Tensor | None = None, to
         weakest = _weakest(block, wanted, most)
         chosen = block >= weakest
         if waits or bool((_trues(chosen)[..., None] > wanted).any()):  # several neurons at the boundary, or none wanted
-            above, equal = block > weakest, block == weakest
-            room = wanted - _trues(above)[..., None]
-            chosen = (above | (equal & (equal.cumsum(dim=-1, dtype=torch.int32) <= room))) & (wanted > 0)
+            equal = block == weakest
+            room = wanted - (_trues(chosen) - _trues(equal))[..., None]
+            chosen = _without_surplus(chosen, equal, room)
         # of at most 255 tokens a byte holds the sum
         counts += chosen.sum(dim=1) if waits else chosen.view(torch.uint8).sum(dim=1, dtype=torch.uint8)
     return counts
@@ -76,6 +76,17 @@ def _weakest(block: Tensor, wanted: Tensor, most: int) -> Tensor:
     kth = np.unique(place)
     ordered = np.partition(values, kth[0], axis=-1) if len(kth) == 1 else np.sort(values, axis=-1)
     return torch.from_numpy(np.take_along_axis(ordered, place, axis=-1))
+
+
+def _without_surplus(chosen: Tensor, equal: Tensor, room: Tensor) -> Tensor:
+    """``chosen (B, T, F)`` without what is ``equal`` behind a row's first ``room (B, T, 1)`` equals."""
+    if chosen.device.type != "cpu":
+        return chosen & ~(equal & (equal.cumsum(dim=-1, dtype=torch.int32) > room))
+    place = torch.from_numpy(np.flatnonzero(equal.numpy()))  # few, even of half precision
+    row, count = place // equal.shape[-1], _trues(equal).flatten()
+    rank = torch.arange(len(place)) - (count.cumsum(0) - count)[row]
+    chosen.view(-1)[place[rank >= room.flatten()[row]]] = False
+    return chosen
 
 
 def _trues(mask: Tensor) -> Tensor:
