@@ -14,11 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from foveate.cuda.blocks import rows_at_once
 from foveate.cuda.dispatch import KernelUnavailable, operation
 from foveate.cuda.launch import TYPES, launch, pointer, rows
 from foveate.errors import ParameterError
-
-_BLOCK_ELEMENTS = 1 << 23  # scores held at once: 32 MiB of float32
 
 # -------------------------------------------------------------------------------------------------- public functions
 
@@ -377,7 +376,7 @@ def _seen(positions: range, k: Tensor, causal: bool, window: int, segments: Tens
     if causal:
         seen = seen & (keys <= at)
     if window:
-        seen = seen & ((keys - at).abs() < window)
+        seen = seen & (keys > at - window) & (keys < at + window)
     if segments is None:
         return seen[None]
     return seen & (segments[:, positions.start : positions.stop, None] == segments[:, None])
@@ -388,7 +387,7 @@ def _score_blocks(q: Tensor, k: Tensor, scale: float) -> Iterator[tuple[slice, T
     batch, heads, n_rows, _ = q.shape
     shared = heads // k.shape[1]
     keys = k.float().mT
-    step = max(1, _BLOCK_ELEMENTS // max(1, batch * heads * k.shape[2]))
+    step = rows_at_once(batch * heads * k.shape[2])
     for start in range(0, n_rows, step):
         block = slice(start, min(start + step, n_rows))
         queries = q[:, :, block].float() * scale

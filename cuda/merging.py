@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import elu
 
+from foveate.cuda.blocks import rows_at_once
 from foveate.cuda.dispatch import KernelUnavailable, operation
 from foveate.cuda.launch import TYPES, launch, rows
 from foveate.cuda.similarity import energy, match
 
-_BLOCK_ELEMENTS = 1 << 23  # similarities held at once: 32 MiB of float32
 _TINY = 1e-12
 
 
@@ -164,8 +164,8 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def _row_blocks(rows: Tensor, columns: int) -> Iterator[Tensor]:
-    """``rows (B, N, C)`` in blocks whose products with ``columns`` vectors fit into the block size."""
-    step = max(1, _BLOCK_ELEMENTS // max(1, len(rows) * columns))
+    """``rows (B, N, C)`` in blocks whose products with ``columns`` vectors just fill the block size."""
+    step = rows_at_once(len(rows) * columns)
     return (rows[:, start : start + step] for start in range(0, max(1, rows.shape[1]), step))
 
 

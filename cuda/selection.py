@@ -238,14 +238,23 @@ class _Similarities:
 
     def with_nearest(self) -> Tensor:
         """Of every token with the other token nearest to it: ``(B, N)``."""
-        n = self.unit.shape[1]
-        step = n if self.gram is not None else max(1, _BLOCK_ELEMENTS // (len(self.unit) * n))
-        nearest = []
+        batch, n, _ = self.unit.shape
+        if self.gram is not None:
+            return _without_self(self.gram.clone(), 0).amax(dim=-1)
+        step = max(1, _BLOCK_ELEMENTS // (batch * n))
+        nearest = self.unit.new_empty(batch, n)
+        block = self.unit.new_empty(batch, min(step, n), n)  # one for all: an allocator may not find a freed one again
         for start in range(0, n, step):
-            block = self.gram.clone() if self.gram is not None else self.unit[:, start : start + step] @ self.unit.mT
-            block.diagonal(start, dim1=-2, dim2=-1).fill_(-torch.inf)  # the token itself
-            nearest.append(block.amax(dim=-1))
-        return torch.cat(nearest, dim=1)
+            rows = self.unit[:, start : start + step]
+            similarities = torch.matmul(rows, self.unit.mT, out=block[:, : rows.shape[1]])
+            nearest[:, start : start + step] = _without_self(similarities, start).amax(dim=-1)
+        return nearest
+
+
+def _without_self(similarities: Tensor, start: int) -> Tensor:
+    """``(B, rows, N)`` of the tokens from ``start`` on, -inf with themselves."""
+    similarities.diagonal(start, dim1=-2, dim2=-1).fill_(-torch.inf)
+    return similarities
 
 
 def _similarities(features: Tensor) -> Iterator[tuple[slice, _Similarities]]:

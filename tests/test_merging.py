@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from foveate.cuda import best_match, merge_tokens, merging, similarity_energy
+from foveate.cuda import best_match, merge_tokens, similarity_energy
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -58,7 +58,7 @@ def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Statement: the result is the same when only a few rows of the N x N similarities are held at a time."""
     metric = drawn(2, 23, 8)
     energy, match = similarity_energy(metric, 0.2), best_match(metric[:, ::2], metric[:, 1::2])
-    monkeypatch.setattr(merging, "_BLOCK_ELEMENTS", 2 * 23 * 3)
+    monkeypatch.setattr("foveate.cuda.blocks._BLOCK_ELEMENTS", 2 * 23 * 3)
     torch.testing.assert_close(similarity_energy(metric, 0.2), energy, atol=1e-7, rtol=1e-6)
     blocked = best_match(metric[:, ::2], metric[:, 1::2])
     assert torch.equal(blocked[1], match[1])
