@@ -6,7 +6,8 @@ Acceleration of Vision-Language Models", arXiv 2505.19235 (ICML 2025). A neuron 
 tokens are the visual tokens on which most core neurons of an early layer are active, cut at the knee of the sorted counts.
 Later layers see core tokens only, the cache keeps core tokens only, and decoding runs core neurons only. The headline, ten
 times faster on a 12 GB card, compares with a model that does not fit that card; on a device that holds the model the weights
-that decoding reads allow about 1.6 times.
+that decoding reads allow about 1.6 times. The share of tokens kept is not that of the prefill's work: layers up to the one
+that chooses see all tokens, and without ``kv_evict`` their caches keep all as well.
 
 The released repository contains neither neuron sparsity nor token removal: it zeroes cache rows of layers 5 .. 18, which
 ``mode="released"`` repeats, for comparison only. The rest follows the paper and the authors' earlier CoreInfer (arXiv

@@ -1,4 +1,4 @@
-"""Corners of CoreMatching on models: plain MLPs, the released mode, later turns, shared neurons, closed-up positions."""
+"""Corners of methods inside the decoder: plain MLPs, the released mode, later turns, shared neurons, a published combination."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import nn
 
 import foveate
 from foveate.errors import MissingSignalError, ParameterError
+from foveate.eval_suites.speed import Geometry
 from tests import models
 from tests.models import IMAGE, tiny
 from tests.test_oracles import TOLERANCE, absent, continued, masked_logits, rope_positions, scene_inputs
@@ -134,3 +135,17 @@ def test_a_later_turn_sees_evicted_caches(family: str, positions: str) -> None:
     for handle in handles:
         handle.remove()
     assert (found - reference).abs().max() < TOLERANCE
+
+
+def test_the_published_combination_with_visionzip_runs() -> None:
+    """Statement: on 576 tokens and 32 layers, VisionZip leaves 192 and TransPrune 96, 48 and 24 of them, in the published layers;
+    the caches hold what their layers saw."""
+    geometry = Geometry(layers=32, width=64, intermediate=64)
+    model = geometry.model("cpu", "float32")
+    pruner = foveate.Then(foveate.VisionZip(keep=192), foveate.TransPrune.combined())
+    with foveate.attach(model, pruner) as session:
+        model.generate(**geometry.prompt(1, model), max_new_tokens=2, do_sample=False)
+    trace = session.trace
+    assert trace.tokens_per_layer == [192] * 7 + [96] * 2 + [48] * 3 + [24] * 20
+    assert trace.cached_per_layer == trace.tokens_per_layer
+    assert trace.cache_lengths == [n + geometry.text for n in trace.tokens_per_layer]
