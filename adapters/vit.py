@@ -318,8 +318,7 @@ class BlockMerger:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             signals = {}
             for name in stage.signals:
-                # (B, N, H, d): the mean over an inner dimension is the fastest to take
-                signals[name] = (keys.transpose(1, 2) if heads == 1 else keys).float().mean(dim=2)
+                signals[name] = _mean_of_heads(keys, heads)
             groups = stage.select(BlockTokens(x, self.tower.prefix, count), **signals)
         places = groups.keep, groups.source, groups.target
         if stage.weighting == "size":
@@ -333,6 +332,17 @@ class BlockMerger:
         self._bias = None
         self.trace._groups.append((stage.layer, groups))
         return x
+
+
+def _mean_of_heads(keys: Tensor, dim: int) -> Tensor:
+    """Head keys, with the heads along ``dim``, as ``(B, N, d)`` float32."""
+    if keys.is_cuda:
+        return keys.float().mean(dim)
+    heads = keys.unbind(dim)  # on a CPU, adding whole heads is faster than a reduction that jumps between them
+    total = heads[0].to(torch.float32, copy=True)
+    for head in heads[1:]:
+        total += head
+    return total.div_(len(heads))
 
 
 def block_stages(stages: Sequence[Stage]) -> list[BlockStage]:

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import elu
 
 from foveate.cuda.blocks import rows_at_once
 from foveate.cuda.dispatch import KernelUnavailable, operation
@@ -127,10 +126,12 @@ def _energy(metric: Tensor, margin: float, alpha: float, jump: bool) -> Tensor:
     energy = []
     for block in _row_blocks(unit, unit.shape[1]):
         excess = (block @ unit.mT).sub_(margin)  # (B, rows, N)
+        above = excess.relu()
         if jump:
-            energy.append(torch.where(excess > 0, excess + margin, elu(excess, alpha)).mean(dim=-1))
-        else:
-            energy.append(elu(excess, alpha, inplace=True).mean(dim=-1))
+            above = above + margin * (above > 0)
+        # the two halves of an ELU: `exp` of what lies below, 1 for the rest, is far cheaper than the `expm1` in `elu`
+        below = excess.clamp_(max=0).exp_().mean(dim=-1) - 1
+        energy.append(above.mean(dim=-1) + alpha * below)
     return torch.cat(energy, dim=1) if len(energy) > 1 else energy[0]
 
 
