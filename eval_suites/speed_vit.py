@@ -169,7 +169,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=9, help="measured rounds (default: 9)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
-    parser.add_argument("--out", type=Path, help="also write FILE.json and FILE.md")
+    parser.add_argument("--out", type=Path, help="also add to FILE.json and FILE.md")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -202,12 +202,26 @@ def main(args: argparse.Namespace) -> int:
         torch.set_num_threads(before)
     print(table(lines))
     if args.out is not None:
-        base = args.out.with_suffix("")
-        result = {"environment": facts, "lines": [asdict(line) for line in lines]}
-        base.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
-        about = f"{facts['hardware']}, torch {facts['torch']}, timm {facts['timm']}, float32, {facts['date']}"
-        base.with_suffix(".md").write_text(f"{table(lines)}\n\n{about}; {args.rounds} rounds.\n")
+        _write(args.out.with_suffix(""), {"environment": facts, "lines": [asdict(line) for line in lines]})
     return 0
+
+
+def _write(base: Path, result: dict[str, Any]) -> None:
+    """Add a measurement to those in ``base``.json, where it replaces older ones of the same lines, and write them as Markdown."""
+    path = base.with_suffix(".json")
+    measured = {(line["model"], line["batch"], line["method"]) for line in result["lines"]}
+    results = []
+    for known in json.loads(path.read_text(encoding="utf-8")) if path.exists() else []:
+        left = [x for x in known["lines"] if (x["model"], x["batch"], x["method"]) not in measured]
+        results += [{**known, "lines": left}] if left else []
+    results.append(result)
+    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    parts = []
+    for one in results:
+        facts = one["environment"]
+        about = f"{facts['hardware']}, torch {facts['torch']}, timm {facts['timm']}, {facts['dtype']}, {facts['date']}"
+        parts.append(f"{table([Line(**line) for line in one['lines']])}\n\n{about}; {facts['rounds']} rounds.\n")
+    base.with_suffix(".md").write_text("\n".join(parts), encoding="utf-8")
 
 
 def _timm() -> str:

@@ -1,0 +1,41 @@
+"""`foveate speed vit`: factors beside the ceiling, and result files that grow measurement by measurement."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from foveate.cli import main
+from foveate.eval_suites.speed_vit import Line, table
+
+
+def test_measurements_gather_in_one_file(tmp_path, capsys):
+    """Statement: another batch size is added to a result file, the same one again replaces the older lines."""
+    pytest.importorskip("timm")
+    out = tmp_path / "speed.json"
+
+    def measure(batch: str, method: str) -> list[list[Line]]:
+        command = ["speed", "vit", "--model", "vit_tiny_patch16_224", "--batch", batch, "--method", method]
+        assert main([*command, "--rounds", "1", "--out", str(out)]) == 0
+        return [[Line(**line) for line in one["lines"]] for one in json.loads(out.read_text())]
+
+    (first,) = measure("1", "tome(r=13),pitome(ratio=0.9)")
+    assert [(line.method, line.rows) for line in first] == [
+        ("unmodified", 197),
+        ("tome(r=13)", 41),
+        ("pitome(ratio=0.9)", 60),
+    ]
+    assert all(line.factor > 0 and line.ceiling > 0 and line.of_ceiling > 0 for line in first)
+    assert table(first) in capsys.readouterr().out
+    second = measure("2", "tome(r=13)")
+    assert [len(lines) for lines in second] == [3, 2]
+    assert second[0] == first
+    third = measure("1", "tome(r=13)")
+    assert [[(line.batch, line.method) for line in lines] for lines in third] == [
+        [(1, "pitome(ratio=0.9)")],
+        [(2, "unmodified"), (2, "tome(r=13)")],
+        [(1, "unmodified"), (1, "tome(r=13)")],
+    ]
+    written = out.with_suffix(".md").read_text()
+    assert all(table(lines) in written for lines in third)
