@@ -19,6 +19,9 @@ import os
 import pathlib
 import platform
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -26,7 +29,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, normalize
+from torch.nn.functional import cosine_similarity, gelu, normalize, scaled_dot_product_attention, silu
 
 from foveate import cuda
 
@@ -206,6 +209,13 @@ CASES = (
         lambda b, n: _gram_bytes(b, n) / 4,
     ),
     Case(
+        "gather_tokens",
+        lambda *how: (*tokens(*how), torch.rand(*how[:2], device=how[3]).argsort(dim=1)[:, : max(1, how[1] // 3)]),
+        cuda.gather_tokens,
+        lambda x, index: x.gather(1, index[..., None].expand(-1, -1, x.shape[-1])),
+        lambda b, n, e: Work(2 * b * max(1, n // 3) * WIDTH * e),
+    ),
+    Case(
         "merge_tokens",
         merging,
         lambda *args: cuda.merge_tokens(*args)[0],
@@ -233,6 +243,71 @@ CASES = (
         lambda b, n: 5.0 * b * n * NEURONS,
     ),
 )
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What a prefill of LLaVA-1.5 multiplies; the defaults are the 7B model's, with an instruction of 64 tokens."""
+
+    patches: int = 576
+    text: int = 64
+    tower: tuple[int, int, int, int] = (24, 1024, 16, 4096)  # layers, width, heads, width of the MLP
+    decoder: tuple[int, int, int, int] = (32, 4096, 32, 11008)
+
+
+def layer(tokens: int, width: int, heads: int, inner: int, gated: bool, dtype: torch.dtype, device: str) -> Callable:
+    """A transformer layer's products and attention; its norms are left out, so that the prefill is rather too fast."""
+    x = torch.randn(1, tokens, width, dtype=dtype, device=device)
+    sides = [(width, 3 * width), (width, width), (width, inner * (2 if gated else 1)), (inner, width)]
+    qkv, out, up, down = (torch.randn(side, dtype=dtype, device=device) * side[0] ** -0.5 for side in sides)
+
+    def run() -> Tensor:
+        q, k, v = (x @ qkv).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = scaled_dot_product_attention(q, k, v, is_causal=gated).transpose(1, 2).flatten(2)
+        y = x + mixed @ out
+        hidden = y @ up
+        return y + (silu(hidden[..., :inner]) * hidden[..., inner:] if gated else gelu(hidden)) @ down
+
+    return run
+
+
+def selection_shares(clock: Clock, dtype: torch.dtype, geometry: Geometry) -> dict[str, float]:
+    """Milliseconds of a prefill, and the share of it that each operation takes once, on the tensors it would see there."""
+    n, text = geometry.patches, geometry.text
+    prefill = 0.0
+    for (layers, *sides), count, gated in ((geometry.tower, n + 1, False), (geometry.decoder, n + text, True)):
+        prefill += layers * clock(layer(count, *sides, gated, dtype, clock.device))
+    (_, tower_width, tower_heads, _), (_, width, llm_heads, _) = geometry.tower, geometry.decoder
+    how = {"dtype": dtype, "device": clock.device}
+    q = torch.randn(1, tower_heads, n + 1, tower_width // tower_heads, **how)
+    k = torch.randn(1, llm_heads, n + text, width // llm_heads, **how)
+    x, budget = torch.randn(1, n, width, **how), max(1, n // 9)
+    last = torch.arange(n, n + text, device=clock.device)[None]
+    every_ninth = torch.arange(0, n, 9, device=clock.device)[None]
+    calls: dict[str, Callable[[], Any]] = {
+        "received_attention": lambda: cuda.received_attention(q, q, first_query=1),
+        "class_attention": lambda: cuda.class_attention(q, q),
+        "rows_to_columns_attention": lambda: cuda.rows_to_columns_attention(k[:, :, n:], k, row_positions=last),
+        "diverse_subset": lambda: cuda.diverse_subset(x, budget),
+        "conditional_dpp": lambda: cuda.conditional_dpp(x, torch.ones(1, n, device=clock.device), budget),
+        "transition_score": lambda: cuda.transition_score(x, x),
+        "gather_tokens": lambda: cuda.gather_tokens(x, every_ninth),
+    }
+    return {"prefill_ms": prefill, **{name: clock(call) / prefill for name, call in calls.items()}}
+
+
+def start_seconds() -> dict[str, float]:
+    """How long `foveate.cuda.warmup` takes in a process with an empty cache of kernels on disk, and in one with a full."""
+    program = (
+        "import time, torch; from foveate import cuda; torch.zeros(1, device='cuda'); import cupy; start = time.perf_counter();"
+        "cuda.warmup(); torch.cuda.synchronize(); print(time.perf_counter() - start)"
+    )
+    with tempfile.TemporaryDirectory() as cache:
+        times = [
+            float(subprocess.check_output([sys.executable, "-c", program], env={**os.environ, "CUPY_CACHE_DIR": cache}))
+            for _ in range(2)
+        ]
+    return {"compiled_s": times[0], "cached_s": times[1]}
 
 
 class Clock:
@@ -405,6 +480,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="bfloat16; on a CPU float32")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--prefill", action="store_true", help="also: shares of a LLaVA-1.5-7B prefill (a GPU: always)")
     parser.add_argument("--output", type=pathlib.Path, help="where to write the JSON")
     chosen = parser.parse_args(argv)
     device = chosen.device
@@ -423,14 +499,26 @@ def main(argv: list[str] | None = None) -> None:
             for case in cases
             for b, n in chosen.sizes or SIZES[device]
         ]
+        shares = selection_shares(clock, dtype, Geometry()) if chosen.prefill or device == "cuda" else {}
+    starts = start_seconds() if device == "cuda" else {}
     facts = environment(device)
     show(f"{facts['device']}: {facts['measured']}", rows)
     print(
         "; ".join(f"{1e-12 * value:.3g} T{kind}/s" for kind, value in rate.items() if math.isfinite(value)),
         "reached by plain torch",
     )
+    for name, share in shares.items():
+        print(f"prefill: {share:.4g} ms" if name == "prefill_ms" else f"{name}: {share:.2%} of it")
+    for name, seconds in starts.items():
+        print(f"all kernels {name.removesuffix('_s')}: {seconds:.3g} s")
     if chosen.output:
-        result = {"environment": facts, "rates_per_second": rate, "results": rows}
+        result = {
+            "environment": facts,
+            "rates_per_second": rate,
+            "results": rows,
+            "prefill_shares": shares,
+            "start_seconds": starts,
+        }
         chosen.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

@@ -91,3 +91,16 @@ def test_bench_refuses_unknown_operations(capsys):
     with pytest.raises(SystemExit):
         bench.main(["--operations", "sort"])
     assert "no operation is called sort; there are: received_attention" in capsys.readouterr().err
+
+
+def test_bench_compares_selection_with_a_prefill(tmp_path, monkeypatch, capsys):
+    small = bench.Geometry(patches=36, text=4, tower=(2, 32, 2, 64), decoder=(3, 48, 3, 96))
+    monkeypatch.setattr(bench, "Geometry", lambda: small)
+    out = tmp_path / "bench.json"
+    how = ["--device", "cpu", "--sizes", "1x24", "--repeats", "1", "--operations", "match_counts"]
+    bench.main([*how, "--prefill", "--output", str(out)])  # with torch.compile
+    result = json.loads(out.read_text())
+    assert result["prefill_shares"]["prefill_ms"] > 0
+    assert result["prefill_shares"]["diverse_subset"] > 0
+    assert result["results"][0]["compile_ms"] > 0
+    assert "diverse_subset: " in capsys.readouterr().out
