@@ -127,6 +127,9 @@ def main(number: int = 300) -> None:
     print(
         f"{number} questions; whole {np.mean(whole):.1%}; tokens on objects {np.mean(facts['objects']):.1%}; text {np.mean(facts['text']):.1%}"
     )
+    print(
+        f"| in front of layer | ranked by | {' | '.join(found[2, 'chance'])} |\n| {' --- | ' * (2 + len(found[2, 'chance']))}"
+    )
     for (layer, name), cell in sorted(found.items()):
         print(f"| {layer} | {name} | " + " | ".join(f"{np.mean(v) * 100:.1f}" for v in cell.values()) + " |")
 
