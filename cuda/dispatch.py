@@ -96,13 +96,16 @@ def full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
                 return function(*args, **kwargs)
             with torch.autocast(device, enabled=False):
                 return function(*args, **kwargs)
-        allowed = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = False
+        products = torch.backends.cuda.matmul
+        # where torch has the newer of its two settings, reading the older one may fail
+        setting, exact = ("fp32_precision", "ieee") if hasattr(products, "fp32_precision") else ("allow_tf32", False)
+        before = getattr(products, setting)
+        setattr(products, setting, exact)
         try:
             with torch.autocast(device, enabled=False):
                 return function(*args, **kwargs)
         finally:
-            torch.backends.cuda.matmul.allow_tf32 = allowed
+            setattr(products, setting, before)
 
     return run
 

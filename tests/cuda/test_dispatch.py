@@ -183,6 +183,22 @@ def _received(q: np.ndarray, k: np.ndarray) -> np.ndarray:
     return received_attention(torch.from_numpy(q), torch.from_numpy(k)).numpy()
 
 
+def test_references_on_a_gpu_are_exact_whatever_precision_is_set():
+    """Both of torch's settings for TF32, which complain of each other, come back as they were."""
+    products = torch.backends.cuda.matmul
+    if not hasattr(products, "fp32_precision"):
+        pytest.skip("needs a torch with the setting fp32_precision")
+    with FakeTensorMode():
+        x = torch.empty(1, device="cuda")
+    before = products.fp32_precision
+    try:
+        products.fp32_precision = "tf32"
+        assert dispatch.full_precision(lambda x: products.fp32_precision)(x) == "ieee"
+        assert products.fp32_precision == "tf32"
+    finally:
+        products.fp32_precision = before
+
+
 def test_arguments_of_kernels_have_a_width():
     x = torch.zeros(3)
     with pytest.raises(TypeError, match=r"give its width, as in np.int32\(3\)"):
