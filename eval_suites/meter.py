@@ -24,7 +24,18 @@ from foveate.eval_suites.rows import Answer, Row
 from foveate.eval_suites.suites import Sample, Suite
 from foveate.pruners.base import Hook, Keep, Pruner, Stage, budget
 
-__all__ = ["GREY", "BudgetMismatch", "Measured", "Meter", "Run", "check_image", "check_resized"]
+__all__ = [
+    "GREY",
+    "BudgetMismatch",
+    "Measured",
+    "Meter",
+    "Run",
+    "check_image",
+    "check_resized",
+    "placeholders",
+    "seen_pruned",
+    "seen_unpruned",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -227,16 +238,12 @@ class Meter:
 
     def _unpruned(self, ids: Tensor, widths: list[int], first: int) -> list[list[int]]:
         """Visual tokens seen by each layer, per picture."""
-        depth, length = self.adapter.info.decoder_layers, ids.shape[1]
-        if widths != [length] * depth:
-            raise BudgetMismatch(f"the prompt has {length} tokens, but the decoder's layers saw {widths}")
-        counts = self._placeholders(ids)
-        self.unpruned_counts.update(enumerate(counts, first))
-        return [[n] * depth for n in counts]
+        seen = seen_unpruned(self.adapter, ids, widths)
+        self.unpruned_counts.update((number, tokens[0]) for number, tokens in enumerate(seen, first))
+        return seen
 
     def _placeholders(self, ids: Tensor) -> list[int]:
-        tokens = [modality.token_id for modality in self.adapter.modalities]
-        return torch.isin(ids, torch.tensor(tokens, device=ids.device)).sum(dim=1).tolist()
+        return placeholders(self.adapter, ids)
 
     def _pruned(
         self, pruner: Pruner, trace: Trace | None, ids: Tensor, widths: list[int], first: int
@@ -244,32 +251,94 @@ class Meter:
         """Visual tokens seen by each layer, and the number asked for, per picture.
 
         Raises:
-            BudgetMismatch: what the layers saw is not what the trace says, or not what was asked for.
+            BudgetMismatch: see :func:`seen_pruned`.
         """
-        counts = self._placeholders(ids)
-        if trace is None or [image.layout.length for image in trace.images] != counts:
-            raise BudgetMismatch(f"{pruner.name} was attached, but did not see the pictures' {sum(counts)} tokens")
-        dropped = [
-            min(n - image.tokens_per_layer[i] + image.text_gone_per_layer[i] for n, image in zip(counts, trace.images))
-            for i in range(len(widths))
-        ]
-        claimed = [ids.shape[1] - n for n in dropped]
-        if widths != claimed:
-            raise BudgetMismatch(
-                f"the decoder's layers saw {widths} tokens of the longest prompt, the trace says {claimed}"
-            )
-        stages = pruner.stages(self.adapter.info)
-        asked = []
+        seen, asked = seen_pruned(self.adapter, pruner, trace, ids, widths)
+        if pruner.stages(self.adapter.info):
+            return seen, asked
         for sample, image in enumerate(trace.images, first):
+            if sample not in self.unpruned_counts:
+                raise FoveateError("the unpruned model failed on this sample, so its tokens are not known")
+            asked[sample - first] = budget(pruner.keep, self.unpruned_counts[sample])
+            check_resized(pruner, image.layout.size, asked[sample - first])
+        return seen, asked
+
+
+def placeholders(adapter: Adapter, ids: Tensor) -> list[int]:
+    """Visual tokens of each prompt of ``ids (B, L)``, separators counted."""
+    tokens = [modality.token_id for modality in adapter.modalities]
+    return torch.isin(ids, torch.tensor(tokens, device=ids.device)).sum(dim=1).tolist()
+
+
+def seen_unpruned(adapter: Adapter, ids: Tensor, widths: Sequence[int]) -> list[list[int]]:
+    """Visual tokens that each decoder layer saw of each prompt, without a method.
+
+    Args:
+        ids: token ids of the prompts, ``(B, L)``; widths: length of the sequence at each layer in prefill.
+
+    Raises:
+        BudgetMismatch: some layer saw another sequence.
+    """
+    depth, length = adapter.info.decoder_layers, ids.shape[1]
+    if list(widths) != [length] * depth:
+        raise BudgetMismatch(f"the prompt has {length} tokens, but the decoder's layers saw {list(widths)}")
+    return [[n] * depth for n in placeholders(adapter, ids)]
+
+
+def seen_pruned(
+    adapter: Adapter, pruner: Pruner, trace: Trace | None, ids: Tensor, widths: Sequence[int]
+) -> tuple[list[list[int]], list[int]]:
+    """Visual tokens that each decoder layer saw of each prompt, and the number asked for.
+
+    A method that works in front of the processor (it has no stages) changes the pictures: then nothing is asked of these.
+
+    Args:
+        trace: what the session says of this call; ids, widths: see :func:`seen_unpruned`.
+
+    Raises:
+        BudgetMismatch: what the layers saw is not what the trace says, or not what was asked for.
+    """
+    counts = placeholders(adapter, ids)
+    if not any(counts):
+        return seen_unpruned(adapter, ids, widths), [0] * len(counts)
+    rows = _by_prompt(trace.images if trace else [], counts)
+    if rows is None:
+        raise BudgetMismatch(f"{pruner.name} was attached, but did not see the pictures' {sum(counts)} tokens")
+    seen = [[sum(image.tokens_per_layer[i] for image in row) for i in range(len(widths))] for row in rows]
+    dropped = [
+        min(
+            n - tokens[i] + sum(image.text_gone_per_layer[i] for image in row)
+            for n, tokens, row in zip(counts, seen, rows)
+        )
+        for i in range(len(widths))
+    ]
+    claimed = [ids.shape[1] - n for n in dropped]
+    if list(widths) != claimed:
+        raise BudgetMismatch(
+            f"the decoder's layers saw {list(widths)} tokens of the longest prompt, the trace says {claimed}"
+        )
+    stages = pruner.stages(adapter.info)
+    asked = []
+    for row in rows:
+        wants = [pruner.kept_on(adapter.info, image.layout) if stages else image.layout.length for image in row]
+        for image, want in zip(row, wants):
             if stages:
-                asked.append(pruner.kept_on(self.adapter.info, image.layout))
-                check_image(pruner, stages, image, asked[-1])
-            else:
-                if sample not in self.unpruned_counts:
-                    raise FoveateError("the unpruned model failed on this sample, so its tokens are not known")
-                asked.append(budget(pruner.keep, self.unpruned_counts[sample]))
-                check_resized(pruner, image.layout.size, asked[-1])
-        return [image.tokens_per_layer for image in trace.images], asked
+                check_image(pruner, stages, image, want)
+        asked.append(sum(wants))
+    return seen, asked
+
+
+def _by_prompt(images: Sequence[ImageTrace], counts: Sequence[int]) -> list[list[ImageTrace]] | None:
+    """The pictures of each prompt, which has ``counts`` visual tokens; None if they do not add up."""
+    left, rows = list(images), []
+    for count in counts:
+        row: list[ImageTrace] = []
+        while left and sum(image.layout.length for image in row) < count:
+            row.append(left.pop(0))
+        if sum(image.layout.length for image in row) != count:
+            return None
+        rows.append(row)
+    return None if left else rows
 
 
 def _is_video(sample: Sample) -> bool:

@@ -15,7 +15,7 @@ import torch
 
 from foveate.errors import FoveateError, ParameterError, nearest
 
-__all__ = ["EMBEDDED", "Loaded", "check_folder", "load"]
+__all__ = ["EMBEDDED", "Loaded", "check_folder", "digest", "load", "source"]
 
 EMBEDDED = {"shapes-llava": "shapes.train", "shapes-next": "shapes.train_next", "shapes-qwen": "screens.train"}
 """Name -> the module that trained it, beside which it lies."""
@@ -57,14 +57,19 @@ def load(name: str | os.PathLike[str], device: str | None = None, dtype: str | N
     if number_type is None:
         number_type = torch.float32 if where.type == "cpu" else "auto"
     name = os.fspath(name)
-    source = _source(name)
-    if os.path.isdir(source):
-        check_folder(source)
-    model, processor = _from_pretrained(name, source, number_type)
-    return Loaded(model.to(where).eval(), processor, name, _sha256(_weight_files(source)))
+    folder = source(name)
+    if os.path.isdir(folder):
+        check_folder(folder)
+    model, processor = _from_pretrained(name, folder, number_type)
+    return Loaded(model.to(where).eval(), processor, name, digest(name))
 
 
-def _source(name: str) -> str:
+def digest(name: str) -> str | None:
+    """SHA-256 of the weights of the model called ``name``; None if there are no files."""
+    return _sha256(_weight_files(source(name)))
+
+
+def source(name: str) -> str:
     """The folder that ``name`` stands for, or ``name`` itself where it can only be a name on the hub."""
     if name in EMBEDDED:
         folder = str(Path(__file__).parent / EMBEDDED[name].partition(".")[0] / name)
