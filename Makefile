@@ -10,7 +10,7 @@ BENCH := --model shapes-llava --suite shapes --pruners all,random@transprune,ran
 	--keep 0.5,0.25,0.11 --limit 200 --out results.db --fresh=changed --html leaderboard.html
 
 .DELETE_ON_ERROR:
-.PHONY: bench demo test lint format clean
+.PHONY: bench demo test test-lmms lint format clean
 
 bench: .venv/core.stamp
 	$(BIN)/foveate bench $(BENCH) $(ARGS)
@@ -21,6 +21,10 @@ demo: .venv/demo.stamp
 test: .venv/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
+# The plug-in for lmms-eval, in an environment of its own (.venv-lmms, 6 GB): lmms-eval brings some 150 packages along.
+test-lmms: .venv-lmms/stamp
+	OMP_NUM_THREADS=1 .venv-lmms/bin/python -m pytest tests/lmms $(ARGS)
+
 lint: .venv/lint.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -30,7 +34,7 @@ format: .venv/lint.stamp
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lmms build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 # Stamps: nothing is installed twice unless the project's own requirements changed. `dev` covers the other three.
 
@@ -51,6 +55,13 @@ clean:
 	$(BIN)/python -c "import configparser as c; p = c.ConfigParser(); p.read('setup.cfg'); \
 	print(p['options.extras_require']['lint'])" > .venv/lint.txt
 	$(BIN)/python -m pip install --requirement .venv/lint.txt
+	@touch $@
+
+.venv-lmms/stamp: setup.cfg pyproject.toml tests/lmms/constraints.txt
+	$(PYTHON) -m venv --clear .venv-lmms || { $(PYTHON) -m venv --clear --without-pip .venv-lmms && \
+	$(PYTHON) -m pip --python .venv-lmms/bin/python install pip; }
+	.venv-lmms/bin/python -m pip install --constraint tests/lmms/constraints.txt --editable '.[eval]' \
+	torchvision accelerate datasets pytest pytest-timeout
 	@touch $@
 
 # Where the operating system leaves ensurepip out of Python (Debian), the pip at hand puts one into the environment.

@@ -67,7 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "timm/NAME[:WEIGHTS], open_clip/NAME:WEIGHTS, hf/OWNER/NAME, a folder",
     )
     add("--images", metavar="FOLDER", help="pictures for a vision model; sub-folders are classes")
-    add("--suite", metavar="NAME", default="shapes", help=f"one of: {', '.join(suites.SUITES)}")
+    public = "or public benchmarks through lmms-eval, like lmms:pope,gqa (see `foveate suites list`)"
+    add("--suite", metavar="NAME", default="shapes", help=f"one of: {', '.join(suites.SUITES)}; {public}")
     methods = (
         'all, or methods like "fastv,todre(stage2=False)"; random@METHOD keeps as many tokens as METHOD in every layer; '
         "the baselines always run"
@@ -127,6 +128,8 @@ def main(args: argparse.Namespace) -> int:
         return vision_bench.main(args)
     if args.images:
         raise ParameterError(f"--images is for vision models; {args.model} is asked the questions of --suite")
+    if args.suite.startswith(_PUBLIC):
+        return _public(args)
     try:
         board = bench(
             model=args.model,
@@ -167,6 +170,48 @@ def main(args: argparse.Namespace) -> int:
     if files := [path for path in written.values() if path is not None]:
         print(f"wrote {', '.join(map(os.path.abspath, files))}", file=sys.stderr)
     return int(bool(board.failures))
+
+
+_PUBLIC = "lmms:"
+
+
+def _public(args: argparse.Namespace) -> int:
+    """Run public benchmarks; 0, or 1 if a row failed."""
+    from foveate.eval_suites.lmms.bench import bench as public
+    from foveate.eval_suites.page import page
+
+    if args.json:
+        raise ParameterError(
+            "--json writes one suite; use --out, and `foveate results export` for benchmarks of lmms-eval"
+        )
+    if args.seed is not None:
+        raise ParameterError(f"--seed {args.seed}: benchmarks of lmms-eval are taken from their beginning; drop it")
+    boards = public(
+        model=args.model,
+        names=args.suite,
+        pruners=args.pruners,
+        keep=parse_keep(args.keep),
+        limit=args.limit,
+        seeds=args.seeds,
+        batch_size=args.batch_size,
+        device=args.device,
+        dtype=args.dtype,
+        positions=args.positions or ("keep" if args.model in models.EMBEDDED else "auto"),
+        out=args.out,
+        fresh=args.fresh,
+        retry=args.retry,
+    )
+    if args.html:
+        Path(args.html).write_text(page(boards), encoding="utf-8")
+    text = "\n".join(board.markdown() for board in boards)
+    if args.markdown == "-":
+        print(text, end="")
+    else:
+        if args.markdown:
+            Path(args.markdown).write_text(text, encoding="utf-8")
+        for board in boards:
+            board.print()
+    return int(any(board.failures for board in boards))
 
 
 def _check_writable(option: str, path: str) -> None:
@@ -265,7 +310,7 @@ def bench(
         raise ParameterError(f"seed={seed}: give a number >= 0")
     one_of("positions", positions, _POSITIONS)
     suite = suites.find(suite) if isinstance(suite, str) else suite
-    runs = _plan(pruners, budgets, seeds)
+    runs = plan(pruners, budgets, seeds)
     others = world()
     if not isinstance(model, models.Loaded):
         if device is None and others.size > 1 and torch.cuda.is_available():
@@ -402,7 +447,7 @@ def _digest(samples: Sequence[Sample]) -> str:
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 
-def _plan(methods: Any, budgets: Sequence[Keep], seeds: int) -> list[Run]:
+def plan(methods: Any, budgets: Sequence[Keep], seeds: int) -> list[Run]:
     """All runs in order: the bare model, then per budget the baselines and the methods, then what has its own budget."""
     swept, fixed = {name: create(name) for name in BASELINES}, []
     for pruner, given in _methods(methods):

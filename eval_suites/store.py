@@ -90,6 +90,7 @@ MUST_AGREE = {
     "source_sha256": "foveate's code",
     "torch": "torch",
     "transformers": "transformers",
+    "lmms_eval": "lmms-eval",
 }
 """Facts that have to be equal for rows to stand in one table, and what messages call them."""
 

@@ -106,6 +106,8 @@ _ELSEWHERE = {
     "demo": ("foveate.demo.launch", "see in a browser what a model keeps of your picture"),
     "leaderboard": ("foveate.eval_suites.show", "show result files as a table, a web page or Markdown"),
     "results": ("foveate.eval_suites.results", "export, import and compare result files"),
+    "suites": ("foveate.eval_suites.lmms.tasks", "list the suites, or export them as tasks for lmms-eval"),
+    "reproduce": ("foveate.eval_suites.recipes", "run a published setting and print our numbers beside the paper's"),
 }
 """Commands that live in a module of their own, which has ``add_arguments(parser)`` and ``main(args)``."""
 

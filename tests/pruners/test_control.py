@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import foveate
-from foveate.eval_suites.runner import _plan, parse_methods
+from foveate.eval_suites.runner import parse_methods, plan
 from foveate.pruners.control import RandomLike
 from tests.models import inputs, picture, tiny
 
@@ -34,7 +34,7 @@ def test_the_control_has_its_methods_counts_and_other_tokens() -> None:
 
 def test_the_bench_draws_the_control_at_every_budget() -> None:
     """Statement: random@METHOD has the budgets of the method, its own row where the method finds its own, and every seed."""
-    runs = [run for run in _plan("random@transprune,random@corematching(beta=0.5)", [0.5, 4], 2) if "@" in run.label]
+    runs = [run for run in plan("random@transprune,random@corematching(beta=0.5)", [0.5, 4], 2) if "@" in run.label]
     assert all(run.baseline for run in runs)
     label = "random@corematching(beta=0.5)"
     assert [(run.label, run.keep, run.seed) for run in runs] == [

@@ -1,0 +1,333 @@
+"""lmms-eval's models with a method on them: ``--model foveate_llava_hf --model_args pretrained=…,pruner=hiprune,keep=0.25,…``.
+
+A method's parameters stand among the model's arguments because lmms-eval's answer cache looks at nothing else. What the
+decoder really sees is counted prompt by prompt; a budget that was not kept ends the run with an error.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts, unwrap_generation_output
+from lmms_eval.models.chat.qwen2_5_vl import Qwen2_5_VL
+from lmms_eval.models.chat.qwen3_vl import Qwen3_VL
+from lmms_eval.models.simple import llava_hf
+from lmms_eval.protocol import ChatMessages
+from PIL import Image
+from tqdm import tqdm
+
+from foveate.errors import FoveateError, InputError, ParameterError
+from foveate.eval_suites.lmms import arguments
+from foveate.eval_suites.lmms.watch import Seen, Watch
+from foveate.eval_suites.meter import GREY, BudgetMismatch
+from foveate.pruners.base import Pruner, view_id
+
+__all__ = ["LlavaHf", "LlavaHfChat", "LlavaOnevision", "LlavaOnevisionChat", "Qwen3VLChat", "Qwen25VLChat"]
+
+_NEW_TOKENS = 1024  # where a task names no limit; lmms-eval's own
+
+
+@dataclass
+class _Counts(TokenCounts):
+    """lmms-eval's counts of a sample, and ours: they end up in its log of samples."""
+
+    seen: Seen | None = None
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        ours = {} if self.seen is None else vars(self.seen) | {"tokens": list(self.seen.tokens)}
+        return super().to_dict() | ours | {"seconds": self.seconds}
+
+
+class Pruned:
+    """Mixed into a model of lmms-eval, in front of its class.
+
+    Args:
+        pruner: name of a method (``random@METHOD``: the control of one; ``no-image``: grey pictures); its parameters stand
+            beside it. None: nothing is pruned.
+        positions: as for :func:`foveate.attach`.
+        foveate_version: the installed version, see :func:`foveate.eval_suites.lmms.arguments.check_version`.
+
+    Raises:
+        FoveateError: a wrong version, an unknown method or parameter, or a model that the method cannot work on.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        pruner: str | None = None,
+        positions: str = "auto",
+        foveate_version: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        arguments.check_version(foveate_version)
+        own, kwargs = arguments.split(pruner, kwargs)
+        method = arguments.method(pruner, own)
+        device = str(kwargs.get("device", "cuda"))
+        if (
+            int(os.environ.get("WORLD_SIZE", "1")) == 1 or device == "cpu"
+        ):  # the defaults do not load under transformers 5
+            kwargs.setdefault("device_map", device)
+        super().__init__(*args, **kwargs)
+        self.kept_for_later = False
+        self._watch: Watch | None = None
+        self._docs: list[tuple[str, Any]] = []
+        self.use(method, positions, blank=pruner == arguments.NO_IMAGE)
+
+    def use(self, pruner: Pruner | None, positions: str = "auto", blank: bool = False) -> None:
+        """Put another method on the model; ``blank``: show it grey pictures."""
+        self.unuse()
+        self._blank, self._watch = blank, Watch(self.model, pruner, positions)
+
+    def unuse(self) -> None:
+        """Take the method off the model."""
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
+
+    def clean(self) -> None:
+        """lmms-eval drops the model behind every evaluation; :attr:`kept_for_later` holds on to it."""
+        if not self.kept_for_later:
+            self.unuse()
+            super().clean()
+
+    def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
+        """Answers, with the number of visual tokens that each decoder layer saw.
+
+        Raises:
+            BudgetMismatch: a method kept another number of tokens than it should, or could not be watched.
+        """
+        watch = self.watch
+        self._docs.clear()
+        watch.prompts.clear()
+        began = time.perf_counter()
+        results = super().generate_until([self._shown(request) for request in requests])
+        seconds = (time.perf_counter() - began) / max(1, len(requests))
+        if len(watch.prompts) != len(self._docs):
+            raise BudgetMismatch(
+                f"the model was called with {len(watch.prompts)} prompts for {len(self._docs)} documents: what was pruned "
+                "for which is not known"
+            )
+        seen = dict(zip(self._docs, watch.prompts))
+        return [
+            _counted(result, seen.get((request.task_name, request.doc_id)), seconds)
+            for request, result in zip(requests, results)
+        ]
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        raise InputError("foveate's models answer questions; tasks that compare likelihoods are not supported")
+
+    def _shown(self, request: Instance) -> Instance:
+        """The request, noting when its document is looked at; with grey pictures where nothing is to be seen."""
+        shown = copy.copy(request)
+        place, change = (2, self._simple) if self.is_simple else (1, self._chat)
+        shown.arguments = (
+            *request.args[:place],
+            change(request.args[place], request.task_name, request.doc_id),
+            *request.args[place + 1 :],
+        )
+        return shown
+
+    def _simple(self, doc_to_visual: Callable[..., list[Any]], task: str, doc_id: Any) -> Callable[..., list[Any]]:
+        def visuals(doc: Any) -> list[Any]:
+            found = [self._blanked(one) for one in doc_to_visual(doc)]
+            self._note(task, doc_id, len(found))
+            return found
+
+        return visuals
+
+    def _chat(self, doc_to_messages: Callable[..., list[Any]], task: str, doc_id: Any) -> Callable[..., list[Any]]:
+        def messages(doc: Any) -> list[Any]:
+            found = copy.copy(doc_to_messages(doc))
+            count = 0
+            for number, message in enumerate(found):
+                parts = [dict(part) for part in message["content"]]
+                for part in parts:
+                    if part["type"] in ("image", "video"):
+                        part["url"] = self._blanked(part["url"])
+                        count += 1
+                found[number] = {**message, "content": parts}
+            self._note(task, doc_id, count)
+            return found
+
+        return messages
+
+    def _blanked(self, visual: Any) -> Any:
+        if not self._blank:
+            return visual
+        if not isinstance(visual, Image.Image):
+            raise InputError("no-image needs pictures; videos cannot be hidden here")
+        return Image.new("RGB", visual.size, GREY)
+
+    def _note(self, task: str, doc_id: Any, visuals: int) -> None:
+        """What comes next through the model; random choices go by the document's number."""
+        self._docs.append((task, doc_id))
+        session = self.watch.session
+        if session is not None:
+            ids = [int(doc_id)] if visuals == 1 else [view_id(int(doc_id), i) for i in range(visuals)]
+            session.sample_ids = [*(session.sample_ids or []), *ids]
+
+    @property
+    def watch(self) -> Watch:
+        """What counts tokens.
+
+        Raises:
+            FoveateError: the model was cleaned up.
+        """
+        if self._watch is None:
+            raise FoveateError("lmms-eval has dropped this model already; make a new one")
+        return self._watch
+
+
+def _counted(result: Any, seen: Seen | None, seconds: float) -> GenerationResult:
+    text, counts = unwrap_generation_output(result)
+    known = {} if counts is None else vars(counts)
+    return GenerationResult(text, _Counts(**known, seen=seen, seconds=seconds))
+
+
+# --------------------------------------------------------------------------------------------------------------- LLaVA
+
+
+class _Batches(llava_hf.LlavaHf):
+    """lmms-eval's LLaVA asks one question at a time and turns errors into empty answers; this does neither."""
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        texts: dict[int, str] = {}
+        numbered = list(enumerate(request.args for request in requests))
+        with tqdm(total=len(requests), disable=self.rank != 0, desc="Model Responding") as bar:
+            for batch in _batches(numbered, self.batch_size, lambda args: _settings(args, self.is_simple)):
+                asked = [self._ask(args) for _, args in batch]
+                answers = self._answer(asked, _settings(batch[0][1], self.is_simple))
+                texts |= {number: text for (number, _), text in zip(batch, answers)}
+                bar.update(len(batch))
+        return [texts[number] for number in range(len(requests))]
+
+    def _ask(self, args: tuple) -> tuple[str, list[Any], list[Any]]:
+        """Prompt, pictures and videos of a request."""
+        context, _, doc_to_visual, doc_id, task, split = args
+        visuals = doc_to_visual(self.task_dict[task][split][doc_id])
+        videos = [visual for visual in visuals if isinstance(visual, str)]
+        marker = llava_hf.DEFAULT_VIDEO_TOKEN if videos else llava_hf.DEFAULT_IMAGE_TOKEN
+        if llava_hf.DEFAULT_IMAGE_TOKEN not in context and visuals:
+            context = " ".join([marker] * (1 if videos else len(visuals))) + "\n" + context
+        template = self.chat_template or self.tokenizer.chat_template or llava_hf.VICUNA_CHAT_TEMPLATE
+        text = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": context}], chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+        return text, [] if videos else list(visuals), [self.load_video(videos, self.max_frames_num)] if videos else []
+
+    @torch.no_grad()
+    def _answer(self, asked: Sequence[tuple[str, list[Any], list[Any]]], settings: dict[str, Any]) -> list[str]:
+        texts = [text for text, _, _ in asked]
+        media = {
+            kind: found
+            for kind, found in (
+                ("images", [image for _, images, _ in asked for image in images]),
+                ("videos", [video for _, _, videos in asked for video in videos]),
+            )
+            if found
+        }
+        inputs = self._image_processor(text=texts, padding=True, return_tensors="pt", **media)
+        inputs = inputs.to(self._device, self.model.dtype)
+        sampled = settings.get("temperature", 0) > 0
+        output = self.model.generate(
+            **inputs,
+            do_sample=sampled,
+            temperature=settings["temperature"] if sampled else None,
+            top_p=settings.get("top_p") if sampled else None,
+            top_k=None,
+            num_beams=settings.get("num_beams", 1),
+            max_new_tokens=settings.get("max_new_tokens", _NEW_TOKENS),
+            use_cache=self.use_cache,
+            pad_token_id=self.eot_token_id,
+            eos_token_id=self.eot_token_id,
+        )
+        return self.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+class _ChatBatches(_Batches):
+    """Prompts from the processor's own chat template."""
+
+    is_simple = False
+
+    def _ask(self, args: tuple) -> tuple[str, list[Any], list[Any]]:
+        _, doc_to_messages, _, doc_id, task, split = args
+        messages = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id]))
+        images, videos, _ = messages.extract_media()
+        if not getattr(self._image_processor, "chat_template", None):
+            raise ParameterError(f"{self.pretrained} has no chat template; run lmms-eval with --force_simple")
+        plain = [
+            {"role": message.role, "content": [part.model_dump(exclude={"url"}) for part in message.content]}
+            for message in messages.messages
+        ]
+        text = self._image_processor.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
+        return text, images, [self.load_video(video, self.max_frames_num) for video in videos]
+
+
+def _settings(args: tuple, simple: bool) -> dict[str, Any]:
+    """The generation settings of a request.
+
+    Raises:
+        InputError: beams, which pruning does not count.
+    """
+    settings = args[1 if simple else 2]
+    if settings.get("num_beams", 1) > 1:
+        raise InputError(
+            f"num_beams={settings['num_beams']}: tokens are counted for greedy answers; use --gen_kwargs num_beams=1"
+        )
+    return settings
+
+
+def _batches(
+    numbered: Sequence[tuple[int, tuple]], size: int, settings: Callable[[tuple], dict[str, Any]]
+) -> Iterator[list[tuple[int, tuple]]]:
+    """Requests with equal settings together, in their order."""
+    groups: dict[str, list[tuple[int, tuple]]] = {}
+    for number, args in numbered:
+        groups.setdefault(json.dumps(settings(args), sort_keys=True, default=str), []).append((number, args))
+    for group in groups.values():
+        for first in range(0, len(group), size):
+            yield group[first : first + size]
+
+
+class LlavaHf(Pruned, _Batches):
+    """LLaVA-1.5 and LLaVA-NeXT of ``transformers``."""
+
+
+class LlavaHfChat(Pruned, _ChatBatches):
+    """The same with the processor's chat template."""
+
+
+_ONEVISION = "llava-hf/llava-onevision-qwen2-7b-ov-hf"
+
+
+class LlavaOnevision(Pruned, _Batches):
+    """LLaVA-OneVision of ``transformers``; lmms-eval's own needs the original package."""
+
+    def __init__(self, pretrained: str = _ONEVISION, **kwargs: Any) -> None:
+        super().__init__(pretrained=pretrained, **kwargs)
+
+
+class LlavaOnevisionChat(Pruned, _ChatBatches):
+    """The same with the processor's chat template."""
+
+    def __init__(self, pretrained: str = _ONEVISION, **kwargs: Any) -> None:
+        super().__init__(pretrained=pretrained, **kwargs)
+
+
+# ---------------------------------------------------------------------------------------------------------------- Qwen
+
+
+class Qwen25VLChat(Pruned, Qwen2_5_VL):
+    """Qwen2.5-VL."""
+
+
+class Qwen3VLChat(Pruned, Qwen3_VL):
+    """Qwen3-VL."""
