@@ -127,8 +127,9 @@ class TimmTower(Tower):
             return None
         if not names & set(_MODELS):
             raise UnsupportedModelError(
-                f"tokens cannot be merged in {type(model).__name__} of timm: its blocks work in windows, in stages of "
-                f"different resolution or on packed sequences; known are {' and '.join(_MODELS)} and what derives from them"
+                f"tokens cannot be merged in {type(model).__name__} of timm: it is no plain vision transformer, or its attention "
+                "needs to know every token's place (windows, stages, tables of relative positions, packed sequences); known are "
+                f"{' and '.join(_MODELS)} and what derives from them"
             )
         return cls(model, model)
 
