@@ -310,7 +310,7 @@ class Session(Attachment):
                     for name, signal in stage.signals.items()
                 }
                 tokens = self._tokens(stage, features, layout, items)
-                for item, row in zip(items, _select(stage, tokens, signals)):
+                for item, row in zip(items, self._select(stage, tokens, signals)):
                     selected[item.kind, item.number] = row
         return selected
 
@@ -348,7 +348,7 @@ class Session(Attachment):
             }
             tokens = self._tokens(stage, states, alike[0].layout, [pool.items[0] for pool in alike])
             tokens.entered = alike[0].entered
-            done += zip(alike, _select(stage, tokens, signals))
+            done += zip(alike, self._select(stage, tokens, signals))
         return sorted(done, key=lambda pair: pools.index(pair[0]))
 
     def neurons(self) -> dict[int, Tensor]:
@@ -406,6 +406,15 @@ class Session(Attachment):
             tokens.instruction, tokens.instruction_mask, tokens.instruction_ids = words
         return tokens
 
+    def _select(self, stage: Stage, tokens: Tokens, signals: dict[str, Tensor]) -> list[Selection]:
+        """Run a stage in full precision whatever autocast says; one selection per picture."""
+        with torch.autocast(tokens.embeds.device.type, enabled=False):
+            selection = stage.select(tokens, **signals)
+        if not isinstance(selection, Selection):
+            raise ParameterError(f"{self.pruner.name} returned {selection!r} at {stage.hook.value}; return a Selection")
+        selection.check(self.pruner.name, *tokens.embeds.shape[:2], padded=self.pruner.adaptive)
+        return _rows(selection)
+
     def _decoder_signal(self, signal: Signal, pool: Pool) -> Tensor:
         values = self._decoder_tap.values[signal][pool.sample]
         return values if isinstance(signal, CrossModalAttention) else values[pool.places.to(values.device)]
@@ -415,12 +424,6 @@ def session_of(model: nn.Module) -> Session | None:
     """The session that is attached to the model, if any."""
     inner = getattr(model, "model", model)
     return attached_to(inner if hasattr(inner, "language_model") else model)
-
-
-def _select(stage: Stage, tokens: Tokens, signals: dict[str, Tensor]) -> list[Selection]:
-    """Run a stage in full precision whatever autocast says; one selection per picture."""
-    with torch.autocast(tokens.embeds.device.type, enabled=False):
-        return _rows(stage.select(tokens, **signals))
 
 
 def _rows(selection: Selection) -> list[Selection]:

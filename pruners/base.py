@@ -193,6 +193,28 @@ class Selection:
     breaks: Tensor | None = None
     markers: Tensor | None = None
 
+    def check(self, method: str, batch: int, count: int, padded: bool) -> None:
+        """Hold ``index`` to what is said above, for ``batch`` pictures of ``count`` tokens; ``padded``: -1 may stand there.
+
+        Raises:
+            ParameterError: it is something else; the message names the ``method``.
+        """
+        index = self.index
+        if index.ndim != 2 or len(index) != batch or index.dtype is not torch.int64:
+            raise ParameterError(
+                f"{method} returned an index {tuple(index.shape)} of {index.dtype}; give (B, K) int64 with B = {batch}"
+            )
+        token = (index >= 0) & (index < count)
+        rising = index[:, 1:] > index[:, :-1]
+        if padded:
+            gone = index == -1
+            token, rising = token | gone, (rising & ~gone[:, :-1]) | gone[:, 1:]
+        if not bool(token.all() & rising.all()):
+            wrong = (~token.all(dim=1) | ~rising.all(dim=1)).nonzero()[0, 0]
+            raise ParameterError(
+                f"{method} chose {index[wrong].tolist()}; give unique, ascending token numbers 0 .. {count - 1}"
+            )
+
 
 # --------------------------------------------------------------------------------------------------------- signals
 
