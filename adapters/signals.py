@@ -289,6 +289,7 @@ class DecoderTap(Tap):
         seen: dict[str, Tensor] = {}
         rotate = _rotation(attention)
 
+        @torch.no_grad()  # nothing is saved for backward here, where a checkpointed layer would miss it when run again
         def reduce(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             q, k = (_heads(seen.pop(name), module).transpose(1, 2) for name in ("q", "k"))
             q, k = rotate(q, k, *kwargs["position_embeddings"])
