@@ -10,7 +10,7 @@ BENCH := --model shapes-llava --suite shapes --pruners all,random@transprune,ran
 	--keep 0.5,0.25,0.11 --limit 200 --out results.db --fresh=changed --html leaderboard.html
 
 .DELETE_ON_ERROR:
-.PHONY: bench demo test test-lmms lint format clean
+.PHONY: bench demo test test-lmms vllm-env test-vllm lint format clean
 
 bench: .venv/core.stamp
 	$(BIN)/foveate bench $(BENCH) $(ARGS)
@@ -25,6 +25,12 @@ test: .venv/dev.stamp
 test-lmms: .venv-lmms/stamp
 	OMP_NUM_THREADS=1 .venv-lmms/bin/python -m pytest tests/lmms $(ARGS)
 
+# vLLM pins another torch and another transformers than the rest is developed with, so it has an environment of its own.
+vllm-env: .venv-vllm/vllm.stamp
+
+test-vllm: .venv-vllm/vllm.stamp
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/vllm $(ARGS)
+
 lint: .venv/lint.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -34,7 +40,7 @@ format: .venv/lint.stamp
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-lmms build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lmms .venv-vllm build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 # Stamps: nothing is installed twice unless the project's own requirements changed. `dev` covers the other three.
 
@@ -62,6 +68,13 @@ clean:
 	$(PYTHON) -m pip --python .venv-lmms/bin/python install pip; }
 	.venv-lmms/bin/python -m pip install --constraint tests/lmms/constraints.txt --editable '.[eval]' \
 	torchvision accelerate datasets pytest pytest-timeout
+	@touch $@
+
+.venv-vllm/vllm.stamp: setup.cfg pyproject.toml tests/vllm/requirements.txt tests/vllm/prepare_env.py
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --requirement tests/vllm/requirements.txt
+	.venv-vllm/bin/python -m pip install --no-deps --editable .
+	.venv-vllm/bin/python tests/vllm/prepare_env.py
 	@touch $@
 
 # Where the operating system leaves ensurepip out of Python (Debian), the pip at hand puts one into the environment.

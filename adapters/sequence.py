@@ -21,11 +21,12 @@ class SequenceWriter:
     Args:
         adapter: of the model's family.
         positions: the policy for rotary positions that the user asked for (``auto``: the stage's or the family's own).
+        separators: what the user wants of separators (``auto``: the stage's own policy).
         adaptive: whether selections may be padded with -1.
     """
 
-    def __init__(self, adapter: Adapter, positions: str, adaptive: bool) -> None:
-        self.adapter, self.positions, self.adaptive = adapter, positions, adaptive
+    def __init__(self, adapter: Adapter, positions: str, separators: str, adaptive: bool) -> None:
+        self.adapter, self.positions, self.separators, self.adaptive = adapter, positions, separators, adaptive
 
     def write(
         self, prompt: Prompt, stage: Stage, results: Sequence[Result], layer: int, before: Tensor | None = None
@@ -104,7 +105,8 @@ class SequenceWriter:
         elif separators is not None:
             stay = len(separators)
         else:
-            stay = _separators(item, "drop" if selection.order is not None else stage.newlines, chosen, alive)
+            policy = stage.newlines if self.separators == "auto" else self.separators
+            stay = _separators(item, "drop" if selection.order is not None else policy, chosen, alive)
         item.width = len(chosen) + stay
         if stage.empty_frames == "drop":
             item.text_gone += self._drop_frame_text(prompt, item, chosen, alive)

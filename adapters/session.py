@@ -44,7 +44,12 @@ _TOWER = Stage(Hook.VIT_BLOCK, keep_all)
 
 
 def attach(
-    model: nn.Module, pruner: str | Pruner | type[Pruner], *, positions: str = "auto", **params: Any
+    model: nn.Module,
+    pruner: str | Pruner | type[Pruner],
+    *,
+    positions: str = "auto",
+    separators: str = "auto",
+    **params: Any,
 ) -> Session | VitSession:
     """Put a pruner on a model. It acts from now on in ``model(...)``, ``model.generate(...)`` and pipelines.
 
@@ -55,6 +60,8 @@ def attach(
         pruner: a method's name (``foveate list``), class or instance.
         positions: ``"keep"`` lets surviving tokens keep the positions they had, ``"compact"`` closes the gaps,
             ``"auto"`` follows the method's specification for the family.
+        separators: ``"keep"`` all newline embeddings of a pruned AnyRes picture, as vLLM has to where the method's number of
+            them depends on the content, or ``"drop"`` them; ``"auto"`` follows the method's specification.
         **params: the method's parameters (``foveate show NAME``).
 
     Returns:
@@ -73,14 +80,14 @@ def attach(
     tower = tower_for(model)
     if tower is not None:
         return VitSession(model, method, tower)
-    return Session(model, method, positions)
+    return Session(model, method, positions, separators)
 
 
 class Session(Attachment):
     """A pruner attached to a vision-language model.
 
     Attributes:
-        model, pruner: what was attached to what; positions: the policy asked for.
+        model, pruner: what was attached to what; positions, separators: the policies asked for.
         trace: what happened in the last call that brought visual tokens, None before. A call whose ``inputs_embeds`` already
             hold picture features brings none that can be told from text: it runs unpruned.
         sample_ids: set to one number per image before a call to fix what random methods draw for it; by default images are
@@ -89,12 +96,13 @@ class Session(Attachment):
             them (``quota``); the call uses them up, for they belong to its question.
     """
 
-    def __init__(self, model: nn.Module, pruner: Pruner, positions: str = "auto") -> None:
+    def __init__(self, model: nn.Module, pruner: Pruner, positions: str = "auto", separators: str = "auto") -> None:
         one_of("positions", positions, ("auto", "keep", "compact"))
+        one_of("separators", separators, ("auto", "keep", "drop"))
         self._adapter: Adapter = adapter_for(model)
         inner = self._adapter.inner
         super().__init__(model, pruner, inner)
-        self.positions = positions
+        self.positions, self.separators = positions, separators
         self.trace: Trace | None = None
         self.sample_ids: Sequence[int] | None = None
         self.frame_scores: Sequence[Sequence[float] | Tensor] | None = None
@@ -111,7 +119,7 @@ class Session(Attachment):
         self._again = False  # generate() without a cache brings the same features with every token
         self._scored: dict[int, Sequence[float]] = {}  # frame scores of the encoded videos
         self._prompt: Prompt | None = None
-        self._writer = SequenceWriter(self._adapter, positions, pruner.adaptive)
+        self._writer = SequenceWriter(self._adapter, positions, separators, pruner.adaptive)
         self._install(inner)
         self._claim()
 

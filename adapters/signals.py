@@ -184,7 +184,7 @@ class PackedTap(Tap):
             q, k = rotate(q, k, *kwargs["position_embeddings"])
             bounds = kwargs["cu_seqlens"].tolist()
             for signal in signals:
-                self.values[signal] = self._units(_by_segment(signal, q, k, bounds, module.scaling))
+                self.values[signal] = self._units(by_segment(signal, q, k, bounds, module.scaling))
 
         _remember(self, attention.qkv, seen, "qkv")
         self.hook(attention, reduce)
@@ -193,7 +193,7 @@ class PackedTap(Tap):
         return patches.float().unflatten(0, (-1, self.unit)).mean(dim=1)
 
 
-def _by_segment(signal: Signal, q: Tensor, k: Tensor, bounds: list[int], scale: float) -> Tensor:
+def by_segment(signal: Signal, q: Tensor, k: Tensor, bounds: list[int], scale: float) -> Tensor:
     """The statistic inside every segment of a packed sequence; segments of equal length go as one batch."""
     lengths = [stop - start for start, stop in itertools.pairwise(bounds)]
     result = None

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from foveate.adapters import attach
 from foveate.adapters.trace import Trace
 from foveate.errors import ParameterError
-from foveate.eval_suites import speed_vit
+from foveate.eval_suites import speed_serving, speed_vit
 from foveate.eval_suites.environment import environment
 from foveate.pruners.base import Hook, ModelInfo, Pruner, Selection, Stage, Tokens, keep_all, seeded
 from foveate.pruners.corematching import CoreMatching
@@ -72,6 +72,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     part = parts.add_parser("vit", help=help_, description=f"Time {help_}.")
     speed_vit.add_arguments(part)
     part.set_defaults(time_part=speed_vit.main)
+    help_ = "a vLLM engine with a method against vLLM as it comes, at several numbers of users"
+    part = parts.add_parser("serving", help=help_, description=f"Time {help_}.")
+    speed_serving.add_arguments(part)
+    part.set_defaults(time_part=speed_serving.main)
 
 
 def main(args: argparse.Namespace) -> int:

@@ -28,7 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         with _warnings_in_one_line():
-            args = _parser(argv[0] if argv else "").parse_args(argv)
+            parser = _parser(argv[0] if argv else "")
+            args, args.rest = parser.parse_known_args(argv)
+            if args.rest and not getattr(args, "takes_rest", False):
+                parser.error(f"unrecognized arguments: {' '.join(args.rest)}")
             code = args.run(args)
             sys.stdout.flush()
             return code
@@ -104,6 +107,7 @@ _ELSEWHERE = {
     "bench": ("foveate.eval_suites.runner", "run methods over a suite and compare accuracy, tokens and time"),
     "speed": ("foveate.eval_suites.speed", "time methods on models of any size with random weights"),
     "demo": ("foveate.demo.launch", "see in a browser what a model keeps of your picture"),
+    "serve": ("foveate.adapters.vllm_plugin.front", "serve a model with vLLM, pictures pruned"),
     "leaderboard": ("foveate.eval_suites.show", "show result files as a table, a web page or Markdown"),
     "results": ("foveate.eval_suites.results", "export, import and compare result files"),
     "suites": ("foveate.eval_suites.lmms.tasks", "list the suites, or export them as tasks for lmms-eval"),

@@ -510,8 +510,8 @@ class Pruner:
     Class attributes (for ``foveate list`` and ``foveate show``): ``name`` is set by :func:`register`; ``title``, ``paper``,
     ``cost`` and ``families`` describe the method; ``adaptive`` is True when the number of kept tokens depends on content,
     ``needs_grid`` when it depends on the shape of the grid; ``regrids`` when survivors stand for a resampled picture, none
-    of them where a token was; ``budget_parameter`` names the parameter that is a :data:`Keep`, which other parameters may
-    rule out: ``takes_budget`` is False then. Any may be a property: ask a method, not its class.
+    of them where a token was; ``content_free`` when the layout and the picture's id alone decide which tokens survive;
+    ``budget_parameter`` names the parameter that is a :data:`Keep`, which other parameters may rule out: ``takes_budget`` is False then. Any may be a property: ask a method, not its class.
     """
 
     name: ClassVar[str] = ""
@@ -524,6 +524,7 @@ class Pruner:
     budget_parameter: ClassVar[str] = "keep"
     takes_budget: ClassVar[bool] = True
     regrids: ClassVar[bool] = False
+    content_free: ClassVar[bool] = False
 
     def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
         """Where the method acts on this model.

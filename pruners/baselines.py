@@ -54,6 +54,7 @@ class Random(Pruner):
     title: ClassVar[str] = "Random choice"
     paper: ClassVar[str] = "baseline"
     cost: ClassVar[str] = "none"
+    content_free: ClassVar[bool] = True
 
     keep: Keep = 0.25
     seed: int = 0
@@ -107,6 +108,7 @@ class Grid(Pruner):
     title: ClassVar[str] = "Uniform spatial grid"
     paper: ClassVar[str] = "baseline"
     cost: ClassVar[str] = "none"
+    content_free: ClassVar[bool] = True
 
     keep: Keep = 0.25
     variant: str = "lattice"
@@ -154,6 +156,7 @@ class AvgPool(Pruner):
     paper: ClassVar[str] = "baseline"
     cost: ClassVar[str] = "one adaptive pooling"
     regrids: ClassVar[bool] = True
+    content_free: ClassVar[bool] = True
     needs_grid: ClassVar[bool] = True
 
     keep: Keep = 0.25

@@ -107,6 +107,10 @@ class PosPad(Pruner):
     def needs_grid(self) -> bool:
         return self.inner.needs_grid
 
+    @property
+    def content_free(self) -> bool:
+        return self.inner.content_free
+
     # --------------------------------------------------------------------------------------------------- on a model
 
     def stages(self, model: ModelInfo) -> tuple[Stage, ...]:

@@ -244,17 +244,15 @@ CHAT = (
 )
 
 
-def qwen_processor(family: str = "qwen2_5_vl") -> Any:
-    """A processor for the tiny model of a Qwen family: one token per character, patches of 8 pixels."""
+def character_tokenizer(special: dict[str, int]) -> Any:
+    """A tokenizer of one token per character, with ``special`` tokens: padding, beginning, unknown, then others."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-    special = {"<pad>": PAD, "<bos>": 1, "<unk>": 2, "<|image_pad|>": IMAGE, "<|video_pad|>": VIDEO, "<eos>": EOS}
-    special |= {"<|vision_start|>": VISION_START, "<|vision_end|>": VISION_END}
     vocabulary = special | {c: 3 + i for i, c in enumerate(CHARACTERS)}
     vocabulary |= {f"<unused{i}>": i for i in set(range(VOCAB)) - set(vocabulary.values())}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    fast = transformers.PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         eos_token="<eos>",
@@ -262,6 +260,13 @@ def qwen_processor(family: str = "qwen2_5_vl") -> Any:
         additional_special_tokens=list(special)[3:],
         padding_side="left",
     )
+
+
+def qwen_processor(family: str = "qwen2_5_vl") -> Any:
+    """A processor for the tiny model of a Qwen family: one token per character, patches of 8 pixels."""
+    special = {"<pad>": PAD, "<bos>": 1, "<unk>": 2, "<|image_pad|>": IMAGE, "<|video_pad|>": VIDEO, "<eos>": EOS}
+    special |= {"<|vision_start|>": VISION_START, "<|vision_end|>": VISION_END}
+    fast = character_tokenizer(special)
     sizes = {"patch_size": PATCH, "merge_size": 2, "temporal_patch_size": 2}
     pixels = {"shortest_edge": 16 * 16, "longest_edge": 64 * 64}
     film = {"size": {**pixels, "longest_edge": 64 * 64 * 16}, "cap_pixels_per_frame": False}

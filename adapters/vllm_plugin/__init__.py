@@ -1,0 +1,54 @@
+"""foveate inside vLLM: pictures enter vLLM's decoder with fewer tokens, chosen by the same methods as everywhere else.
+
+vLLM finds this package through its entry point ``vllm.general_plugins`` and calls :func:`register` in every process. The
+architectures of :data:`ARCHITECTURES` are then served by subclasses of vLLM's own models, which do nothing unless the
+model's configuration has a ``foveate`` entry, as from ``--hf-overrides '{"foveate": {"pruner": "hiprune", "keep": 0.25}}'``.
+
+How it fits together: vLLM announces how many tokens each picture takes before any encoder runs, in another process
+(``processor.py``). :class:`~foveate.adapters.vllm_plugin.serving.Serving` answers that from the picture's layout alone, and
+later, in the worker, picks exactly so many rows (``model.py``), reading what the method needs from vLLM's vision towers
+(``towers.py``). Three-axis positions follow their tokens (``mrope.py``).
+"""
+
+from __future__ import annotations
+
+ARCHITECTURES = {
+    "LlavaForConditionalGeneration": "llava:Llava",
+    "LlavaNextForConditionalGeneration": "llava:LlavaNext",
+    "LlavaOnevisionForConditionalGeneration": "llava:LlavaOnevision",
+    "Qwen2VLForConditionalGeneration": "qwen_vl:Qwen2VL",
+    "Qwen2_5_VLForConditionalGeneration": "qwen_vl:Qwen25VL",
+    "Qwen3VLForConditionalGeneration": "qwen_vl:Qwen3VL",
+}
+"""vLLM's architectures that can be pruned, and who serves them: ``module:class`` in this package."""
+
+TESTED = "0.32"
+"""The minor version of vLLM whose internals this package was written against and is tested with."""
+
+
+def register() -> None:
+    """Make vLLM know the architectures. May run several times in a process, and imports nothing heavy."""
+    from vllm import ModelRegistry
+
+    for architecture, home in ARCHITECTURES.items():
+        ModelRegistry.register_model(architecture, f"{__name__}.{home}")
+    _check_at_start(ModelRegistry)
+
+
+def _check_at_start(registry: object) -> None:
+    """Let vLLM refuse, when it reads a model's configuration, what cannot be pruned: otherwise it would serve it unpruned."""
+    inspect = registry.inspect_model_cls
+    if hasattr(inspect, "foveate"):
+        return
+
+    def checked(architectures: str | list[str], model_config: object) -> object:
+        given = getattr(model_config.hf_config, "foveate", None)
+        if given is not None:
+            from foveate.adapters.vllm_plugin.serving import check_start, check_version
+
+            check_version()
+            check_start(architectures, model_config.hf_config, given, model_config.model_impl)
+        return inspect(architectures, model_config)
+
+    checked.foveate = True
+    registry.inspect_model_cls = checked

@@ -1,0 +1,162 @@
+"""vLLM's front end: announce how many tokens each picture takes, before any encoder runs.
+
+Everything a request can get wrong is found here, as a ``ValueError`` that vLLM's server turns into an answer with status
+400. The worker learns of a picture's settings through the field :data:`FIELD` beside its pixels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.multimodal.hasher import MultiModalHasher
+from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.processing import PromptReplacement
+
+import foveate
+from foveate.adapters.base import Adapter
+from foveate.adapters.vllm_plugin.serving import announced, check_request, layouts_of, skeleton
+from foveate.adapters.vllm_plugin.settings import Entry, identity, merged
+from foveate.errors import FoveateError, InputError, ParameterError, UnsupportedModelError
+from foveate.pruners.base import Layout
+
+FIELD = "foveate"
+
+
+@dataclasses.dataclass(frozen=True)
+class Announcement:
+    """What the front end promises of one picture: its settings (None: unpruned), its unpruned length and its rows."""
+
+    entry: dict[str, Any] | None
+    length: int
+    rows: int
+
+    def packed(self) -> Tensor:
+        return torch.tensor(list(json.dumps(dataclasses.asdict(self)).encode()), dtype=torch.uint8)
+
+    @classmethod
+    def unpacked(cls, field: Tensor) -> Announcement:
+        return cls(**json.loads(bytes(field.tolist())))
+
+
+class Announcing:
+    """Goes in front of any of vLLM's processors whose pictures are replaced by repetitions of one token."""
+
+    @property
+    def _engine(self) -> Any:
+        """The engine's own entry, None where it was started without one."""
+        return getattr(self.info.ctx.model_config.hf_config, FIELD, None)
+
+    @cached_property
+    def _adapter(self) -> Adapter:
+        return skeleton(self.info.ctx.model_config.hf_config)
+
+    def _entry(self, kwargs: Mapping[str, Any]) -> Entry | None:
+        """The settings that hold for a request with these ``mm_processor_kwargs``."""
+        request = self.info.ctx.get_merged_mm_kwargs(kwargs).get(FIELD)
+        if self._engine is None and request is not None:
+            raise ParameterError(
+                f"foveate={request!r}: this engine cannot prune; start it with --hf-overrides '{{\"foveate\": {{}}}}'"
+            )
+        if self._engine is None:
+            return None
+        entry = merged(self._engine, request)
+        if entry is None:
+            return None
+        signals = check_request(self._adapter, self._engine, entry).signals
+        if signals and self.info.ctx.get_mm_config().mm_encoder_tp_mode == "data":
+            raise UnsupportedModelError(
+                f"{entry['pruner']} reads the vision tower, which the engine's processes share by pictures; start it without "
+                "--mm-encoder-tp-mode data, or use divprune, grid, random or avgpool"
+            )
+        return entry
+
+    # ------------------------------------------------------------------------------------------ what vLLM asks, by name
+
+    def apply(self, *args: Any, **kwargs: Any) -> Any:
+        with _as_value_error():
+            return super().apply(*args, **kwargs)
+
+    def _get_mm_hashes(self, inputs: Any) -> Any:
+        """Features of one picture differ with the settings: no cache, in this engine or shared, may confuse them."""
+        hashes = super()._get_mm_hashes(inputs)
+        entry = self._entry(inputs.hf_processor_mm_kwargs)
+        if self._engine is None:
+            return hashes
+        algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
+        mark = identity(entry, foveate.__version__)
+        return {
+            modality: [MultiModalHasher.hash_kwargs(algorithm, foveate=mark, item=item) for item in items]
+            for modality, items in hashes.items()
+        }
+
+    def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, Any]) -> Any:
+        rest = {name: value for name, value in hf_kwargs.items() if name != FIELD}
+        made = super()._apply_hf_processor_main(mm_items=mm_items, hf_kwargs=rest)
+        entry = self._entry(hf_kwargs)
+        if self._engine is None:
+            return made
+        if "image_embeds" in made and entry is not None:
+            raise InputError(
+                "foveate cannot prune pictures that come as precomputed embeddings; send pictures, or switch pruning off for "
+                'this request with mm_processor_kwargs={"foveate": false}'
+            )
+        if "pixel_values" in made:
+            facts = {name: made[name] for name in ("image_sizes", "image_grid_thw") if name in made}
+            layouts = layouts_of(self._adapter, facts, len(next(iter(facts.values()), made["pixel_values"])))
+            made[FIELD] = [self._announcement(entry, layout).packed() for layout in layouts]
+        return made
+
+    def _announcement(self, entry: Entry | None, layout: Layout) -> Announcement:
+        return Announcement(
+            None if entry is None else dict(entry), layout.length, announced(self._adapter, entry, layout)
+        )
+
+    def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+        fields = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)
+        return {**fields, FIELD: MultiModalFieldConfig.batched("image", keep_on_cpu=True)}
+
+    def _get_prompt_updates(
+        self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any
+    ) -> Sequence[Any]:
+        rest = {name: value for name, value in hf_processor_mm_kwargs.items() if name != FIELD}
+        updates = super()._get_prompt_updates(
+            mm_items=mm_items, hf_processor_mm_kwargs=rest, out_mm_kwargs=out_mm_kwargs
+        )
+        if self._engine is None:
+            return updates
+        return [_shortened(u, out_mm_kwargs) if u.modality == "image" else u for u in updates]
+
+
+def _shortened(update: Any, out_mm_kwargs: Any) -> PromptReplacement:
+    """The replacement of a picture by as many tokens as were announced."""
+
+    def replacement(number: int) -> list[int]:
+        full = update.replacement(number)
+        item = out_mm_kwargs["image"][number]
+        if FIELD not in item:
+            return full
+        promise = Announcement.unpacked(item[FIELD].data)
+        if len(full) != promise.length:
+            raise InputError(
+                f"vLLM gives picture {number} {len(full)} tokens and foveate {promise.length}; the model's configuration "
+                "lays out pictures as this version of vLLM does not"
+            )
+        return full[: promise.rows]
+
+    return PromptReplacement(modality="image", target=update.target, replacement=replacement)
+
+
+@contextlib.contextmanager
+def _as_value_error() -> Iterator[None]:
+    """vLLM answers a request that raised a ValueError, and goes on."""
+    try:
+        yield
+    except FoveateError as error:
+        raise ValueError(f"foveate: {error}") from error

@@ -1,0 +1,164 @@
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL as vLLM serves them: pictures are pruned, videos are not."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.model_executor.models import qwen2_5_vl, qwen2_vl, qwen3_vl
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.platforms import current_platform
+
+from foveate.adapters.base import Encoded
+from foveate.adapters.vllm_plugin.model import Pruning
+from foveate.adapters.vllm_plugin.mrope import (
+    CHANNELS,
+    corrected,
+    shortened_positions,
+    with_positions,
+    without_positions,
+)
+from foveate.adapters.vllm_plugin.processor import FIELD, Announcement, Announcing
+from foveate.adapters.vllm_plugin.serving import Emission
+from foveate.adapters.vllm_plugin.towers import TowerTap
+from foveate.errors import ParameterError
+from foveate.pruners.base import Signal
+
+_NEXT_TO_NOTHING = 1e-17  # 1 - this is 1: no video token goes
+
+
+class QwenPruning(Pruning):
+    """A packed tower, positions of three axes, and embeddings that carry them to vLLM's hook for pruned positions."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        config = vllm_config.model_config.multimodal_config
+        if self.foveate_adapter is None:
+            return
+        if config.is_multimodal_pruning_enabled():
+            raise ParameterError(
+                "foveate and vLLM's own video pruning cannot share a model: leave out --video-pruning-rate"
+            )
+        self.supports_multimodal_pruning = True
+        _arm(config)
+
+    def _tap(self, signals: Sequence[Signal], call: dict[str, Any]) -> TowerTap:
+        sizes = call["image_grid_thw"].prod(dim=-1).tolist()
+        bounds = [0, *itertools.accumulate(sizes)]
+        return TowerTap(self.visual.blocks, signals, unit=self.visual.spatial_merge_size**2, bounds=bounds)
+
+    def _width(self, rows: Sequence[Tensor]) -> int:
+        return self.config.text_config.hidden_size
+
+    def _marked(self, rows: Tensor, emission: Emission, encoded: Encoded, number: int) -> Tensor:
+        (view,) = encoded.layouts[number].views
+        return with_positions(rows, emission.places.to(rows.device), view.cols)
+
+    def _unpruned(self, kind: str, rows: Sequence[Tensor]) -> Any:
+        return [without_positions(row) for row in rows]
+
+    # ---------------------------------------------------------------------------------------------- what vLLM calls
+
+    def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[Tensor, int]:
+        if self.foveate_adapter is None:
+            return super().get_mrope_input_positions(input_tokens, mm_features)
+        return shortened_positions(super().get_mrope_input_positions, input_tokens, mm_features, _whole_length)
+
+    def recompute_mrope_positions(
+        self, input_ids: Any, multimodal_embeddings: Sequence[Tensor], mrope_positions: Tensor, num_computed_tokens: int
+    ) -> tuple[Sequence[Tensor], Tensor, int]:
+        if self.foveate_adapter is None:  # vLLM's own video pruning
+            return super().recompute_mrope_positions(
+                input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens
+            )
+        positions = mrope_positions
+        if len(multimodal_embeddings):
+            positions = corrected(
+                torch.as_tensor(input_ids),
+                self.config.image_token_id,
+                multimodal_embeddings,
+                mrope_positions,
+                num_computed_tokens,
+            )
+        # pictures end with a token of their own, so the largest position is one of text
+        delta = int(positions.max()) + 1 - len(input_ids)
+        return [rows[:, :-CHANNELS] for rows in multimodal_embeddings], positions, delta
+
+    def get_encoder_cudagraph_config(self) -> Any:
+        config = super().get_encoder_cudagraph_config()
+        # graphs of the encoder go around embed_multimodal
+        return config if self.foveate_adapter is None else dataclasses.replace(config, modalities=[])
+
+
+def _whole_length(feature: Any) -> int:
+    """Tokens of a picture or video before pruning."""
+    if feature.modality != "image" or FIELD not in feature.data:
+        return feature.mm_position.length
+    return Announcement.unpacked(feature.data[FIELD].data).length
+
+
+def _arm(config: Any) -> None:
+    """Make vLLM's runners call ``recompute_mrope_positions``.
+
+    They do so for models that prune videos. Those of the first generation are told by the model itself, for the one for
+    processors forgets to ask the configuration; the second generation's ask for a rate above 0.
+    """
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    gather = GPUModelRunner._gather_mm_embeddings
+    if not hasattr(gather, "foveate"):
+
+        @functools.wraps(gather)
+        def armed(runner: Any, *args: Any, **kwargs: Any) -> Any:
+            if getattr(runner.get_model(), "foveate_adapter", None) is not None:
+                runner.is_multimodal_pruning_enabled = _brings_pictures(runner)
+            return gather(runner, *args, **kwargs)
+
+        armed.foveate = True
+        GPUModelRunner._gather_mm_embeddings = armed
+    if not current_platform.is_cpu():
+        config.video_pruning_rate = _NEXT_TO_NOTHING
+
+
+def _brings_pictures(runner: Any) -> bool:
+    """Whether a prompt with pictures or videos is still on its way in: steps that only decode need no corrections."""
+    requests = (runner.requests[name] for name in runner.input_batch.req_ids)
+    return any(r.mm_features and r.num_computed_tokens < r.num_prompt_tokens for r in requests)
+
+
+class Qwen2VLProcessor(Announcing, qwen2_vl.Qwen2VLMultiModalProcessor):
+    pass
+
+
+class Qwen25VLProcessor(Announcing, qwen2_5_vl.Qwen2_5_VLMultiModalProcessor):
+    pass
+
+
+class Qwen3VLProcessor(Announcing, qwen3_vl.Qwen3VLMultiModalProcessor):
+    pass
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    Qwen2VLProcessor, info=qwen2_vl.Qwen2VLProcessingInfo, dummy_inputs=qwen2_vl.Qwen2VLDummyInputsBuilder
+)
+class Qwen2VL(QwenPruning, qwen2_vl.Qwen2VLForConditionalGeneration):
+    pass
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    Qwen25VLProcessor, info=qwen2_5_vl.Qwen2_5_VLProcessingInfo, dummy_inputs=qwen2_5_vl.Qwen2_5_VLDummyInputsBuilder
+)
+class Qwen25VL(QwenPruning, qwen2_5_vl.Qwen2_5_VLForConditionalGeneration):
+    pass
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    Qwen3VLProcessor, info=qwen3_vl.Qwen3VLProcessingInfo, dummy_inputs=qwen3_vl.Qwen3VLDummyInputsBuilder
+)
+class Qwen3VL(QwenPruning, qwen3_vl.Qwen3VLForConditionalGeneration):
+    pass

@@ -1,0 +1,93 @@
+"""Read signals out of vLLM's vision towers, whose attention heads may be spread over several processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveate.adapters.signals import FEATURES, Tap, by_segment, statistic
+from foveate.pruners.base import ClassFeatures, Signal
+
+
+class TowerTap(Tap):
+    """Collects signals of one call of a tower whose blocks are ``blocks``.
+
+    Every attention statistic is a mean over heads, so the mean over processes of what their heads say is the whole.
+
+    Args:
+        prefix: class tokens in front of the patches of each view.
+        bounds: None for towers that see batches of views ``(V, L, C)``; else where the pictures of a packed sequence
+            ``(S, 1, C)`` begin and end, and values are means over units of ``unit`` patches.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        signals: Iterable[Signal],
+        *,
+        prefix: int = 0,
+        unit: int = 1,
+        bounds: list[int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.prefix, self.unit, self.bounds = prefix, unit, bounds
+        signals = set(signals)
+        for i in {signal.layer for signal in signals}:
+            mine = [signal for signal in signals if signal.layer == i]
+            features = [signal for signal in mine if isinstance(signal, FEATURES)]
+            if features:
+                self._tap_features(blocks[i], features)
+            if len(features) < len(mine):
+                self._tap_attention(attention_of(blocks[i]), [signal for signal in mine if signal not in features])
+
+    def _tap_features(self, block: nn.Module, signals: list[Signal]) -> None:
+        def listen(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            for signal in signals:
+                if self.bounds is not None:
+                    self.values[signal] = self._units(hidden.flatten(0, 1))
+                else:
+                    self.values[signal] = (
+                        hidden[:, 0] if isinstance(signal, ClassFeatures) else hidden[:, self.prefix :]
+                    )
+
+        self.hook(block, listen)
+
+    def _tap_attention(self, attention: nn.Module, signals: list[Signal]) -> None:
+        def reduce(module: nn.Module, args: Any, kwargs: Any) -> None:
+            named = dict(zip(("query", "key"), args)) | kwargs
+            q, k = named["query"], named["key"]  # behind the rotary embedding, this process's heads
+            if q.ndim == 3:
+                q, k = (x.unflatten(-1, (module.num_heads, -1)) for x in (q, k))
+            for signal in signals:
+                if self.bounds is None:
+                    value = statistic(signal, q.transpose(1, 2), k.transpose(1, 2), module.scale, self.prefix)
+                else:
+                    value = self._units(by_segment(signal, q[0], k[0], self.bounds, module.scale))
+                self.values[signal] = mean_over_processes(value)
+
+        self.hook(attention, reduce, before=True)
+
+    def _units(self, patches: Tensor) -> Tensor:
+        return patches.float().unflatten(0, (-1, self.unit)).mean(dim=1)
+
+
+def attention_of(block: nn.Module) -> nn.Module:
+    """The module of a tower's block that is called with queries and keys."""
+    from vllm.model_executor.layers.attention.mm_encoder_attention import MMEncoderAttention
+
+    return next(module for module in block.modules() if isinstance(module, MMEncoderAttention))
+
+
+def mean_over_processes(values: Tensor) -> Tensor:
+    """Mean over the tensor-parallel processes, the same on all of them."""
+    from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
+
+    size = get_tensor_model_parallel_world_size()
+    if size == 1:
+        return values
+    with torch.no_grad():
+        return tensor_model_parallel_all_reduce(values.contiguous()) / size

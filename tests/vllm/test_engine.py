@@ -1,0 +1,127 @@
+"""How an engine of vLLM behaves with foveate in it, apart from what the methods choose."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from foveate.adapters.vllm_plugin import ARCHITECTURES, TESTED
+from tests.vllm.engines import EMBEDDED, folder, picture, served, start
+
+HIPRUNE = {"pruner": "hiprune", "keep": 0.3}
+
+
+def test_vllm_is_the_version_that_the_plugin_was_written_against():
+    import vllm
+
+    assert vllm.__version__.startswith(f"{TESTED}.")
+
+
+def test_vllm_still_has_what_the_plugin_overrides():
+    """Private names: they may change with any minor version."""
+    from vllm.config.multimodal import MultiModalConfig
+    from vllm.model_executor.models import llava, llava_next, llava_onevision, qwen2_5_vl, qwen2_vl, qwen3_vl
+    from vllm.multimodal.processing import BaseMultiModalProcessor
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    for name in ("_apply_hf_processor_main", "_get_prompt_updates", "_get_mm_fields_config", "_get_mm_hashes", "apply"):
+        assert callable(getattr(BaseMultiModalProcessor, name))
+    assert callable(GPUModelRunner._gather_mm_embeddings)
+    assert callable(MultiModalConfig.is_multimodal_pruning_enabled)
+    for module in (llava, llava_next, llava_onevision, qwen2_5_vl, qwen2_vl, qwen3_vl):
+        (own,) = (
+            name for name in ARCHITECTURES if name in vars(module) and vars(module)[name].__module__ == module.__name__
+        )
+        assert callable(vars(module)[own].embed_multimodal)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_without_an_entry_vllm_is_bit_equal_to_itself(family, tmp_path, monkeypatch):
+    """The plugin's classes without settings against vLLM's own."""
+    shown = [picture(family, seed) for seed in range(2)]
+    answers = []
+    for stock in (False, True):
+        if stock:
+            from vllm import ModelRegistry
+
+            for architecture in ARCHITECTURES:
+                own = {"LlavaForConditionalGeneration": "llava", "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl"}
+                if architecture in own:
+                    monkeypatch.setitem(ModelRegistry.models, architecture, _stock(own[architecture], architecture))
+        with served(family, tmp_path, None) as engine:
+            kind = type(engine.llm.llm_engine.model_executor.driver_worker.worker.get_model()).__module__
+            assert kind.startswith("vllm." if stock else "foveate.")
+            outputs = engine.answer([engine.request([one]) for one in shown] + [engine.request(shown)], tokens=3)
+            answers.append(
+                [[{t: e.logprob for t, e in step.items()} for step in o.outputs[0].logprobs] for o in outputs]
+            )
+    assert answers[0] == answers[1]
+
+
+def _stock(module: str, architecture: str):
+    from vllm.model_executor.models.registry import _LazyRegisteredModel
+
+    return _LazyRegisteredModel(f"vllm.model_executor.models.{module}", architecture)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_prompts_may_be_prefilled_in_chunks(family, tmp_path):
+    with served(family, tmp_path, HIPRUNE, max_num_batched_tokens=64, enable_prefix_caching=False) as engine:
+        shown = [picture(family, 1), picture(family, 2)]
+        (output,) = engine.answer([engine.request(shown)])
+        assert len(output.prompt_token_ids) > 64
+        assert engine.compare(output, engine.expected(shown, HIPRUNE)) < 1e-4
+
+
+def test_precomputed_embeddings_are_refused_and_pass_when_pruning_is_off(tmp_path):
+    with served("llava", tmp_path, HIPRUNE, enable_mm_embeds=True) as engine:
+        with torch.no_grad():
+            pixels = engine.processor.image_processor(picture("llava", 1), return_tensors="pt")["pixel_values"]
+            embeds = engine.model.get_image_features(pixels).pooler_output[0]
+        request = {"prompt": engine.prompt(1), "multi_modal_data": {"image": embeds[None]}}
+        with pytest.raises(ValueError, match="precomputed"):
+            engine.answer([request])
+        (output,) = engine.answer([{**request, "mm_processor_kwargs": {"foveate": False}}])
+        assert engine.compare(output, engine.expected([picture("llava", 1)], None)) < 1e-4
+
+
+def test_features_of_other_settings_are_never_taken_from_a_cache(tmp_path):
+    """Alternating settings on one picture: each answer is that of its own settings."""
+    with served("llava", tmp_path, HIPRUNE) as engine:
+        shown = picture("llava", 3)
+        for entry in (
+            None,
+            {"keep": 0.5},
+            {"pruner": "fopru", "keep": 0.3},
+            None,
+            False,
+            {"keep": 0.5},
+            {"pruner": "random"},
+        ):
+            (output,) = engine.answer([engine.request([shown], entry)])
+            whole = None if entry is False else {**({} if entry and "pruner" in entry else HIPRUNE), **(entry or {})}
+            assert engine.compare(output, engine.expected([shown], whole)) < 1e-4
+
+
+def test_an_engine_with_a_bad_entry_does_not_start(tmp_path):
+    home = folder("llava", tmp_path)
+    for entry, says in (
+        ({"pruner": "nope"}, "unknown method"),
+        ({"pruner": "hiprune", "keep": 0}, "keep=0"),
+        ({"pruner": "cdpruner"}, "reads the question"),
+        ({"pruner": "tome"}, "inside the vision tower"),
+    ):
+        with pytest.raises(Exception, match=says):
+            start(home, entry)
+
+
+def test_a_model_without_pictures_is_refused_where_pruning_was_asked_for(tmp_path):
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=76, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "text")
+    transformers.AutoTokenizer.from_pretrained(EMBEDDED["llava"]).save_pretrained(tmp_path / "text")
+    with pytest.raises(Exception, match="foveate cannot prune LlamaForCausalLM"):
+        start(tmp_path / "text", HIPRUNE, limit_mm_per_prompt={})
