@@ -140,10 +140,16 @@ def test_editable_install_imports_from_an_empty_folder(checkout, packages, tmp_p
     empty = tmp_path / "empty"
     empty.mkdir()
     # -S: no other installation of foveate may answer; so nothing that needs torch can be run, only found
-    find = f"[find_spec(name).origin for name in {list(packages)}]"
-    code = (
-        f"import site; site.addsitedir({str(site)!r}); from importlib.util import find_spec; print(*{find}, sep='\\n')"
-    )
+    code = f"""
+import itertools, site, sys
+site.addsitedir({str(site)!r})
+for name in {list(packages)}:
+    path = None  # find_spec would import the packages around it
+    for outer in itertools.accumulate(name.split("."), lambda a, b: a + "." + b):
+        spec = next(filter(None, (finder.find_spec(outer, path) for finder in sys.meta_path)))
+        path = spec.submodule_search_locations
+    print(spec.origin)
+"""
     for folder, file in zip(packages.values(), python(code, empty, "-S").splitlines()):
         assert pathlib.Path(file) == checkout / folder / "__init__.py"
 

@@ -15,10 +15,11 @@ import time
 import urllib.request
 from collections.abc import Iterator
 
-import openai
 import pytest
 
 from tests.vllm.engines import ROOT, folder, picture, served
+
+openai = pytest.importorskip("openai")
 
 MODEL, KEEP = "llava", 0.25
 PLACES = 144  # tokens of a picture of shapes-llava
