@@ -7,7 +7,7 @@ point of it and ``facts`` what became of every token.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from foveate.adapters.trace import ImageTrace
 
 SHOW = ("kept", "scores", "groups")
+Picture = Image.Image | np.ndarray
 
 # viridis (Smith and van der Walt, CC0) in steps of a tenth: even steps in lightness, also for colour-blind readers
 _VIRIDIS = "440154 482475 414487 355f8d 2a788e 21918c 22a884 44bf70 7ad151 bddf26 fde725"
@@ -43,6 +44,7 @@ class Panel:
         tokens: ``(rows, cols)`` int64, the token number of each cell.
         box: left, top, right, bottom in pixels of the drawing.
         seams: rows and columns in front of which a crop begins.
+        frames: how many frames of the video it stands for.
     """
 
     kind: str
@@ -50,6 +52,7 @@ class Panel:
     tokens: np.ndarray
     box: tuple[int, int, int, int] = (0, 0, 0, 0)
     seams: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+    frames: int = 1
 
     @property
     def cell(self) -> int:
@@ -58,16 +61,24 @@ class Panel:
 
     @property
     def title(self) -> str:
-        return {"crops": "crops", "thumbnail": "thumbnail"}.get(self.kind, f"{self.kind} {self.number}")
+        if self.kind in ("crops", "thumbnail"):
+            return self.kind
+        if self.frames > 1:
+            first = self.number * self.frames
+            return f"frames {first}-{first + self.frames - 1}"
+        return f"{self.kind} {self.number}"
 
 
-def panels(layout: Layout, width: int = 768) -> list[Panel]:
-    """Where the tokens of ``layout`` lie in a drawing about ``width`` pixels wide.
+def panels(layout: Layout, width: int = 768, frames: int | None = None) -> list[Panel]:
+    """Where the tokens of ``layout`` lie in a drawing about ``width`` pixels wide; ``frames`` of a video were given.
 
     A single picture fills it; an AnyRes picture has its thumbnail on the left and the canvas of crops on the right; frames
     stand in a strip that wraps.
     """
     bare = _bare(layout)
+    moving = sum(panel.kind == "frame" for panel in bare)
+    if frames and moving and frames > moving:  # models that merge successive frames
+        bare = [replace(panel, frames=-(-frames // moving)) for panel in bare]
     if len(bare) == 1:
         rows, cols = bare[0].tokens.shape
         cell = max(4, width // max(rows, cols))
@@ -122,9 +133,7 @@ def _canvas(crops: Sequence[View]) -> Panel:
 
 def _placed(panel: Panel, left: int, top: int, cell: int) -> Panel:
     rows, cols = panel.tokens.shape
-    return Panel(
-        panel.kind, panel.number, panel.tokens, (left, top, left + cols * cell, top + rows * cell), panel.seams
-    )
+    return replace(panel, box=(left, top, left + cols * cell, top + rows * cell))
 
 
 # ------------------------------------------------------------------------------------------------ what became of them
@@ -189,7 +198,7 @@ def facts(trace: ImageTrace, layer: int = 0) -> Facts:
 
 def draw(
     trace: ImageTrace,
-    image: Image.Image | Sequence[Image.Image] | None = None,
+    image: Picture | Sequence[Picture] | None = None,
     *,
     show: str = "kept",
     layer: int | None = None,
@@ -199,8 +208,8 @@ def draw(
 
     Args:
         trace: what happened to the image.
-        image: the picture that was given to the processor (of a video: its frames, from which as many are drawn as the model
-            has, evenly spaced); None draws on grey.
+        image: the picture that was given to the processor, of PIL or ``(H, W, 3)`` uint8 (of a video: its frames, from which as
+            many are drawn as the model has, evenly spaced); None draws on grey.
         show: ``"kept"`` leaves kept tokens clear and dims dropped ones; ``"scores"`` is a heat map, kept tokens outlined;
             ``"groups"`` gives tokens that were merged a common colour, neighbouring groups different ones, and puts a dot on the
             token that speaks for them.
@@ -220,12 +229,13 @@ def draw(
         raise ParameterError("show='scores': this method ranks no tokens; use show='kept'")
     if show == "groups" and known.owner is None:
         raise ParameterError("show='groups': this method merges no tokens; use show='kept'")
-    where = panels(trace.layout, width)
+    pictures = _pictures(image)
+    where = panels(trace.layout, width, len(pictures))
     size = max(panel.box[2] for panel in where), max(panel.box[3] for panel in where)
     drawing = Image.new("RGBA", size, (0, 0, 0, 0))
     colours = _group_colours(where, known) if show == "groups" else None
     for panel in where:
-        pixels = _seen(trace, panel, image)
+        pixels = _seen(trace, panel, pictures)
         if show == "kept":
             pixels = _dimmed(pixels, panel, known)
         elif show == "scores":
@@ -246,15 +256,23 @@ def on_white(drawing: Image.Image) -> Image.Image:
     return Image.alpha_composite(paper, drawing).convert("RGB")
 
 
-def _seen(trace: ImageTrace, panel: Panel, image: Image.Image | Sequence[Image.Image] | None) -> np.ndarray:
+def _pictures(image: Picture | Sequence[Picture] | None) -> list[Image.Image]:
+    """One picture, the frames of a video, or nothing."""
+    if image is None:
+        return []
+    if isinstance(image, Image.Image) or (isinstance(image, np.ndarray) and image.ndim == 3):
+        image = [image]
+    return [frame if isinstance(frame, Image.Image) else Image.fromarray(np.asarray(frame)) for frame in image]
+
+
+def _seen(trace: ImageTrace, panel: Panel, pictures: Sequence[Image.Image]) -> np.ndarray:
     """The panel's part of the picture, ``(height, width, 3)`` float32."""
     left, top, right, bottom = panel.box
     size = right - left, bottom - top
-    if image is None or (not isinstance(image, Image.Image) and not image):
+    if not pictures:
         return np.broadcast_to(_PAPER, (size[1], size[0], 3)).copy()
-    if not isinstance(image, Image.Image):
-        frames = sum(view.kind == "frame" for view in trace.layout.views) or len(image)
-        image = image[min(len(image) - 1, int((panel.number + 0.5) * len(image) / frames))]
+    frames = sum(view.kind == "frame" for view in trace.layout.views) or len(pictures)
+    image = pictures[min(len(pictures) - 1, int((panel.number + 0.5) * len(pictures) / frames))]
     image = image.convert("RGB")
     if trace.centre_crop:
         side = min(image.size)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from foveate.adapters.overlay import draw, on_white
+from foveate.adapters.overlay import Picture, draw, on_white
 from foveate.errors import ParameterError
 from foveate.pruners.base import Layout
 
@@ -194,12 +194,13 @@ class Trace:
         return dataclasses.replace(self, images=moved(self.images), _spans=spans)
 
     def show(
-        self, image: Image | Sequence[Image] | None = None, number: int = 0, show: str = "kept", **options: Any
+        self, image: Picture | Sequence[Picture] | None = None, number: int = 0, show: str = "kept", **options: Any
     ) -> Image:
         """What became of picture ``number``, drawn on ``image``: a PIL picture, which a notebook displays by itself.
 
         Args:
-            image: the picture that was given to the processor (of a video: its frames); None draws on grey.
+            image: the picture that was given to the processor, of PIL or ``(H, W, 3)`` uint8 (of a video: its frames); None
+                draws on grey.
             number: which of the prompt's pictures and videos.
             show: ``"kept"``, ``"scores"`` or ``"groups"``; **options: ``layer`` and ``width``, see
                 :func:`foveate.adapters.overlay.draw`.
@@ -212,7 +213,7 @@ class Trace:
         return draw(self.images[number], image, show=show, **options)
 
     def save_image(
-        self, path: str | os.PathLike[str], image: Image | Sequence[Image] | None = None, **options: Any
+        self, path: str | os.PathLike[str], image: Picture | Sequence[Picture] | None = None, **options: Any
     ) -> None:
         """Write :meth:`show` to a file; the name's ending decides on the format."""
         picture = self.show(image, **options)

@@ -1,39 +1,55 @@
-"""Pictures to try, drawn on the spot: shapes, a page of a document and a screen."""
+"""Pictures and clips to try, drawn on the spot: shapes, a page of a document, screens, videos of a moment."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from foveate.eval_suites import shapes
+from foveate.demo.media import Clip, Media
+from foveate.eval_suites import clips, screens, shapes
 
 INK, PAPER, BLUE, GREY = (28, 30, 36), (252, 251, 247), (32, 90, 170), (205, 208, 214)
 
 
 @dataclass(frozen=True)
 class Example:
-    """A picture with a question about it."""
+    """A picture or clip with a question about it; its name is unique."""
 
     name: str
     question: str
-    picture: Callable[[], Image.Image]
+    make: Callable[[], Media]
 
 
-def picture(name: str) -> Image.Image:
-    """The picture of the example called ``name``."""
-    return next(example for example in EXAMPLES if example.name == name).picture()
+def example(name: str) -> Media:
+    """The picture or clip of the example called ``name``."""
+    return next(
+        known for known in (*EVERYWHERE, *(e for each in BY_MODEL.values() for e in each)) if known.name == name
+    ).make()
 
 
-def _sample(index: int) -> shapes.Sample:
-    return list(shapes.samples(index + 1))[index]
+def examples(model: str, takes_video: bool = False) -> tuple[Example, ...]:
+    """What suits the model."""
+    return BY_MODEL.get(model, (*EVERYWHERE, _MOVING) if takes_video else EVERYWHERE)
 
 
-def _shapes(index: int) -> Example:
-    sample = _sample(index)
-    return Example(sample.task, sample.question, lambda: _sample(index).image)
+def _drawn(suite: ModuleType, index: int, prefix: str = "", **options: int) -> Example:
+    """A held-out sample of a suite, which can be drawn again at any time."""
+
+    def sample() -> Any:
+        return next(itertools.islice(suite.samples(index + 1, **options), index, None))
+
+    def media() -> Media:
+        drawn = sample()
+        return Clip(tuple(map(Image.fromarray, drawn.video)), clips.FPS) if hasattr(drawn, "video") else drawn.image
+
+    asked = sample()
+    return Example(prefix + asked.task, asked.question, media)
 
 
 def _text(pen: ImageDraw.ImageDraw, at: tuple[float, float], text: str, size: int, fill: tuple[int, ...] = INK) -> None:
@@ -81,7 +97,7 @@ def screen() -> Image.Image:
     return shot
 
 
-def moving(frames: int = 8, side: int = 192) -> list[Image.Image]:
+def moving(frames: int = 8, side: int = 192) -> Clip:
     """A short video: a disc crosses the picture over a still background."""
     rng = np.random.default_rng(7)
     ground = Image.fromarray(rng.integers(80, 130, (12, 12, 3), dtype=np.uint8)).resize(
@@ -93,11 +109,22 @@ def moving(frames: int = 8, side: int = 192) -> list[Image.Image]:
         x = side * (0.1 + 0.8 * i / max(1, frames - 1))
         ImageDraw.Draw(frame).ellipse((x - 22, side / 2 - 22, x + 22, side / 2 + 22), fill=(225, 35, 35))
         made.append(frame)
-    return made
+    return Clip(tuple(made), fps=4)
 
 
-EXAMPLES: tuple[Example, ...] = (
-    *(_shapes(index) for index in (1, 5, 3, 4)),
-    Example("document", "What does the total say?", invoice),
-    Example("screen", "What colour is the Save button?", screen),
-)
+_DOCUMENT = Example("document", "What does the total say?", invoice)
+_SCREEN = Example("screen", "What colour is the Save button?", screen)
+_MOVING = Example("video", "What moves, and where to?", moving)
+_SHAPES = tuple(_drawn(shapes, index) for index in (1, 5, 3, 4))
+EVERYWHERE: tuple[Example, ...] = (_DOCUMENT, _SCREEN, *_SHAPES)
+BY_MODEL: dict[str, tuple[Example, ...]] = {
+    "shapes-llava": (*_SHAPES, _DOCUMENT, _SCREEN),
+    "shapes-next": (*(_drawn(shapes, index, "wide ", width=shapes.WIDE) for index in (1, 2, 4, 5)), _DOCUMENT, _SCREEN),
+    "shapes-qwen": (
+        *(_drawn(screens, index) for index in (0, 1, 2)),
+        *(_drawn(clips, index, "clip: ") for index in (0, 1, 2)),
+    ),
+}
+"""Name of an embedded model -> what it was trained for, and pictures that it has never seen the like of."""
+FOR_CLIPS = "shapes-qwen"
+"""The embedded model that takes video."""

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         metavar="NAME",
         default="shapes-llava",
-        help="shapes-llava (embedded), a folder, or a name on the hub",
+        help="shapes-llava, shapes-next or shapes-qwen (embedded; the page offers all of them), a folder, or a name on the hub",
     )
     add("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
     add("--dtype", help="float32, bfloat16 or float16 (default: float32 on a CPU, that of the checkpoint elsewhere)")
@@ -64,22 +64,28 @@ def create(
     max_new_tokens: int = 32,
     results: str | None = None,
 ) -> App:
-    """Load a model and build the app, :class:`foveate.demo.app.App`."""
+    """Load a model and build the app, :class:`foveate.demo.app.App`; the embedded models can be chosen in it, too."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
     from transformers.utils import logging
 
     from foveate.demo.app import App
-    from foveate.demo.engine import Engine
+    from foveate.demo.engine import Engine, Engines
+    from foveate.demo.examples import BY_MODEL
     from foveate.eval_suites import models
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    return App(Engine(models.load(model, device, dtype), max_new_tokens), results)
+
+    def engine(name: str) -> Engine:
+        return Engine(models.load(name, device, dtype), max_new_tokens)
+
+    return App(Engines([model, *(name for name in BY_MODEL if name != model)], engine), results)
 
 
 def serve(app: App, host: str = "127.0.0.1", port: int | None = None, share: bool = False, block: bool = True) -> str:
     """Start the server; returns its address (if it does not block)."""
-    from foveate.demo.app import HERE, MAX_BYTES, theme
+    from foveate.demo.app import HERE, theme
+    from foveate.demo.media import MAX_VIDEO_BYTES
 
     _, address, _ = app.blocks.queue(max_size=128, default_concurrency_limit=8).launch(
         server_name=host,
@@ -88,7 +94,7 @@ def serve(app: App, host: str = "127.0.0.1", port: int | None = None, share: boo
         inbrowser=False,
         prevent_thread_lock=not block,
         show_error=True,
-        max_file_size=MAX_BYTES,
+        max_file_size=MAX_VIDEO_BYTES,
         footer_links=["settings"],
         enable_monitoring=False,
         ssr_mode=False,

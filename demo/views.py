@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 import numpy as np
@@ -15,11 +15,17 @@ from foveate.adapters.overlay import Facts, draw, facts, heat_colours, panels
 from foveate.adapters.trace import ImageTrace
 from foveate.demo.engine import Answer
 from foveate.demo.examples import Example
-from foveate.pruners import PRUNERS, Pruner
+from foveate.demo.media import Clip, Media, frames_of
+from foveate.pruners import PRUNERS, Pruner, create
 
 WIDTH = 768
 
 _HINT = "Point at a token, or move with the arrow keys, to see what became of it."
+_KNOWS = {
+    "shapes-llava": "coloured shapes and two-letter codes, by six kinds of question",
+    "shapes-next": "coloured shapes and two-letter codes in pictures twice as wide as high, by six kinds of question",
+    "shapes-qwen": "where to click on small screens, and what shows up in short clips",
+}
 _LEGENDS = {
     "kept": "kept tokens are clear, dropped ones dark and grey",
     "scores": '<span class="ramp" role="img" aria-label="from dark violet to yellow"></span> low to high · kept tokens outlined',
@@ -45,21 +51,26 @@ def _card(title: str, answer: Answer, whole: Answer, mark: str, kind: str) -> st
         f'<section class="fv-card {kind}"><h3>{escape(title)}{mark}</h3>'
         f'<p class="said">{escape(answer.text) or "(nothing)"}</p>'
         f'<p class="facts"><b>{_count(answer.mean_tokens)}</b> visual tokens per layer ({share:.0%}) · '
-        f"{_seconds(answer.seconds)}</p>"
+        f"{_seconds(answer.seconds)}{_scoring(answer)}</p>"
         f'<div class="fv-bar" role="img" aria-label="{share:.0%} of the visual tokens"><i style="width:{share:.1%}"></i></div>'
         "</section>"
     )
 
 
-def figure(trace: ImageTrace, image: Image.Image | Sequence[Image.Image], show: str, layer: int) -> str:
+def _scoring(answer: Answer) -> str:
+    return f" (scores of the frames: {_seconds(answer.scoring)})" if answer.scoring else ""
+
+
+def figure(trace: ImageTrace, media: Media, show: str, layer: int) -> str:
     """The drawing, with everything that ``tokens.js`` needs to answer questions about tokens."""
     known = facts(trace, layer)
-    drawing = draw(trace, image, show=show, layer=layer, width=WIDTH)
+    pictures = frames_of(media)
+    drawing = draw(trace, pictures, show=show, layer=layer, width=WIDTH)
     kept, total = int(known.kept.sum()), trace.layout.size
     width, height = drawing.size
     seen = f"Decoder layer {layer} sees" if progressive(trace) else "The decoder sees"
     caption = f"<b class='fv-count'>{kept} of {total}</b> tokens ({kept / total:.0%})"
-    data = escape(json.dumps(_tokens(trace, known, layer, drawing.size), separators=(",", ":"), allow_nan=False))
+    data = escape(json.dumps(_tokens(trace, known, layer, drawing.size, media), separators=(",", ":"), allow_nan=False))
     return (
         f'<figure class="fv-figure" data-tokens="{data}">'
         f'<figcaption><span>{seen} {caption}</span><span class="legend">{_LEGENDS[show]}</span></figcaption>'
@@ -70,8 +81,8 @@ def figure(trace: ImageTrace, image: Image.Image | Sequence[Image.Image], show: 
     )
 
 
-def _tokens(trace: ImageTrace, known: Facts, layer: int, size: tuple[int, int]) -> dict:
-    where = panels(trace.layout, WIDTH)
+def _tokens(trace: ImageTrace, known: Facts, layer: int, size: tuple[int, int], media: Media) -> dict:
+    where = panels(trace.layout, WIDTH, len(media.frames) if isinstance(media, Clip) else None)
     return {
         "size": size,
         "layer": layer,
@@ -115,9 +126,9 @@ def start_layer(trace: ImageTrace) -> int:
     return trace.stages[0].layer if trace.stages else 0
 
 
-def comparison(image: Image.Image, unpruned: Answer, rows: Sequence[tuple[Pruner, Answer]]) -> str:
+def comparison(media: Media, unpruned: Answer, rows: Sequence[tuple[Pruner, Answer]]) -> str:
     """Methods in a grid, and which share of their tokens each two have in common."""
-    cards = "".join(_compared(image, unpruned, pruner, answer) for pruner, answer in rows)
+    cards = "".join(_compared(media, unpruned, pruner, answer) for pruner, answer in rows)
     return (
         f'<p class="fv-note">Without a method the answer is <strong>{escape(unpruned.text)}</strong>, with '
         f"{_count(unpruned.mean_tokens)} visual tokens in {_seconds(unpruned.seconds)}.</p>"
@@ -125,13 +136,13 @@ def comparison(image: Image.Image, unpruned: Answer, rows: Sequence[tuple[Pruner
     )
 
 
-def _compared(image: Image.Image, unpruned: Answer, pruner: Pruner, answer: Answer) -> str:
+def _compared(media: Media, unpruned: Answer, pruner: Pruner, answer: Answer) -> str:
     (trace,) = answer.trace.images
     layer = start_layer(trace)
     kept = len(trace.kept_at(layer))
     same = unpruned.text == answer.text
     return (
-        f'<article class="fv-card"><img src="{data_url(draw(trace, image, layer=layer, width=384))}" '
+        f'<article class="fv-card"><img src="{data_url(draw(trace, frames_of(media), layer=layer, width=384))}" '
         f'alt="{escape(pruner.name)}: {kept} of {trace.layout.size} tokens kept"><div class="text"><h3>{escape(pruner.name)}'
         f'<span class="fv-same {"yes" if same else "no"}">{"same" if same else "other"}</span></h3>'
         f'<p class="said">{escape(answer.text) or "(nothing)"}</p>'
@@ -174,21 +185,23 @@ def examples(known: Sequence[Example]) -> str:
     """A button with a small picture for each example."""
     buttons = []
     for index, example in enumerate(known):
-        picture = ImageOps.fit(example.picture(), (160, 160))
+        media = example.make()
+        moving = isinstance(media, Clip)
+        picture = ImageOps.fit(media.frames[len(media.frames) // 2] if moving else media, (160, 160))
         name = escape(example.name)
         buttons.append(
             f'<button type="button" data-index="{index}" aria-label="Example: {name}">'
-            f'<img src="{data_url(picture)}" alt=""><span>{name}</span></button>'
+            f'<img src="{data_url(picture)}" alt=""><span>{"▶ " if moving else ""}{name.split()[-1]}</span></button>'
         )
     return f'<div class="fv-examples" role="group" aria-label="Examples">{"".join(buttons)}</div>'
 
 
 def about(name: str) -> str:
     """A method in two lines."""
-    cls = PRUNERS[name]
+    told = PRUNERS[name] if name in PRUNERS else create(name)
     return (
-        f'<p class="fv-note"><strong>{escape(cls.title)}</strong><br>{escape(cls.paper)}'
-        f"{' · ' + escape(cls.cost) if cls.cost else ''}</p>"
+        f'<p class="fv-note"><strong>{escape(told.title)}</strong><br>{escape(told.paper)}'
+        f"{' · ' + escape(told.cost) if told.cost else ''}</p>"
     )
 
 
@@ -214,3 +227,22 @@ def _seconds(x: float) -> str:
 def text_url(text: str, kind: str) -> str:
     """The text as a ``data:`` URL of media type ``kind``."""
     return f"data:{kind};base64," + base64.b64encode(text.encode()).decode()
+
+
+def refused(methods: Mapping[str, str]) -> str:
+    """Methods that the model cannot serve, and why."""
+    if not methods:
+        return ""
+    told = ", ".join(f"{escape(name)}: {escape(why)}" for name, why in methods.items())
+    return f'<p class="fv-note">Not on this model: {told}</p>'
+
+
+def model_note(name: str) -> str:
+    """What to expect of a model."""
+    if name not in _KNOWS:
+        return f'<p class="fv-note">Model: {escape(name)}.</p>'
+    return (
+        f'<p class="fv-note">Model: {escape(name)}, which is very small and knows only {_KNOWS[name]}. On anything else see '
+        "which tokens a method keeps, and expect no sensible answer; <code>foveate demo --model NAME</code> takes a larger "
+        "model.</p>"
+    )

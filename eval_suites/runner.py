@@ -47,7 +47,6 @@ logger = logging.getLogger(__name__)
 __all__ = ["BASELINES", "add_arguments", "bench", "main"]
 
 BASELINES = ("random", "grid", "avgpool", "downsample")
-_CONTROL = "random@"
 """Methods that every bench runs at every budget."""
 
 _POSITIONS = ("auto", "keep", "compact")
@@ -497,10 +496,7 @@ def _methods(methods: Any) -> Iterator[tuple[Pruner, dict[str, Any] | None]]:
             if name == "all" and not given:
                 yield from ((cls(), {}) for _, cls in sorted(PRUNERS.items()) if _runs_by_itself(cls))
                 continue
-            if name.startswith(_CONTROL):
-                yield RandomLike(create(name.removeprefix(_CONTROL), **given)), given
-            else:
-                yield create(name, **given), given
+            yield create(name, **given), given
     elif isinstance(methods, Sequence):
         for method in methods:
             yield from _methods(method)

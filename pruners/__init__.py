@@ -4,6 +4,7 @@ from foveate.pruners.base import Hook, Layout, ModelInfo, Pruner, Selection, Sta
 from foveate.pruners.baselines import AvgPool, Downsample, Grid, Random
 from foveate.pruners.cdpruner import CDPruner, ClipText
 from foveate.pruners.compose import Then
+from foveate.pruners.control import RandomLike
 from foveate.pruners.corematching import CoreMatching
 from foveate.pruners.divprune import DivPrune
 from foveate.pruners.fastv import FastV
@@ -42,6 +43,7 @@ __all__ = [
     "Pruner",
     "QuoTA",
     "Random",
+    "RandomLike",
     "Selection",
     "Stage",
     "Then",

@@ -41,12 +41,16 @@ def create(method: str | Pruner | type[Pruner], **params: Any) -> Pruner:
     """Turn a name, a class or a ready method into a method with parameters ``params``.
 
     Names may compose: ``"pospad:random"`` is PosPad around Random, each taking the parameters it knows, the outer one first;
-    ``"then:divprune+fastv"`` is one after the other.
+    ``"then:divprune+fastv"`` is one after the other; ``"random@fastv"`` is FastV's control (:class:`RandomLike`).
 
     Raises:
         UnknownNameError: no such method or parameter.
         ParameterError: parameters given beside a ready method, or a method around another that goes around none.
     """
+    if isinstance(method, str) and method.startswith("random@"):
+        from foveate.pruners.control import RandomLike
+
+        return RandomLike(create(method.removeprefix("random@"), **params))
     if isinstance(method, str) and ":" in method:
         return _composed(*method.split(":", 1), params)
     if isinstance(method, Pruner):

@@ -165,6 +165,15 @@ def test_frames_are_drawn_from_the_frames_given():
     assert [int(cell(drawing, trace, 4 * frame)[0, 0, 0]) for frame in range(3)] == [40, 120, 200]
 
 
+def test_frames_may_be_an_array_and_titles_count_them():
+    trace = traced(Layout.video(3, 2, 2), kept(range(12)))
+    video = np.stack([np.full((20, 20, 3), 40 * i, np.uint8) for i in range(6)])
+    assert draw(trace, video).tobytes() == draw(trace, [Image.fromarray(frame) for frame in video]).tobytes()
+    assert [panel.title for panel in panels(trace.layout, 768, 6)] == ["frames 0-1", "frames 2-3", "frames 4-5"]
+    assert [panel.title for panel in panels(trace.layout, 768, 3)] == ["frame 0", "frame 1", "frame 2"]
+    assert [panel.title for panel in panels(LAYOUTS["anyres"], 768, 1)] == ["thumbnail", "crops"]
+
+
 def test_without_a_picture_it_draws_on_grey():
     trace = traced(Layout.grid(2, 2), kept([3]))
     drawing = draw(trace)

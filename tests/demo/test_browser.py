@@ -1,4 +1,4 @@
-"""The app in a real browser: what a visitor does."""
+"""The app in a real browser: what a visitor does, and eight visitors at once."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from foveate.demo.examples import EXAMPLES
+from foveate.demo import launch
+from foveate.demo.examples import BY_MODEL
+from foveate.eval_suites.runner import bench
 
 pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra dev)")
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+EXAMPLES = BY_MODEL["shapes-llava"]
 FLAGS = "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync --no-first-run"
 PATIENCE = 60_000  # ms: a loaded machine is slow, not wrong
 
@@ -73,7 +76,7 @@ def test_a_visitor_uploads_asks_looks_closer_and_exports(browser, address, tmp_p
     answered(page, "visionzip", "36 of 144")  # the first screen shows a result
 
     own = tmp_path / "own.png"
-    EXAMPLES[1].picture().save(own)
+    EXAMPLES[1].make().save(own)
     upload(page, own)
     page.locator("#fv-question textarea").fill(EXAMPLES[1].question)
     before = page.locator(".fv-stage img").get_attribute("src")
@@ -144,3 +147,64 @@ def test_the_page_fits_a_phone(browser, address):
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert page.locator(".fv-stage").bounding_box()["width"] <= 390
     page.context.close()
+
+
+def test_eight_visitors_at_once_do_not_meet(browser, address, app):
+    """Each asks with another method or about another picture, and all have asked before any answer is read."""
+    names = ("random", "divprune", "hiprune", "grid", "fopru", "visionzip", "random", "divprune")
+    wanted = list(zip(names, (0, 1, 2, 3, 1, 2, 3, 0)))
+    # a page keeps a connection open and a browser opens six to a server, so four share a window (and what it has loaded)
+    pages = [visit(context, address) for context in (window(browser), window(browser)) for _ in range(4)]
+    for page, (_, index) in zip(pages, wanted):
+        if index:  # the first one is there already
+            page.locator("#fv-examples button").nth(index).click()
+            expect(page.locator("#fv-question textarea")).to_have_value(EXAMPLES[index].question, timeout=PATIENCE)
+    for page, (name, _) in zip(pages, wanted):
+        choose(page, name)
+    for page, (name, index) in zip(pages, wanted):
+        answered(page, name, "36 of 144")
+        example = EXAMPLES[index]
+        alone = app.engine.pruned(example.make(), example.question, app.engine.method(name, 0.25), "keep")
+        expect(page.locator(".fv-card.pruned .said")).to_have_text(alone.text, timeout=PATIENCE)
+        told = json.loads(page.locator(".fv-figure").get_attribute("data-tokens"))
+        assert [token for token, left in enumerate(told["left"]) if left < 0] == alone.trace.images[0].kept.tolist()
+    for page in pages[::4]:
+        page.context.close()
+
+
+def test_a_clip_is_shown_frame_by_frame_on_the_model_that_takes_video(browser, address):
+    page = visit(window(browser), address)
+    page.locator("#fv-model input").click()
+    page.get_by_role("option", name="shapes-qwen", exact=True).click()
+    expect(page.get_by_role("button", name="Example: clip: colour")).to_be_visible(timeout=PATIENCE)
+    answered(page, "visionzip", "24 of 96")
+    choose(page, "quota")
+    page.get_by_role("button", name="Example: clip: colour").click()
+    expect(page.get_by_text("scores of the frames")).to_be_visible(timeout=PATIENCE)
+    told = json.loads(page.locator(".fv-figure").get_attribute("data-tokens"))
+    assert [panel["title"] for panel in told["panels"]][:2] == ["frames 0-1", "frames 2-3"]
+    page.locator(".fv-stage").focus()
+    page.keyboard.press("ArrowRight")
+    expect(page.locator(".fv-token")).to_contain_text("Token 0 · frames 0-1, row 0, column 0")
+    choose(page, "pospad")
+    page.locator("#fv-inner input").click()
+    page.get_by_role("option", name="random", exact=True).click()
+    expect(page.locator(".fv-card.pruned h3")).to_contain_text("With pospad:random", timeout=PATIENCE)
+    page.context.close()
+
+
+def test_a_click_on_a_row_of_the_leaderboard_shows_its_samples_failures_first(browser, tmp_path):
+    results = str(tmp_path / "results.db")
+    bench(pruners="divprune", keep=0.1, limit=12, seeds=1, positions="keep", out=results, progress=False)
+    app = launch.create(results=results)
+    page = visit(window(browser), launch.serve(app, block=False))
+    page.get_by_role("tab", name="Leaderboard").click()
+    page.locator("#fv-board [role=gridcell]:visible", has_text="downsample").first.click(timeout=PATIENCE)
+    samples = page.locator("#fv-samples article")
+    expect(samples).to_have_count(12, timeout=PATIENCE)
+    marks = samples.locator(".fv-same").all_inner_texts()
+    assert marks == sorted(marks, key=lambda mark: mark == "right")
+    assert marks[0] == "wrong"
+    assert samples.locator("img").count() == 12
+    page.context.close()
+    app.blocks.close(verbose=False)

@@ -32,6 +32,14 @@ def test_the_control_has_its_methods_counts_and_other_tokens() -> None:
         assert kept[0] != kept[1] != kept[3]
 
 
+def test_the_control_has_a_name() -> None:
+    """Statement: random@METHOD makes it wherever a method is named, with the method's parameters, composed names too."""
+    assert foveate.pruners.create("random@fastv", keep=7) == RandomLike(foveate.FastV(keep=7))
+    assert foveate.pruners.create("random@pospad:hiprune", keep=7) == RandomLike(
+        foveate.PosPad(inner=foveate.HiPrune(keep=7))
+    )
+
+
 def test_the_bench_draws_the_control_at_every_budget() -> None:
     """Statement: random@METHOD has the budgets of the method, its own row where the method finds its own, and every seed."""
     runs = [run for run in plan("random@transprune,random@corematching(beta=0.5)", [0.5, 4], 2) if "@" in run.label]
