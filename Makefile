@@ -9,8 +9,11 @@ BIN := .venv/bin
 BENCH := --model shapes-llava --suite shapes --pruners all,random@transprune,random@corematching \
 	--keep 0.5,0.25,0.11 --limit 200 --out results.db --fresh=changed --html leaderboard.html
 
+# Its own requirements are those of 2023; its model code runs without most of them.
+LLAVA := llava-torch==1.2.2.post1
+
 .DELETE_ON_ERROR:
-.PHONY: bench demo test test-lmms vllm-env test-vllm lint format clean
+.PHONY: bench demo test test-lmms vllm-env test-vllm test-llava lint format clean
 
 bench: .venv/core.stamp
 	$(BIN)/foveate bench $(BENCH) $(ARGS)
@@ -31,6 +34,10 @@ vllm-env: .venv-vllm/vllm.stamp
 test-vllm: .venv-vllm/vllm.stamp
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/vllm $(ARGS)
 
+# Models of the original LLaVA package under the transformers it was written for, in .venv-llava (1.5 GB).
+test-llava: .venv-llava/stamp
+	OMP_NUM_THREADS=1 .venv-llava/bin/python -m pytest -n 2 tests/adapters/test_llava_original.py $(ARGS)
+
 lint: .venv/lint.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -40,7 +47,7 @@ format: .venv/lint.stamp
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-lmms .venv-vllm build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lmms .venv-vllm .venv-llava build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 # Stamps: nothing is installed twice unless the project's own requirements changed. `dev` covers the other three.
 
@@ -54,6 +61,7 @@ clean:
 
 .venv/dev.stamp: setup.cfg pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --editable '.[dev]'
+	$(BIN)/python -m pip install --no-deps $(LLAVA)
 	@touch .venv/core.stamp .venv/demo.stamp .venv/lint.stamp $@
 
 # ruff alone, at the version that setup.cfg names, without torch and the rest
@@ -75,6 +83,12 @@ clean:
 	.venv-vllm/bin/python -m pip install --requirement tests/vllm/requirements.txt
 	.venv-vllm/bin/python -m pip install --no-deps --editable .
 	.venv-vllm/bin/python tests/vllm/prepare_env.py
+
+.venv-llava/stamp: tests/adapters/llava-requirements.txt
+	$(PYTHON) -m venv --clear .venv-llava || { $(PYTHON) -m venv --clear --without-pip .venv-llava && \
+	$(PYTHON) -m pip --python .venv-llava/bin/python install pip; }
+	.venv-llava/bin/python -m pip install --requirement tests/adapters/llava-requirements.txt
+	.venv-llava/bin/python -m pip install --no-deps $(LLAVA)
 	@touch $@
 
 # Where the operating system leaves ensurepip out of Python (Debian), the pip at hand puts one into the environment.

@@ -5,6 +5,7 @@ from foveate.adapters import (  # noqa: F401  (they register their families)
     llava,
     llava_next,
     llava_onevision,
+    llava_original,
     open_clip,
     qwen_vl,
     timm_vit,

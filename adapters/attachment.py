@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -19,6 +20,21 @@ Self = TypeVar("Self", bound="Attachment")
 def attached_to(root: nn.Module) -> Attachment | None:
     """The session that acts on ``root``, if any."""
     return _ATTACHED.get(root, lambda: None)()
+
+
+class Replaced:
+    """A method of one object, replaced by another until :meth:`remove`."""
+
+    def __init__(self, owner: object, name: str, method: Callable[..., Any]) -> None:
+        self._owner, self._name, self._own = owner, name, vars(owner).get(name)
+        self._removed = False
+        setattr(owner, name, method)
+
+    def remove(self) -> None:
+        """Give the object back what it had under that name. Calling it again does nothing."""
+        if not self._removed and vars(self._owner).pop(self._name, None) is not None and self._own is not None:
+            setattr(self._owner, self._name, self._own)
+        self._removed = True
 
 
 class Attachment(ABC):

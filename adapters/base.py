@@ -10,8 +10,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
+from foveate.adapters.decoder import Decoder, Selector
 from foveate.adapters.signals import CLASS_TOKEN, DECODER, NEURONS, Tap
 from foveate.adapters.sparse_mlp import check_gated
 from foveate.adapters.vit import Tower
@@ -19,6 +21,7 @@ from foveate.errors import MissingSignalError, UnsupportedModelError
 from foveate.pruners.base import ClassFeatures, Layout, ModelInfo, Selection, Signal, UnpooledFrames
 
 FAMILIES: list[type[Adapter]] = []
+Version = tuple[int, int]
 
 
 @dataclass
@@ -55,18 +58,35 @@ class Adapter(ABC):
 
     family: ClassVar[str] = ""
     classes: ClassVar[tuple[str, ...]] = ()
+    transformers: ClassVar[tuple[tuple[Version, Version], ...]] = (((5, 16), (6, 0)),)
+    """Versions of transformers that the family is tested with, from and up to."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        inner = getattr(model, "model", model)
-        self.inner: nn.Module = inner if hasattr(inner, "language_model") else model
-        self.text_model: nn.Module = self.inner.language_model
+        self.inner, self.text_model = self.parts(model)
         self.info = replace(self.describe(), token_ids=self._token_ids(), find_file=self._find_file)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if cls.family:
             FAMILIES.append(cls)
+
+    @staticmethod
+    def parts(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+        """The module whose methods encode pictures, and the decoder that takes them in."""
+        inner = getattr(model, "model", model)
+        inner = inner if hasattr(inner, "language_model") else model
+        return inner, inner.language_model
+
+    @classmethod
+    def check_transformers(cls, name: str) -> None:
+        """Raise :class:`UnsupportedModelError` if a model of class ``name`` runs under an unknown transformers."""
+        found = installed_transformers()
+        if not any(first <= found < end for first, end in cls.transformers):
+            known = " or ".join(f">= {a}.{b}, < {c}.{d}" for (a, b), (c, d) in cls.transformers)
+            raise UnsupportedModelError(
+                f"{name} under transformers {found[0]}.{found[1]} is not supported; install transformers {known}"
+            )
 
     # ------------------------------------------------------------------------------------- what a family must answer
 
@@ -129,6 +149,14 @@ class Adapter(ABC):
             f"tokens cannot be merged inside the {self.info.tower} tower of {type(self.model).__name__}, which joins "
             "neighbouring patches behind its blocks; use a method that acts at the decoder's entry"
         )
+
+    def decoder(self, selector: Selector) -> Decoder:
+        """The hooks that apply selections to the text model."""
+        return Decoder(self.text_model, selector, mrope=self.info.mrope)
+
+    def watch_prompt(self) -> PromptWatch:
+        """Know from now on what calls bring into the decoder."""
+        return PromptWatch(self)
 
     # ------------------------------------------------------------------------------------------------------- shared
 
@@ -194,8 +222,10 @@ class Adapter(ABC):
         if isinstance(signal, NEURONS):
             check_gated(self.text_model.layers[signal.layer].mlp, f"the MLP of decoder layer {signal.layer}")
 
-    def encoded(self, kind: str, output: Any, call: dict[str, Any], signals: dict[Signal, Tensor]) -> Encoded:
-        """Sort an encoder call's results by image."""
+    def encoded(self, kind: str, output: Any, call: dict[str, Any], signals: dict[Signal, Tensor]) -> Encoded | None:
+        """Sort an encoder call's results by image; None if they are not on their way into the decoder."""
+        if not hasattr(output, "pooler_output"):
+            return None  # asked for as a tuple
         layouts = self.layouts(kind, call, output)
         features = [f.flatten(0, -2) for f in output.pooler_output]
         for layout, feature in zip(layouts, features, strict=True):
@@ -234,6 +264,76 @@ class Adapter(ABC):
     """Dimensions of a scalar tower value: 2 for ``(V, n)`` batches of views, 1 for packed sequences."""
 
 
+@dataclass(frozen=True)
+class Brought:
+    """What a call brings into the decoder.
+
+    Attributes:
+        ids: ``(B, L)`` token ids, a modality's own where its pictures are; None where they cannot be told.
+        modalities: the kinds of pictures whose features come along.
+        again: the same features come again with every further token, as in ``generate()`` without a cache.
+    """
+
+    ids: Tensor | None = None
+    modalities: tuple[Modality, ...] = ()
+    again: bool = False
+
+
+class PromptWatch:
+    """Notes what calls of a model bring: here, placeholder tokens in ``input_ids`` and their pixels or features."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+        self._call: dict[str, Any] | None = None
+        self._handle = adapter.inner.register_forward_pre_hook(self._note, with_kwargs=True)
+
+    def _note(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._call = bind(module.forward, args, kwargs) if args else kwargs
+
+    def take(self, embeds: Tensor) -> Brought:
+        """What the running call brings, which has become ``embeds (B, L, D)``; it is forgotten then."""
+        call, self._call = self._call, None
+        if call is None:
+            return Brought()
+        encoded = call.get("mm_encoder_outputs") or {}
+        # placeholder tokens that come without features (a model may generate one) are ordinary text
+        brought = tuple(
+            modality
+            for modality in self.adapter.modalities
+            if call.get(modality.pixels) is not None or encoded.get(modality.kind) is not None
+        )
+        ids = call.get("input_ids")
+        if ids is None and call.get("inputs_embeds") is not None:
+            ids = self._recognised(call["inputs_embeds"], brought)
+        return Brought(ids, brought, again=bool(encoded) and not call.get("use_cache", True))
+
+    def _recognised(self, embeds: Tensor, modalities: tuple[Modality, ...]) -> Tensor:
+        """Ids of the placeholders among embeddings, -1 elsewhere."""
+        embed = self.adapter.inner.get_input_embeddings()
+        ids = torch.full(embeds.shape[:2], -1, device=embeds.device)
+        for modality in modalities:
+            placeholder = embed(torch.tensor(modality.token_id, device=embeds.device))
+            ids = ids.masked_fill((embeds == placeholder).all(-1), modality.token_id)
+        return ids
+
+    def forget(self) -> None:
+        """Let go of the call's tensors."""
+        self._call = None
+
+    def remove(self) -> None:
+        """Watch no longer."""
+        self._handle.remove()
+        self.forget()
+
+
+def installed_transformers() -> Version:
+    """Major and minor version of the transformers at hand."""
+    from transformers import __version__
+
+    major, minor = __version__.split(".")[:2]
+    return int(major), int(minor)
+
+
 def bind(method: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """All arguments of a call by name, defaults and extra keywords included."""
     bound = inspect.signature(method).bind(*args, **kwargs)
@@ -251,10 +351,11 @@ def adapter_for(model: nn.Module) -> Adapter:
     Raises:
         UnsupportedModelError: no family knows the model; the message lists the known ones.
     """
-    lineage = {cls.__name__ for cls in type(model).__mro__}
-    for family in FAMILIES:
-        if lineage & set(family.classes):
-            return family(model)
+    for cls in type(model).__mro__:  # the nearest of its classes that some family knows
+        for family in FAMILIES:
+            if cls.__name__ in family.classes:
+                family.check_transformers(type(model).__name__)
+                return family(model)
     known = ", ".join(family.classes[0] for family in FAMILIES)
     reason = "" if hasattr(model, "forward") else " (and it is no torch module)"
     if not any("vision" in name or "visual" in name for name, _ in getattr(model, "named_children", list)()):

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from foveate.adapters.attachment import Replaced
 from foveate.adapters.sparse_mlp import SparseMLP
 from foveate.errors import AttachError, InputError, UnsupportedModelError
 
@@ -233,7 +234,7 @@ class Decoder:
         self.selector = selector
         self.mrope = mrope
         self.frame: _Frame | None = None
-        self._cache: Any = None  # of the running call, from its first moment on
+        self.cache: Any = None  # of the running call, from its first moment on
         self.mlps = {i: SparseMLP(text_model.layers[i].mlp) for i in sorted(selector.neuron_layers)}
         self._handles = [
             text_model.register_forward_pre_hook(self._enter, with_kwargs=True),
@@ -247,8 +248,8 @@ class Decoder:
 
             self._handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
         if hasattr(text_model, "_deepstack_process"):  # a plain method between layers, out of any hook's reach
-            self._own = vars(text_model).get("_deepstack_process")
-            text_model._deepstack_process = self._following(text_model._deepstack_process)
+            follow = self._following(text_model._deepstack_process)
+            self._handles.append(Replaced(text_model, "_deepstack_process", follow))
         _LIVE.add(text_model)
 
     def rotary(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -259,8 +260,6 @@ class Decoder:
         """Take the hooks away."""
         for part in (*self._handles, *self.mlps.values()):
             part.remove()
-        if vars(self.text_model).pop("_deepstack_process", None) is not None and self._own is not None:
-            self.text_model._deepstack_process = self._own
         _LIVE.discard(self.text_model)
         self.frame = None
 
@@ -271,7 +270,7 @@ class Decoder:
         embeds = kwargs.get("inputs_embeds")
         if embeds is None:
             return None
-        cache = self._cache = kwargs.get("past_key_values")
+        cache = self.cache = kwargs.get("past_key_values")
         state: CacheState | None = getattr(cache, "foveate", None)
         if state is not None:
             state.inside = True
@@ -350,7 +349,7 @@ class Decoder:
             frame.spans.append(self._span(frame, here, span.index, span.alive, span.rank, positions, here.shift))
             frame.current = held
         if frame.call is Call.PROMPT and i in self.selector.layers:
-            choice = self.selector.at_layer(i, hidden, frame.span, kwargs.get("past_key_values"))
+            choice = self.selector.at_layer(i, hidden, frame.span, self.cache)
             if choice is not None:
                 hidden = self._narrow(i, choice, hidden)
         if len(frame.spans) == 1:
@@ -491,12 +490,12 @@ class Decoder:
 
     def _close(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Also runs when the forward pass failed."""
-        for filled in (self._cache, getattr(output, "past_key_values", None)):
+        for filled in (self.cache, getattr(output, "past_key_values", None)):
             if hasattr(filled, "foveate"):
                 filled.foveate.inside = False
         for mlp in self.mlps.values():
             mlp.serve(None)
-        self.frame = self._cache = None
+        self.frame = self.cache = None
         self.selector.forget()
 
     # ------------------------------------------------------------------------------------------------------- cache

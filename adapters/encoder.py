@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate.adapters.attachment import Replaced
 from foveate.adapters.base import Adapter, Encoded, Modality, bind
 from foveate.adapters.tower_merging import TowerMerging
 from foveate.adapters.trace import Trace
@@ -38,11 +39,11 @@ class EncoderWatch:
         self._tap = adapter.tap([signal for signal in signals if not isinstance(signal, PatchPixels)])
         inside = block_stages(stages)
         self.merging = TowerMerging(adapter, pruner, inside) if inside else None
-        own = vars(adapter.inner)
-        self._own = {m.encoder: own[m.encoder] for m in adapter.modalities if m.encoder in own}
-        for modality in adapter.modalities:
-            # generate() calls the encoder as a method, out of any hook's reach
-            setattr(adapter.inner, modality.encoder, self._watched(getattr(adapter.inner, modality.encoder), modality))
+        # generate() calls the encoder as a method, out of any hook's reach
+        self._methods = [
+            Replaced(adapter.inner, m.encoder, self._watched(getattr(adapter.inner, m.encoder), m))
+            for m in adapter.modalities
+        ]
 
     @property
     def active(self) -> bool:
@@ -59,11 +60,8 @@ class EncoderWatch:
         self._tap.remove()
         if self.merging is not None:
             self.merging.remove()
-        inner = self.adapter.inner
-        for modality in self.adapter.modalities:
-            watched = vars(inner).pop(modality.encoder, None)
-            if watched is not None and modality.encoder in self._own:
-                setattr(inner, modality.encoder, self._own[modality.encoder])
+        for method in self._methods:
+            method.remove()
 
     def forget(self) -> None:
         """Let go of the call's tensors."""
@@ -109,14 +107,14 @@ class EncoderWatch:
                 output = encode(**call)
         finally:
             signals = self._tap.close()
-        if not hasattr(output, "pooler_output"):
-            return output  # asked for as a tuple: not on the way into the decoder
-        if shrunk:
+        if shrunk and hasattr(output, "pooler_output"):
             output.pooler_output = self._padded(modality, call, output)
-        self.numbers = {}
         if self.merging is not None:
             signals = self.merging.signals(signals)
         encoded = self.adapter.encoded(modality.kind, output, call, signals)
+        if encoded is None:
+            return output
+        self.numbers = {}
         if self.merging is not None:
             encoded.survivors = self.merging.survivors(modality.kind, call, encoded.layouts)
         if self._pixels is not None:

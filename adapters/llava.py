@@ -37,6 +37,11 @@ class LlavaAdapter(Adapter):
         return getattr(self.tower, "vision_model", self.tower)
 
     @property
+    def vision_config(self) -> Any:
+        """The tower's configuration."""
+        return self.inner.config.vision_config
+
+    @property
     def modalities(self) -> tuple[Modality, ...]:
         return (Modality("image", "get_image_features", "pixel_values", self.inner.config.image_token_id),)
 
@@ -52,8 +57,7 @@ class LlavaAdapter(Adapter):
     @property
     def side(self) -> int:
         """Patches per side of a view."""
-        vision = self.inner.config.vision_config
-        return vision.image_size // vision.patch_size
+        return self.vision_config.image_size // self.vision_config.patch_size
 
     @property
     def prefix(self) -> int:
@@ -81,7 +85,7 @@ class LlavaAdapter(Adapter):
             feature_layer=blocks + state if state < 0 else state - 1,
             class_token=self.prefix > 0,
             decoder_layers=len(self.text_model.layers),
-            patch_size=config.vision_config.patch_size,
+            patch_size=self.vision_config.patch_size,
         )
 
     def tap(self, signals: Iterable[Signal]) -> SplitProjectionTap:
@@ -103,7 +107,7 @@ class LlavaAdapter(Adapter):
         return [Layout.grid(self.side, self.side)] * len(output.pooler_output)
 
     def patch_pixels(self, pixels: Tensor, layouts: list[Layout], kind: str, call: dict[str, Any]) -> list[Tensor]:
-        patch = self.inner.config.vision_config.patch_size
+        patch = self.vision_config.patch_size
         views = pixels.flatten(0, -4)[..., : self.side * patch, : self.side * patch]  # (V, 3, H, W)
         cut = views.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # (V, 3, rows, h, cols, w)
         flat = cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (V, n, 3 h w)

@@ -57,7 +57,7 @@ class LlavaNextAdapter(LlavaAdapter):
         config = self.inner.config
         pinpoints = tuple(tuple(p) for p in config.image_grid_pinpoints)
         if not crops:
-            return _single(self.side)
+            return single_view(self.side)
         return _anyres(height, width, pinpoints, config.vision_config.image_size, self.side, limit)
 
     def _limit(self, call: dict[str, Any]) -> int | None:
@@ -65,7 +65,8 @@ class LlavaNextAdapter(LlavaAdapter):
         return None
 
 
-def _single(side: int) -> Layout:
+def single_view(side: int) -> Layout:
+    """One view and a newline."""
     size = side * side
     return Layout((View(side, side),), (Newline(size, 0, size),))
 
@@ -79,7 +80,16 @@ def _anyres(
 
     down, across = get_anyres_image_grid_shape((height, width), [list(p) for p in pinpoints], image_size)
     canvas = torch.arange(down * side * across * side).view(1, down * side, across * side)
-    left = unpad_image(canvas, (height, width))[0]
+    return canvas_layout(unpad_image(canvas, (height, width))[0], side, down, across, limit)
+
+
+def canvas_layout(
+    left: Tensor, side: int, down: int, across: int, limit: int | None = None, *, newlines: bool = True
+) -> Layout:
+    """A thumbnail, and row by row what is ``left`` of a canvas of ``down x across`` crops.
+
+    ``left (rows, cols)`` holds places on the canvas, row-major; ``newlines``: every row is closed by one.
+    """
     top, start = divmod(int(left[0, 0]) if left.numel() else 0, across * side)  # a hair-thin picture leaves no row
     rows, cols = left.shape
     tall, wide = rows, cols
@@ -94,11 +104,11 @@ def _anyres(
         for r0, r1 in vertical
         for c0, c1 in horizontal
     ]
-    newlines = tuple(
+    ends = tuple(
         Newline(thumbnail + r * (cols + 1) + cols, thumbnail + r * cols, thumbnail + (r + 1) * cols)
         for r in range(rows)
     )
-    return Layout(tuple(views), newlines)
+    return Layout(tuple(views), ends if newlines else ())
 
 
 def _bands(first: int, extent: int, size: int, side: int, crops: int) -> list[tuple[int, int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,7 +73,7 @@ def find_items(kind: str, here: Tensor, layouts: Sequence[Layout], centre_crop: 
     if rest or len(counts) % max(beams, 1):
         raise InputError(
             f"the prompt has {sum(counts)} {kind} tokens in this call, the vision side encoded {sum(lengths)}; "
-            "chunked prefill and features that were encoded before attaching cannot be pruned"
+            "chunked prefill, prompts that were cut short and features that were encoded before attaching cannot be pruned"
         )
     places = here.nonzero()[:, 1].split(counts)
     items, first = [], 0
@@ -145,6 +146,15 @@ class Prompt:
         """What the decoder's layers work on now."""
         span = self.decoder.frame.span
         return Present(span.mask.to(device), span.past, span.index.to(device), span.alive.shape[1])
+
+    def rotary(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of these."""
+        return self.decoder.rotary(hidden)
+
+    @property
+    def cache(self) -> Any:
+        """The running call's KV cache, None without one or where it is new."""
+        return self.decoder.cache
 
     def timed(self, name: str, device: torch.device) -> contextlib.AbstractContextManager[None]:
         """Count the body's time in the trace, if there is one."""

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from foveate.adapters.attachment import Attachment, attached_to
-from foveate.adapters.base import Adapter, Modality, adapter_for, bind
-from foveate.adapters.decoder import Call, Choice, Decoder, Span
+from foveate.adapters.base import Adapter, Brought, adapter_for
+from foveate.adapters.decoder import Call, Choice, Span
 from foveate.adapters.encoder import EncoderWatch
 from foveate.adapters.prompt import Item, Pool, Prompt, Result, by_item, find_items, pools_of
 from foveate.adapters.sequence import SequenceWriter
@@ -100,8 +100,7 @@ class Session(Attachment):
         one_of("positions", positions, ("auto", "keep", "compact"))
         one_of("separators", separators, ("auto", "keep", "drop"))
         self._adapter: Adapter = adapter_for(model)
-        inner = self._adapter.inner
-        super().__init__(model, pruner, inner)
+        super().__init__(model, pruner, self._adapter.inner)
         self.positions, self.separators = positions, separators
         self.trace: Trace | None = None
         self.sample_ids: Sequence[int] | None = None
@@ -114,13 +113,11 @@ class Session(Attachment):
         self.neuron_layers = frozenset(stage.layer for stage in self._stages if stage.hook is Hook.LLM_MLP)
         self._pauses = 0
         self._seen = 0
-        self._input_ids: Tensor | None = None
-        self._brought: list[Modality] = []
-        self._again = False  # generate() without a cache brings the same features with every token
+        self._again = False  # the encoded pictures are needed once more
         self._scored: dict[int, Sequence[float]] = {}  # frame scores of the encoded videos
         self._prompt: Prompt | None = None
         self._writer = SequenceWriter(self._adapter, positions, separators, pruner.adaptive)
-        self._install(inner)
+        self._install()
         self._claim()
 
     # ------------------------------------------------------------------------------------------------- user's verbs
@@ -129,7 +126,7 @@ class Session(Attachment):
         self._encoder.remove()
         self._decoder_tap.remove()
         self._decoder.remove()
-        self._handle.remove()
+        self._prompt_watch.remove()
         self._release()
         self.forget()
 
@@ -179,45 +176,26 @@ class Session(Attachment):
             raise ParameterError(f"{pruner.name} has two stages at one hook point: {places}")
         return stages
 
-    def _install(self, inner: nn.Module) -> None:
+    def _install(self) -> None:
         inside = block_stages(self._stages)
         signals = {signal for stage in self._stages if stage not in inside for signal in stage.signals.values()}
         inner_signals = [signal for signal in signals if isinstance(signal, DECODER)]
         self._decoder_tap = DecoderTap(self._adapter.text_model.layers, inner_signals, lambda: self._prompt)
-        self._handle = inner.register_forward_pre_hook(self._note_ids, with_kwargs=True)
-        self._decoder = Decoder(self._adapter.text_model, self, mrope=self._adapter.info.mrope)
+        self._prompt_watch = self._adapter.watch_prompt()
+        self._decoder = self._adapter.decoder(self)
         self._encoder = EncoderWatch(self._adapter, self.pruner, self._stages, signals.difference(inner_signals))
-
-    def _note_ids(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self._pauses:
-            return
-        call = bind(module.forward, args, kwargs) if args else kwargs
-        encoded = call.get("mm_encoder_outputs") or {}
-        self._again = bool(encoded) and not call.get("use_cache", True)
-        # placeholder tokens that come without features (a model may generate one) are ordinary text
-        self._brought = [
-            modality
-            for modality in self._adapter.modalities
-            if call.get(modality.pixels) is not None or encoded.get(modality.kind) is not None
-        ]
-        ids = call.get("input_ids")
-        if ids is None and call.get("inputs_embeds") is not None:
-            embed, embeds = module.get_input_embeddings(), call["inputs_embeds"]
-            ids = torch.full(embeds.shape[:2], -1, device=embeds.device)
-            for modality in self._brought:
-                placeholder = embed(torch.tensor(modality.token_id, device=embeds.device))
-                ids = ids.masked_fill((embeds == placeholder).all(-1), modality.token_id)
-        self._input_ids = ids
 
     # ----------------------------------------------------------------------------------- answers to the decoder hooks
 
     def begin(self, embeds: Tensor, mask: Tensor | None, past: int) -> Call:
         """Find the visual tokens of a call, and whether it is to be read."""
         if self._pauses:
+            self._prompt_watch.forget()
             return Call.CONTINUATION
         self._decoder_tap.close()
-        ids, self._input_ids = self._input_ids, None
-        if self._bring(ids, embeds, mask, past):
+        brought = self._prompt_watch.take(embeds)
+        self._again = brought.again
+        if self._bring(brought, embeds, mask, past):
             self._decoder_tap.open = True
             return Call.PROMPT
         if not any(
@@ -230,14 +208,15 @@ class Session(Attachment):
         self._decoder_tap.open = True
         return Call.TEXT_PROMPT
 
-    def _bring(self, ids: Tensor | None, embeds: Tensor, mask: Tensor | None, past: int) -> bool:
+    def _bring(self, brought: Brought, embeds: Tensor, mask: Tensor | None, past: int) -> bool:
         """Does the call bring visual tokens? They become the running call's items."""
-        if ids is None or not self._brought or ids.shape != embeds.shape[:2]:
+        ids = brought.ids
+        if ids is None or not brought.modalities or ids.shape != embeds.shape[:2]:
             self._encoder.forget()
             return False
         visual = torch.zeros_like(ids, dtype=torch.bool)
         items: list[Item] = []
-        for modality in self._brought:
+        for modality in brought.modalities:
             here = ids == modality.token_id
             if bool(here.any()):
                 encoded = self._encoder.encoded.get(modality.kind)
@@ -246,7 +225,7 @@ class Session(Attachment):
                 visual |= here
         if not items:
             return False
-        if len(self._brought) > 1:  # pictures and videos may take turns
+        if len(brought.modalities) > 1:  # pictures and videos may take turns
             items.sort(key=lambda item: (item.sample, int(item.places[0])))
         self._number(items)
         attended = (

@@ -6,6 +6,7 @@ done, so nothing of size N x N, and no query or key, outlives the block.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import sys
 from collections.abc import Callable, Iterable
@@ -246,8 +247,14 @@ class Places(Protocol):
     def text(self, system_tokens: int | None) -> Tensor:
         """Text without a system prompt of so many tokens (None: behind the first picture)."""
 
+    cache: Any
+    """The running call's KV cache, None without one or where it is new."""
+
     def present(self, device: torch.device) -> Present:
         """What the layers work on now."""
+
+    def rotary(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines ``(B, K, d)`` of what the layers work on now, for states like ``hidden``."""
 
     def timed(self, name: str, device: torch.device) -> AbstractContextManager[None]:
         """Count the body's time under ``name``."""
@@ -292,10 +299,10 @@ class DecoderTap(Tap):
         @torch.no_grad()  # nothing is saved for backward here, where a checkpointed layer would miss it when run again
         def reduce(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             q, k = (_heads(seen.pop(name), module).transpose(1, 2) for name in ("q", "k"))
-            q, k = rotate(q, k, *kwargs["position_embeddings"])
-            k = _with_past(k, kwargs.get("past_key_values"), module.layer_idx, stored=True)
+            q, k = rotate(q, k, *self.asked().rotary(k))
+            k = _with_past(k, self.asked().cache, module.layer_idx, stored=True)
             for signal in signals:
-                self.values[signal] = self._statistic(signal, q, k, module.scaling)
+                self.values[signal] = self._statistic(signal, q, k, _scale(module))
 
         # Qwen3 normalises queries and keys behind the projection
         _remember(self, getattr(attention, "q_norm", attention.q_proj), seen, "q")
@@ -394,9 +401,8 @@ class DecoderTap(Tap):
         here = (x.gather(-2, rows[..., None].expand(*x.shape[:-2], -1, x.shape[-1])) for x in rotary)
         q = rotate(q, q[:, :1], *here)[0]  # models rotate both at once; of the other one head will do
         k = rotate(k[:, :1], k, *rotary)[1]
-        return self._ahead(
-            q, _with_past(k, cache, signal.layer, stored=False), rows, counted, present, attention.scaling
-        )
+        k = _with_past(k, cache, signal.layer, stored=False)
+        return self._ahead(q, k, rows, counted, present, _scale(attention))
 
     @_exact
     def _ahead(self, q: Tensor, k: Tensor, rows: Tensor, counted: Tensor, present: Present, scale: float) -> Tensor:
@@ -482,11 +488,24 @@ def _rotation(attention: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
     """``rotate(q, k, cos, sin)`` as the attention module itself does it."""
     home = sys.modules[type(attention).__module__]
     if hasattr(home, "apply_rotary_pos_emb"):
-        return home.apply_rotary_pos_emb
+        rotate = home.apply_rotary_pos_emb
+        place = inspect.signature(rotate).parameters.get("position_ids")
+        by_table = place is not None and place.default is place.empty
+        return partial(_rotated_by_table, rotate) if by_table else rotate
     # Qwen2-VL and Qwen2.5-VL before transformers 5.20
     return partial(
         home.apply_multimodal_rotary_pos_emb, mrope_section=attention.config.rope_parameters["mrope_section"]
     )
+
+
+def _rotated_by_table(rotate: Callable[..., Any], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
+    """``rotate`` of transformers 4.37, which looks cosines and sines up in a table of positions."""
+    places = torch.arange(cos.shape[:2].numel(), device=cos.device).view(cos.shape[:2])
+    return rotate(q, k, cos.flatten(0, 1), sin.flatten(0, 1), places)
+
+
+def _scale(attention: nn.Module) -> float:
+    return getattr(attention, "scaling", attention.head_dim**-0.5)  # transformers 4.37 has no name for it
 
 
 def _rows(q: Tensor, k: Tensor, rows: Tensor, counted: Tensor | None, mask: Tensor, past: int, scale: float) -> Tensor:

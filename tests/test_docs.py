@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from foveate.adapters import FAMILIES
 from foveate.pruners import PRUNERS
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md")))
-DOWNLOADS = re.compile(r"llava-hf/|Qwen/|street\.jpg")  # such a block needs weights or a picture of the reader's own
+DOWNLOADS = re.compile(
+    r"llava-hf/|liuhaotian/|Qwen/|street\.jpg"
+)  # such a block needs weights or a picture of the reader's own
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -22,10 +25,11 @@ def blocks(page: Path) -> list[str]:
 @pytest.fixture
 def registry():
     """What a page registers is forgotten afterwards."""
-    before = dict(PRUNERS)
+    methods, families = dict(PRUNERS), list(FAMILIES)
     yield
     PRUNERS.clear()
-    PRUNERS.update(before)
+    PRUNERS.update(methods)
+    FAMILIES[:] = families
 
 
 @pytest.mark.usefixtures("registry")
