@@ -28,10 +28,10 @@ test: .venv/dev.stamp
 test-lmms: .venv-lmms/stamp
 	OMP_NUM_THREADS=1 .venv-lmms/bin/python -m pytest tests/lmms $(ARGS)
 
-# vLLM pins another torch and another transformers than the rest is developed with, so it has an environment of its own.
-vllm-env: .venv-vllm/vllm.stamp
+# The plug-in for vLLM, in an environment of its own (.venv-vllm, 4 GB): vLLM pins another torch and another transformers.
+vllm-env: .venv-vllm/stamp
 
-test-vllm: .venv-vllm/vllm.stamp
+test-vllm: .venv-vllm/stamp
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/vllm $(ARGS)
 
 # Models of the original LLaVA package under the transformers it was written for, in .venv-llava (1.5 GB).
@@ -78,8 +78,9 @@ clean:
 	torchvision accelerate datasets pytest pytest-timeout
 	@touch $@
 
-.venv-vllm/vllm.stamp: setup.cfg pyproject.toml tests/vllm/requirements.txt tests/vllm/prepare_env.py
-	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+.venv-vllm/stamp: setup.cfg pyproject.toml tests/vllm/requirements.txt tests/vllm/prepare_env.py
+	$(PYTHON) -m venv --clear .venv-vllm || { $(PYTHON) -m venv --clear --without-pip .venv-vllm && \
+	$(PYTHON) -m pip --python .venv-vllm/bin/python install pip; }
 	.venv-vllm/bin/python -m pip install --requirement tests/vllm/requirements.txt
 	.venv-vllm/bin/python -m pip install --no-deps --editable .
 	.venv-vllm/bin/python tests/vllm/prepare_env.py

@@ -194,6 +194,7 @@ def served(family: str, into: pathlib.Path, entry: Any = ARMED, **options: Any) 
 
     home = folder(family, into)
     model = transformers.AutoModelForImageTextToText.from_pretrained(home, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None  # answers go on, as with vLLM's ignore_eos
     processor = transformers.AutoProcessor.from_pretrained(home)
     llm = start(home, entry, **options)
     try:
