@@ -75,6 +75,16 @@ class TowerTap(Tap):
         return patches.float().unflatten(0, (-1, self.unit)).mean(dim=1)
 
 
+class _Watched:
+    """A block whose ``forward`` has been replaced."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block = block
+
+    def remove(self) -> None:
+        del self.block.forward
+
+
 def attention_of(block: nn.Module) -> nn.Module:
     """The module of a tower's block that is called with queries and keys."""
     from vllm.model_executor.layers.attention.mm_encoder_attention import MMEncoderAttention
