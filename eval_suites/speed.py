@@ -11,7 +11,6 @@ import json
 import math
 import re
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -25,6 +24,7 @@ from foveate.adapters import attach
 from foveate.adapters.trace import Trace
 from foveate.errors import ParameterError
 from foveate.eval_suites import speed_serving, speed_vit
+from foveate.eval_suites.clock import now
 from foveate.eval_suites.environment import environment
 from foveate.pruners.base import Hook, ModelInfo, Pruner, Selection, Stage, Tokens, keep_all, seeded
 from foveate.pruners.corematching import CoreMatching
@@ -292,23 +292,14 @@ def _run(model: nn.Module, prompt: dict[str, Tensor], new: int, pruner: Pruner |
 
 
 class _Clock:
-    """Seconds, with the device's work done: of one CPU thread its own, so that others do not count, else those on the wall."""
+    """Seconds since it was made."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.began = self._now()
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.process_time() if _own_time(self.device) else time.perf_counter()
+        self.began = now(device)
 
     def lap(self) -> float:
-        return self._now() - self.began
-
-
-def _own_time(device: torch.device) -> bool:
-    return device.type == "cpu" and torch.get_num_threads() == 1
+        return now(self.device) - self.began
 
 
 def _measure_mlps(model: nn.Module, prompt: dict[str, Tensor], new: int, timing: Timing) -> None:

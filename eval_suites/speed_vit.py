@@ -2,15 +2,14 @@
 
 The *ceiling* of a method is the same model with the same number of rows in every block, where choosing and merging costs
 nothing: rows are cut off instead. All variants run in one process, round-robin with a rotating start, so that whatever else
-the machine does hits all alike; factors are medians over rounds of ratios within a round. On a CPU the clock counts the
-process's own time. Weights are random: nothing here depends on them.
+the machine does hits all alike; factors are medians over rounds of ratios within a round. One CPU thread
+is timed by its own clock, several by the one on the wall. Weights are random: nothing here depends on them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from foveate.adapters import attach
 from foveate.adapters.vit import Tower, tower_for
 from foveate.errors import FoveateError, ParameterError
+from foveate.eval_suites.clock import now
 from foveate.eval_suites.environment import machine
 from foveate.pruners import create
 from foveate.pruners.merging import Merger
@@ -109,20 +109,12 @@ def _round_robin(
             start = turn % len(names)
             for name in names[start:] + names[:start]:
                 with variants[name]():
-                    began = clock(x.device)
+                    began = now(x.device)
                     model(x)
-                    elapsed = clock(x.device) - began
+                    elapsed = now(x.device) - began
                 if turn:
                     seconds[name].append(elapsed)
     return seconds
-
-
-def clock(device: torch.device) -> float:
-    """Seconds: the process's own on a CPU, wall time behind everything queued on a GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        return time.perf_counter()
-    return time.process_time()
 
 
 @contextmanager

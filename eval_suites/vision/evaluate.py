@@ -20,7 +20,7 @@ from torch import Tensor
 from foveate.adapters import attach
 from foveate.adapters.vit import tower_for
 from foveate.errors import BudgetError, UnsupportedModelError
-from foveate.eval_suites.speed_vit import clock
+from foveate.eval_suites.clock import now
 from foveate.eval_suites.vision.pictures import Pictures
 from foveate.eval_suites.vision.subjects import Subject
 from foveate.pruners.base import Keep, ModelInfo, Pruner, budget
@@ -123,9 +123,9 @@ def _look(subject: Subject, pruner: Pruner | None, pixels: Tensor, seen: _Seen, 
     handle = subject.rows.register_forward_hook(lambda module, args, output: heard.append(output))
     try:
         with nullcontext() if pruner is None else attach(subject.model, pruner) as session:
-            began = clock(pixels.device)
+            began = now(pixels.device)
             seen.final.append(subject.final(pixels).float())
-            seen.seconds.append(clock(pixels.device) - began)
+            seen.seconds.append(now(pixels.device) - began)
             rows = heard[0] if session is None else session.unmerge(heard[0])
             seen.rows = [heard[0].shape[1]] if session is None else session.trace.counts
     finally:

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
+import torch
 
 from foveate.cli import main
+from foveate.eval_suites.clock import now
 from foveate.eval_suites.speed_vit import Line, table
+
+
+@pytest.mark.parametrize(("threads", "its"), [(1, "process_time"), (2, "perf_counter")])
+def test_only_one_thread_is_timed_by_its_own_clock(threads, its, monkeypatch):
+    """Statement: the process's time, a sum over threads, is read with one thread only; several are timed on the wall."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(time, "process_time", lambda: "process_time")
+    monkeypatch.setattr(time, "perf_counter", lambda: "perf_counter")
+    assert now(torch.device("cpu")) == its
 
 
 def test_measurements_gather_in_one_file(tmp_path, capsys):
