@@ -32,12 +32,18 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, gelu, normalize, scaled_dot_product_attention, silu
 
 from foveate import cuda
+from foveate.cuda.launch import launched
 
 HEADS, HEAD_DIM, WIDTH, NEURONS = 16, 64, 1024, 11008
 SIZES = {"cuda": tuple((b, n) for n in (576, 2880, 16384) for b in (1, 8, 32)), "cpu": ((1, 576),)}
 KEEP = 0.1  # share of tokens that greedy selection picks
 MARGIN = 0.5
 ROWS = 32  # instruction tokens that look at the image
+MEASURED = {  # by: did kernels run in all rows, in any?
+    (True, True): "CuPy kernels",
+    (False, True): "CuPy kernels where the table says so, torch references elsewhere",
+    (False, False): "torch references; no kernel ran, nothing here holds for a GPU's kernels",
+}
 
 
 @dataclass(frozen=True)
@@ -296,18 +302,23 @@ def selection_shares(clock: Clock, dtype: torch.dtype, geometry: Geometry) -> di
     return {"prefill_ms": prefill, **{name: clock(call) / prefill for name, call in calls.items()}}
 
 
-def start_seconds() -> dict[str, float]:
-    """How long `foveate.cuda.warmup` takes in a process with an empty cache of kernels on disk, and in one with a full."""
+def start_seconds() -> dict[str, float | str]:
+    """What loading all kernels takes in a process with an empty cache on disk, and in one with a full: CuPy's import, then
+    `foveate.cuda.warmup`. ``error`` if they do not load.
+    """
     program = (
-        "import time, torch; from foveate import cuda; torch.zeros(1, device='cuda'); import cupy; start = time.perf_counter();"
-        "cuda.warmup(); torch.cuda.synchronize(); print(time.perf_counter() - start)"
+        "import time, torch; from foveate import cuda; torch.zeros(1, device='cuda'); start = time.perf_counter(); import cupy;"
+        "middle = time.perf_counter(); cuda.warmup(); torch.cuda.synchronize(); print(middle - start, time.perf_counter() - middle)"
     )
+    found: dict[str, float | str] = {}
     with tempfile.TemporaryDirectory() as cache:
-        times = [
-            float(subprocess.check_output([sys.executable, "-c", program], env={**os.environ, "CUPY_CACHE_DIR": cache}))
-            for _ in range(2)
-        ]
-    return {"compiled_s": times[0], "cached_s": times[1]}
+        for when in ("compiled", "cached"):
+            environment = {**os.environ, "CUPY_CACHE_DIR": cache, "FOVEATE_KERNELS": "cupy"}
+            done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+            if done.returncode:
+                return found | {"error": done.stderr.strip().splitlines()[-1]}
+            found["import_s"], found[f"{when}_s"] = map(float, done.stdout.split())
+    return found
 
 
 class Clock:
@@ -370,7 +381,9 @@ def measure(
     work = case.work(b, n, dtype.itemsize)
     needs = asdict(work)
     row: dict[str, Any] = {"operation": case.name, "B": b, "N": n, "dtype": str(dtype).removeprefix("torch.")}
+    launched.clear()
     row["ours_ms"] = clock(lambda: case.ours(*args))
+    row["body"] = "kernel" if launched else "torch"
     row["floor_ms"] = 1e3 * max(needs[kind] / rate[kind] for kind in needs)
     row["floor_by"] = max(needs, key=lambda kind: needs[kind] / rate[kind])
     row["floor_share"] = row["floor_ms"] / row["ours_ms"]
@@ -428,9 +441,6 @@ def environment(device: str) -> dict[str, Any]:
             continue
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
-        "measured": "CuPy kernels"
-        if device == "cuda"
-        else "torch references; no kernel ran, nothing here holds for a GPU",
         "kernels": os.environ.get("FOVEATE_KERNELS", "auto"),
         "versions": installed,
         "cuda": torch.version.cuda,
@@ -448,6 +458,7 @@ def show(title: str, rows: Iterable[dict[str, Any]]) -> None:
         "operation": "operation",
         "B": "B",
         "N": "N",
+        "body": "ran",
         "ours_ms": "ours, ms",
         "eager_ms": "eager, ms",
         "compile_ms": "compile, ms",
@@ -500,8 +511,10 @@ def main(argv: list[str] | None = None) -> None:
             for b, n in chosen.sizes or SIZES[device]
         ]
         shares = selection_shares(clock, dtype, Geometry()) if chosen.prefill or device == "cuda" else {}
-    starts = start_seconds() if device == "cuda" else {}
     facts = environment(device)
+    facts["measured"] = MEASURED[
+        {row["body"] for row in rows} == {"kernel"}, any(row["body"] == "kernel" for row in rows)
+    ]
     show(f"{facts['device']}: {facts['measured']}", rows)
     print(
         "; ".join(f"{1e-12 * value:.3g} T{kind}/s" for kind, value in rate.items() if math.isfinite(value)),
@@ -509,17 +522,18 @@ def main(argv: list[str] | None = None) -> None:
     )
     for name, share in shares.items():
         print(f"prefill: {share:.4g} ms" if name == "prefill_ms" else f"{name}: {share:.2%} of it")
-    for name, seconds in starts.items():
-        print(f"all kernels {name.removesuffix('_s')}: {seconds:.3g} s")
+    result = {"environment": facts, "rates_per_second": rate, "results": rows, "prefill_shares": shares}
+    if device == "cuda":
+        if chosen.output:  # what was measured so far is safe whatever comes
+            _write(chosen.output, result)
+        result["start_seconds"] = start_seconds()
+        print("; ".join(f"{name}: {value}" for name, value in result["start_seconds"].items()))
     if chosen.output:
-        result = {
-            "environment": facts,
-            "rates_per_second": rate,
-            "results": rows,
-            "prefill_shares": shares,
-            "start_seconds": starts,
-        }
-        chosen.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        _write(chosen.output, result)
+
+
+def _write(path: pathlib.Path, result: dict[str, Any]) -> None:
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ in a CUDA graph once its kernel is loaded (:func:`foveate.cuda.warmup` loads the
 
 from __future__ import annotations
 
+import collections
 import functools
 import pathlib
 import re
@@ -25,6 +26,9 @@ FOLDER = pathlib.Path(__file__).parent
 TYPES = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
 MOST_SHARED = 96 << 10  # bytes of shared memory that a block may ask for on every supported architecture, some to spare
 _ALIGNMENT = 16  # bytes that kernels move at a time
+
+launched: collections.deque[str] = collections.deque(maxlen=64)
+"""The kernels launched last, for who wants to know what really ran."""
 
 
 def launch(
@@ -103,6 +107,7 @@ def _execute(
             raise NoKernels(function)  # a new one each time: one that is kept would keep every caller's tensors
         stream = _Stream(torch.cuda.current_stream(device).cuda_stream)
         function(grid, (threads, 1, 1), values, shared, stream)
+        launched.append(kernel)
 
 
 @functools.cache

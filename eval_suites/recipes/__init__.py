@@ -213,6 +213,8 @@ def _run(recipe: Recipe, model: str, chosen: list[str], args: argparse.Namespace
         quoted=quoted,
     )  # fmt: skip
     _compare(recipe, quoted)
+    if args.limit:
+        print(f"only the first {args.limit} documents of each benchmark: these scores do not compare with the paper's")
     return int(any(board.failures for board in boards))
 
 
