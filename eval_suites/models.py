@@ -53,7 +53,7 @@ def load(name: str | os.PathLike[str], device: str | None = None, dtype: str | N
         ParameterError: unusable ``device`` or ``dtype``.
         FoveateError: no such model, or a folder that is incomplete or damaged; the message says what is missing.
     """
-    where, number_type = _device(device), _dtype(dtype)
+    where, number_type = find_device(device), _dtype(dtype)
     if number_type is None:
         number_type = torch.float32 if where.type == "cpu" else "auto"
     name = os.fspath(name)
@@ -197,7 +197,12 @@ def _sha256(files: Iterable[Path]) -> str | None:
 # -------------------------------------------------------------------------------------------------------- parameters
 
 
-def _device(device: str | None) -> torch.device:
+def find_device(device: str | None) -> torch.device:
+    """The device called so; None: CUDA where there is one.
+
+    Raises:
+        ParameterError: it cannot be used here.
+    """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

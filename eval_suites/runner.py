@@ -49,6 +49,7 @@ __all__ = ["BASELINES", "add_arguments", "bench", "main"]
 BASELINES = ("random", "grid", "avgpool", "downsample")
 """Methods that every bench runs at every budget."""
 
+_SUITE = "shapes"
 _POSITIONS = ("auto", "keep", "compact")
 
 
@@ -67,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--images", metavar="FOLDER", help="pictures for a vision model; sub-folders are classes")
     public = "or public benchmarks through lmms-eval, like lmms:pope,gqa (see `foveate suites list`)"
-    add("--suite", metavar="NAME", default="shapes", help=f"one of: {', '.join(suites.SUITES)}; {public}")
+    add("--suite", metavar="NAME", default=_SUITE, help=f"one of: {', '.join(suites.SUITES)}; {public}")
     methods = (
         'all, or methods like "fastv,todre(stage2=False)"; random@METHOD keeps as many tokens as METHOD in every layer; '
         "the baselines always run"
@@ -124,6 +125,10 @@ def main(args: argparse.Namespace) -> int:
     if is_vision_model(args.model):
         from foveate.eval_suites.vision import bench as vision_bench
 
+        if args.suite != _SUITE:
+            raise ParameterError(
+                f"--suite {args.suite} asks questions of vision-language models; {args.model} looks at pictures (see --images)"
+            )
         return vision_bench.main(args)
     if args.images:
         raise ParameterError(f"--images is for vision models; {args.model} is asked the questions of --suite")
@@ -225,6 +230,15 @@ def _check_writable(option: str, path: str) -> None:
         os.unlink(path)
 
 
+def check_numbers(limit: int, seed: int | None, seeds: int, batch_size: int) -> None:
+    """Raise :class:`ParameterError` unless there is something to measure, and a seed to draw it by."""
+    for name, value in (("limit", limit), ("seeds", seeds), ("batch_size", batch_size)):
+        if value < 1:
+            raise ParameterError(f"{name}={value}: give at least 1")
+    if seed is not None and seed < 0:
+        raise ParameterError(f"seed={seed}: give a number >= 0")
+
+
 def parse_methods(text: str) -> list[str | tuple[str, dict[str, Any]]]:
     """``"fastv(k=3),divprune"`` -> ``[("fastv", {"k": 3}), ("divprune", {})]``.
 
@@ -302,11 +316,7 @@ def bench(
     budgets = _distinct([check_keep(k) for k in (keep if isinstance(keep, Sequence) else [keep])])
     if not budgets:
         raise ParameterError("keep is empty; give at least one budget, for example 0.25")
-    for name, value in (("limit", limit), ("seeds", seeds), ("batch_size", batch_size)):
-        if value < 1:
-            raise ParameterError(f"{name}={value}: give at least 1")
-    if seed is not None and seed < 0:
-        raise ParameterError(f"seed={seed}: give a number >= 0")
+    check_numbers(limit, seed, seeds, batch_size)
     one_of("positions", positions, _POSITIONS)
     suite = suites.find(suite) if isinstance(suite, str) else suite
     runs = plan(pruners, budgets, seeds)

@@ -218,6 +218,13 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "bench of no sample": (["bench", "--limit", "0"], "limit"),
     "bench on no such device": (["bench", "--device", "abacus"], "abacus"),
     "bench in no such dtype": (["bench", "--dtype", "float12"], "float12"),
+    "vision bench of no picture": (["bench", "--model", "shapes-clip", "--limit", "0"], "limit=0"),
+    "vision bench of less than none": (["bench", "--model", "shapes-clip", "--limit", "-1"], "limit=-1"),
+    "vision bench without draws": (["bench", "--model", "shapes-clip", "--seeds", "0"], "seeds=0"),
+    "vision bench by no seed": (["bench", "--model", "shapes-clip", "--seed", "-1"], "seed=-1"),
+    "vision bench in batches of none": (["bench", "--model", "shapes-clip", "--batch-size", "0"], "batch_size=0"),
+    "vision bench on no such device": (["bench", "--model", "shapes-clip", "--device", "abacus"], "abacus"),
+    "vision bench on a suite": (["bench", "--model", "shapes-clip", "--suite", "nosuchsuite"], "--suite nosuchsuite"),
     "leaderboard of nothing": (["leaderboard", "no-such.db"], "no-such.db"),
     "export of nothing": (["results", "export", "no-such.db", "--csv", "out.csv"], "no-such.db"),
     "demo on an impossible port": (["demo", "--port", "99999"], "99999"),
@@ -235,9 +242,18 @@ def test_the_command_line_refuses(row, tmp_path, monkeypatch, capsys):
     output = capsys.readouterr()
     lines = [line for line in output.err.splitlines() if not line.startswith("usage:")]
     assert code == 2
-    assert holds in lines[-1], output.err
+    assert len(lines) == 1, output.err
+    assert holds in lines[0], output.err
     assert "Traceback" not in output.err
     assert list(tmp_path.iterdir()) == [], "a refused command leaves nothing behind"
+
+
+def test_a_vision_bench_by_several_processes_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["bench", "--model", "shapes-clip"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "2 processes would all do the same" in line
 
 
 # ---------------------------------------------------------------------------------------------------- files of all sorts

@@ -15,9 +15,10 @@ from foveate.adapters.vit import tower_for
 from foveate.errors import ParameterError, UnsupportedModelError
 from foveate.eval_suites import models
 from foveate.eval_suites.budgets import parse_keep
+from foveate.eval_suites.distributed import world
 from foveate.eval_suites.environment import machine
 from foveate.eval_suites.vision import EMBEDDED
-from foveate.eval_suites.vision.evaluate import Line, Run, at, evaluate
+from foveate.eval_suites.vision.evaluate import Line, Run, at, class_places, evaluate
 from foveate.eval_suites.vision.pictures import Pictures, folder, held_out_scenes
 from foveate.eval_suites.vision.subjects import Subject, load
 from foveate.pruners import ToMe, create
@@ -30,6 +31,7 @@ __all__ = ["main", "table"]
 _ALL = "tome,pitome"
 _RANDOM = "random"
 """Random pairs in every block, as many as ToMe's."""
+_MANY = 100
 
 
 def main(args: argparse.Namespace) -> int:
@@ -38,6 +40,14 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         FoveateError: unusable options, model or pictures.
     """
+    from foveate.eval_suites.runner import check_numbers
+
+    check_numbers(args.limit, args.seed, args.seeds, args.batch_size)
+    budgets, device = parse_keep(args.keep), models.find_device(args.device)
+    if world().size > 1:
+        raise ParameterError(
+            f"{world().size} processes would all do the same: vision models are measured by one; start it without torchrun"
+        )
     unused = {"--out": args.out, "--html": args.html, "--fresh": args.fresh, "--retry": args.retry}
     for option, value in {**unused, "--positions": args.positions}.items():
         if value:
@@ -47,9 +57,8 @@ def main(args: argparse.Namespace) -> int:
     if args.images is None and args.model not in EMBEDDED:
         raise ParameterError(f"{args.model} looks at pictures of yours: give --images FOLDER")
     pictures = held_out_scenes(args.limit, args.seed) if args.images is None else folder(Path(args.images), args.limit)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     subject = load(args.model, device, getattr(torch, args.dtype or models.DTYPES[0]))
-    runs = plan(subject, pictures, args.pruners, parse_keep(args.keep), args.seeds)
+    runs = plan(subject, pictures, args.pruners, budgets, args.seeds)
     lines = evaluate(subject, pictures, runs, args.batch_size)
     facts = machine(device) | {
         "model": args.model,
@@ -58,6 +67,7 @@ def main(args: argparse.Namespace) -> int:
         "pictures": len(pictures),
         "source": pictures.source,
         "classes": len(pictures.classes),
+        "no_accuracy": class_places(subject, pictures)[1] or None,
         "captions": pictures.captions is not None,
         "batch_size": args.batch_size,
         "timm": _version("timm"),
@@ -142,7 +152,7 @@ def table(lines: Sequence[Line], facts: dict[str, Any], timed: bool = True) -> s
         keep = "" if line.keep is None else f"{line.keep:.4g}"
         draws = f" ({line.draws} draws)" if line.draws > 1 else ""
         cosines = [
-            f"{value:.4f}" if "cosine" in name else f"{100 * value:.1f}"
+            f"{value:.4f}" if "cosine" in name else _share(value, facts["pictures"] * line.draws)
             for name, value in ((name, line.__dict__[name]) for name in shown)
         ]
         rows.append([line.method + draws, keep, str(line.rows[-1]), *[f"{line.factor:.2f}x"] * timed, *cosines])
@@ -150,9 +160,16 @@ def table(lines: Sequence[Line], facts: dict[str, Any], timed: bool = True) -> s
     schedules = {tuple(line.rows): (line.method, line.keep) for line in reversed(lines) if len(line.rows) > 1}
     for rows_, (method, keep) in reversed(schedules.items()):
         text += f"\n\nRows per block, {method}{'' if keep is None else f' at keep {keep:.4g}'}: {', '.join(map(str, rows_))}."
+    if facts["classes"] and facts["no_accuracy"]:
+        text += f"\n\nNo accuracy: {facts['no_accuracy']}."
     versions = ", ".join(f"{name} {facts[name]}" for name in ("foveate", "torch", "timm", "open_clip") if facts[name])
     about = f"{facts['model']}, {facts['pictures']} pictures ({facts['source']}); {facts['hardware']}, {versions}"
     return f"{text}\n\n{about}, {facts['dtype']}, {facts['date'][:10]}.\n"
+
+
+def _share(value: float, of: int) -> str:
+    """In per cent, which of few would feign precision."""
+    return f"{100 * value:.1f}" if of >= _MANY else f"{round(value * of)}/{of}"
 
 
 def _version(module: str) -> str | None:

@@ -91,6 +91,37 @@ def at(method: Pruner, keep: Keep, patches: int, model: ModelInfo) -> Pruner:
     return method.removing(tuple(a - b for a, b in zip(before, after)), patches, model)
 
 
+def class_places(subject: Subject, pictures: Pictures) -> tuple[list[int], str]:
+    """Where in the model's choice each class of the pictures stands; or nothing, and why there is no accuracy.
+
+    A text encoder chooses among the pictures' own classes. Logits are found by the model's names for them, whatever the
+    order: a class is one of these names, or one of several separated by commas, in any case, ``_`` being a space.
+    """
+    names = pictures.classes
+    if not pictures.labels:
+        return [], "the pictures have no classes"
+    if subject.encode is not None:
+        return (list(range(len(names))), "") if len(names) > 1 else ([], "there is only one class to choose")
+    if not subject.classifies:
+        return [], "the model has neither logits nor a text encoder"
+    whole: dict[str, set[int]] = {}
+    parts: dict[str, set[int]] = {}
+    for place, known in enumerate(subject.labels):
+        for label in known:
+            whole.setdefault(_plain(label), set()).add(place)
+            for part in label.split(","):
+                parts.setdefault(_plain(part), set()).add(place)
+    found = [whole.get(_plain(name)) or parts.get(_plain(name), set()) for name in names]
+    for name, places in zip(names, found):
+        if len(places) != 1:
+            what = "does not name its logits" if not subject.labels else "has no label" if not places else "has labels"
+            return (
+                [],
+                f"the model {what}{f' {name!r}' * bool(subject.labels)}{f' for logits {sorted(places)}' * bool(places)}",
+            )
+    return [place for places in found for place in places], ""
+
+
 @torch.inference_mode()
 def evaluate(subject: Subject, pictures: Pictures, runs: Sequence[Run], batch_size: int = 16) -> list[Line]:
     """Measure the runs beside the unmerged model, which comes first.
@@ -154,10 +185,11 @@ class _Reference:
             )
         elif subject.classifies:
             classes = torch.eye(final.shape[1], device=final.device)  # logits choose for themselves
-        if classes is not None and pictures.labels and len(classes) == len(names):
-            labels = torch.zeros(len(final), len(names), dtype=torch.bool, device=final.device)
+        places, _ = class_places(subject, pictures)
+        if places:
+            labels = torch.zeros(len(final), len(classes), dtype=torch.bool, device=final.device)
             for row, right in zip(labels, pictures.labels):
-                row[list(right)] = True
+                row[[places[i] for i in right]] = True
         captions, same = None, None
         if subject.encode is not None and pictures.captions is not None:
             texts = pictures.captions
@@ -205,3 +237,8 @@ class _Reference:
 
 def _spoken(name: str) -> str:
     return name.replace("_", " ")
+
+
+def _plain(name: str) -> str:
+    """A label as it compares with others."""
+    return " ".join(_spoken(name).split()).casefold()

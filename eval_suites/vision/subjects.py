@@ -25,6 +25,7 @@ class Subject:
         final: pixels to what a user reads of a picture, ``(B, C)``: features, or logits where ``classifies``.
         rows: the module whose output are the tower's last rows ``(B, N, C)``.
         encode: texts to features ``(M, C)`` that compare with ``final``'s by cosine; None without a text encoder.
+        labels: for every logit the names that its class goes by; empty if the model does not say.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Subject:
     rows: nn.Module
     encode: Callable[[Sequence[str]], Tensor] | None = None
     classifies: bool = False
+    labels: Sequence[Sequence[str]] = ()
 
 
 def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Subject:
@@ -101,7 +103,13 @@ def _timm(name: str, rest: str, device: torch.device, dtype: torch.dtype) -> Sub
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     prepare = _stacked(transform, device, dtype)
     rows = getattr(model, "norm", None)
-    return Subject(name, model, prepare, model, rows or model, classifies=bool(model.num_classes))
+    subset = None if file else timm.data.infer_imagenet_subset(model)  # a file's classes are anybody's
+    labels: list[tuple[str, str]] = []
+    if subset is not None:
+        info = timm.data.ImageNetInfo(subset)
+        labels = list(zip(info.label_names(), info.label_descriptions()))
+    classifies = bool(model.num_classes)
+    return Subject(name, model, prepare, model, rows or model, classifies=classifies, labels=labels)
 
 
 def _open_clip(name: str, rest: str, device: torch.device, dtype: torch.dtype) -> Subject:
@@ -161,4 +169,5 @@ def _transformers(name: str, source: str, device: torch.device, dtype: torch.dty
             found = model.get_text_features(**ids)
             return found if isinstance(found, Tensor) else found.pooler_output
 
-    return Subject(name, model, prepare, final, rows, encode, classifies)
+    named = model.config.id2label if classifies else {}
+    return Subject(name, model, prepare, final, rows, encode, classifies, [(named[i],) for i in range(len(named))])

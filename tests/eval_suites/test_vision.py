@@ -14,9 +14,9 @@ from foveate.cli import main
 from foveate.errors import BudgetError, FoveateError, ParameterError
 from foveate.eval_suites.vision import EMBEDDED, MODEL_PATH, is_vision_model
 from foveate.eval_suites.vision.bench import plan
-from foveate.eval_suites.vision.evaluate import Run, at, evaluate
+from foveate.eval_suites.vision.evaluate import _Reference, at, class_places, evaluate
 from foveate.eval_suites.vision.pictures import folder, held_out_scenes
-from foveate.eval_suites.vision.subjects import load
+from foveate.eval_suites.vision.subjects import Subject, load
 from foveate.pruners.base import ModelInfo
 from foveate.pruners.control import RandomLike
 
@@ -85,12 +85,49 @@ def test_methods_beat_random_merging_at_equal_counts(subject, pictures):
 
 
 def test_nothing_merged_is_nothing_changed(subject, pictures):
-    """Statement: keep=1 gives the unmerged model's features bit for bit."""
-    runs = [Run(name, [at(foveate.pruners.create(name), 1.0, 144, TOWER)]) for name in ("tome", "pitome")]
-    for line in evaluate(subject, pictures, runs)[1:]:
-        assert line.agreement == 1
-        assert line.patch_cosine == pytest.approx(1, abs=1e-6)
-        assert line.rows[-1] == 145
+    """Statement: keep=1 gives the unmerged model's features and rows bit for bit."""
+    pixels = subject.prepare([open_() for open_ in pictures.open[:4]])
+    seen: list[torch.Tensor] = []
+    handle = subject.rows.register_forward_hook(lambda module, args, output: seen.append(output))
+    plain = subject.final(pixels)
+    for name in ("tome", "pitome"):
+        with foveate.attach(subject.model, at(foveate.pruners.create(name), 1.0, 144, TOWER)) as session:
+            assert torch.equal(subject.final(pixels), plain)
+            assert torch.equal(session.unmerge(seen[-1]), seen[0])
+            assert session.trace.counts[-1] == 145
+    handle.remove()
+
+
+def test_logits_are_found_by_their_names_in_whatever_order(tmp_path):
+    """Statement: alphabetical folders meet logits in the model's order; without a full match there is no accuracy, and a reason."""
+
+    class Tower(torch.nn.Module):
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            return torch.stack([-pixels.mean(dim=(1, 2, 3)), pixels.mean(dim=(1, 2, 3))], dim=1)
+
+    for name, grey in (("ant", 250), ("zebra", 5)):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8), (grey,) * 3).save(tmp_path / name / "0.png")
+    pictures, model = folder(tmp_path), Tower()
+
+    def asked(*labels: tuple[str, ...]) -> Subject:
+        return Subject("t", model, lambda pictures: None, model, model, classifies=True, labels=labels)
+
+    logits = torch.tensor([[-1.0, 1.0], [1.0, -1.0]])  # of the ant, of the zebra
+    for labels in ([("zebra",), ("ant",)], [("n2", "Zebra, a striped horse"), ("n1", "ant, emmet")]):
+        assert class_places(asked(*labels), pictures) == ([1, 0], "")
+        reference = _Reference.of(asked(*labels), pictures, logits)
+        assert reference._figures(logits)["accuracy"] == 1.0
+        assert reference._figures(-logits)["accuracy"] == 0.0
+    for labels, why in (
+        ([], "does not name its logits"),
+        ([("zebra",), ("LABEL_1",)], "no label 'ant'"),
+        ([("zebra, ant",), ("ant, emmet",)], "'ant' for logits [0, 1]"),
+    ):
+        places, reason = class_places(asked(*labels), pictures)
+        assert places == []
+        assert why in reason
+        assert _Reference.of(asked(*labels), pictures, logits)._figures(logits)["accuracy"] is None
 
 
 @pytest.mark.parametrize("keep", [1.0, 0.5, 0.11, 64])
