@@ -17,8 +17,17 @@ from foveate.adapters.decoder import Decoder, Selector
 from foveate.adapters.signals import CLASS_TOKEN, DECODER, NEURONS, Tap
 from foveate.adapters.sparse_mlp import check_gated
 from foveate.adapters.vit import Tower
-from foveate.errors import MissingSignalError, UnsupportedModelError
-from foveate.pruners.base import ClassFeatures, Layout, ModelInfo, Selection, Signal, UnpooledFrames
+from foveate.errors import MissingSignalError, ParameterError, UnsupportedModelError
+from foveate.pruners.base import (
+    ClassFeatures,
+    CoreMatches,
+    CoreNeurons,
+    Layout,
+    ModelInfo,
+    Selection,
+    Signal,
+    UnpooledFrames,
+)
 
 FAMILIES: list[type[Adapter]] = []
 Version = tuple[int, int]
@@ -204,7 +213,7 @@ class Adapter(ABC):
         return None if project is None else lambda features: project(features.to(self.inner.dtype))
 
     def check(self, signal: Signal) -> None:
-        """Raise :class:`MissingSignalError` if the model cannot provide ``signal``."""
+        """Raise :class:`MissingSignalError` if the model cannot provide ``signal``, ParameterError if it would be of no neuron."""
         info = self.info
         if isinstance(signal, CLASS_TOKEN) and not info.class_token:
             raise MissingSignalError(
@@ -220,7 +229,13 @@ class Adapter(ABC):
                 f"{signal} asks for layer {signal.layer}, but the {part} has {depth} (0 .. {depth - 1})"
             )
         if isinstance(signal, NEURONS):
-            check_gated(self.text_model.layers[signal.layer].mlp, f"the MLP of decoder layer {signal.layer}")
+            mlp = self.text_model.layers[signal.layer].mlp
+            check_gated(mlp, f"the MLP of decoder layer {signal.layer}")
+            neurons = mlp.down_proj.in_features
+            if isinstance(signal, (CoreNeurons, CoreMatches)) and int(signal.beta * neurons) < 1:
+                raise ParameterError(
+                    f"beta={signal.beta} of the {neurons} neurons of decoder layer {signal.layer} is none; give at least {1 / neurons:.2g}"
+                )
 
     def encoded(self, kind: str, output: Any, call: dict[str, Any], signals: dict[Signal, Tensor]) -> Encoded | None:
         """Sort an encoder call's results by image; None if they are not on their way into the decoder."""

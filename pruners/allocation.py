@@ -22,7 +22,10 @@ def checked_scores(scores: ArrayLike | Tensor) -> Floats:
     Raises:
         InputError: not one number per frame, or a negative one. NaN is left for :func:`frame_weights` to judge.
     """
-    values = np.asarray(scores.detach().cpu().double() if isinstance(scores, Tensor) else scores, dtype=np.float64)
+    try:
+        values = np.asarray(scores.detach().cpu().double() if isinstance(scores, Tensor) else scores, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise InputError(f"frame scores {scores!r}: give one number for each frame of a video") from None
     if values.ndim != 1 or not len(values):
         raise InputError(f"frame scores of shape {values.shape}: give one number for each frame of a video")
     if (values < 0).any() or np.isinf(values).any():

@@ -26,6 +26,7 @@ from foveate.pruners.base import (
     Tokens,
     budget,
     check_keep,
+    integer,
     keep_all,
     one_of,
     per_view,
@@ -63,8 +64,9 @@ class Random(Pruner):
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
-        if self.layer is not None and self.layer < 1:
-            raise ParameterError(f"layer={self.layer}: give a decoder layer >= 1, or None for the decoder's entry")
+        integer("seed", self.seed, "seed")
+        if self.layer is not None:
+            integer("layer", self.layer, "decoder layer that tokens can leave in front of", 1)
         if self.layer is not None and self.shuffle:
             raise ParameterError(
                 f"shuffle=True needs the decoder's entry; at layer={self.layer} tokens keep their positions"

@@ -39,7 +39,10 @@ from foveate.pruners.base import (
     Tokens,
     budget,
     check_keep,
+    integer,
     keep_all,
+    layers,
+    number,
     one_of,
     top_k,
 )
@@ -94,14 +97,14 @@ class CoreMatching(Pruner):
 
     def __post_init__(self) -> None:
         for name in ("rho", "beta"):
-            share = getattr(self, name)
-            if not isinstance(share, (int, float)) or not 0.0 < share <= 1.0:
-                raise ParameterError(f"{name}={share!r} is no share of the neurons; give a number above 0, at most 1")
+            number(name, getattr(self, name), "share of the neurons", 0, 1, above=True)
         one_of("topk", self.topk, ("mean", "per_token"))
         one_of("threshold", self.threshold, (">=", ">"))
         one_of("mode", self.mode, ("paper", "released"))
         if self.neuron_layers is not None:
-            object.__setattr__(self, "neuron_layers", tuple(self.neuron_layers))
+            object.__setattr__(self, "neuron_layers", layers("neuron_layers", self.neuron_layers))
+        if self.select_layer is not None:
+            integer("select_layer", self.select_layer, "layer's number", 0)
         if self.budget is not None:
             check_keep(self.budget)
             if not self.takes_budget:
@@ -109,10 +112,11 @@ class CoreMatching(Pruner):
                 raise ParameterError(
                     f"budget={self.budget}: {reason} keeps all tokens; leave the budget out, or let a layer choose tokens"
                 )
-        if self.min_keep < 0 or (self.max_keep is not None and self.max_keep < max(1, self.min_keep)):
-            raise BudgetError(
-                f"min_keep={self.min_keep}, max_keep={self.max_keep}: give 0 <= min_keep <= max_keep, and max_keep >= 1"
-            )
+        integer("min_keep", self.min_keep, "number of tokens", 0, BudgetError)
+        if self.max_keep is not None:
+            integer("max_keep", self.max_keep, "number of tokens", 1, BudgetError)
+            if self.max_keep < self.min_keep:
+                raise BudgetError(f"min_keep={self.min_keep} exceeds max_keep={self.max_keep}; give at most that")
 
     @property
     def adaptive(self) -> bool:

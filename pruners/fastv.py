@@ -15,7 +15,6 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from foveate.errors import ParameterError
 from foveate.pruners.base import (
     Hook,
     Keep,
@@ -28,6 +27,7 @@ from foveate.pruners.base import (
     Tokens,
     budget,
     check_keep,
+    integer,
     top_k,
 )
 from foveate.pruners.registry import register
@@ -52,8 +52,7 @@ class FastV(Pruner):
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
-        if self.k < 1:
-            raise ParameterError(f"k={self.k}: attention can be read after layer 0 at the earliest; give k >= 1")
+        integer("k", self.k, "layer that follows one whose attention can be read", 1)
 
     def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
         layer = model.decoder_layer("k", self.k)

@@ -28,7 +28,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from foveate.errors import InputError, MissingSignalError, ParameterError
+from foveate.errors import InputError, MissingSignalError
 from foveate.pruners.base import (
     Hook,
     Keep,
@@ -41,7 +41,9 @@ from foveate.pruners.base import (
     Tokens,
     budget,
     check_keep,
+    integer,
     keep_all,
+    number,
     one_of,
     top_k,
 )
@@ -86,14 +88,14 @@ class FocusUI(Pruner):
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
-        if self.reduct is not None and not self.reduct <= 1.0:
-            raise ParameterError(f"reduct={self.reduct} is the fraction that is dropped; give a number up to 1")
-        if self.min_keep < 0:
-            raise ParameterError(f"min_keep={self.min_keep} is no number of tokens; give one >= 0")
+        if self.reduct is not None:
+            number("reduct", self.reduct, "share of tokens to drop", high=1)
+        integer("min_keep", self.min_keep, "number of tokens", 0)
+        integer("heads", self.heads, "number of heads", 1)
         if self.pooling is not None:
             one_of("pooling", self.pooling, ("mean", "max"))
-        if not self.threshold > 0:
-            raise ParameterError(f"threshold={self.threshold} joins nothing; give a number above 0")
+        if self.threshold != math.inf:  # joins all
+            number("threshold", self.threshold, "distance within which patches join", 0, above=True)
         one_of("mode", self.mode, MODES)
         one_of("deepstack", self.deepstack, ("all", "first"))
 

@@ -34,6 +34,7 @@ from foveate.pruners.base import (
     budget,
     check_keep,
     floor,
+    integer,
     one_of,
     per_view,
     ranked,
@@ -74,6 +75,8 @@ class FoPru(Pruner):
         one_of("strategy", self.strategy, ("rank", "row"))
         one_of("score_kind", self.score_kind, ("probs", "logits"))
         one_of("direction", self.direction, ("max_variance", "received", "given"))
+        if self.layer is not None:
+            integer("layer", self.layer, "block of the vision tower")
 
     @property
     def needs_grid(self) -> bool:

@@ -15,7 +15,6 @@ Cost: two matrix-vector products for the logits, one resize of the thumbnail's m
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -42,6 +41,7 @@ from foveate.pruners.base import (
     floor,
     keep_all,
     kept_tokens,
+    number,
     one_of,
     per_view,
     ranked,
@@ -86,10 +86,8 @@ class GlobalCom2(Pruner):
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise ParameterError(f"temperature={self.temperature} must be above 0")
-        if not 0.0 <= self.alpha <= 1.0:
-            raise ParameterError(f"alpha={self.alpha} is no weight; give a number from 0 to 1")
+        number("temperature", self.temperature, "temperature", 0, above=True)
+        number("alpha", self.alpha, "weight", 0, 1)
         if self.score is not None:
             one_of("score", self.score, ("cls_logits", "cls_softmax", "neg_cos"))
         one_of("order", self.order, ("spatial", "official"))

@@ -33,7 +33,9 @@ from foveate.pruners.base import (
     Tokens,
     budget,
     check_keep,
+    integer,
     kept_tokens,
+    number,
     one_of,
     per_view,
     ranked,
@@ -85,8 +87,10 @@ class HiPrune(Pruner):
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
-        if not 0.0 <= self.alpha <= 1.0:
-            raise ParameterError(f"alpha={self.alpha} is no share; give a number from 0 to 1")
+        number("alpha", self.alpha, "share", 0, 1)
+        for name in ("object_layer", "deep_layer"):
+            if getattr(self, name) is not None:
+                integer(name, getattr(self, name), "block of the vision tower")
         one_of("buffer", self.buffer, tuple(_STEPS))
         one_of("border", self.border, ("official", "grid"))
         one_of("exclude", self.exclude, ("strict", "official"))

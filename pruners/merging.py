@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from foveate.errors import ParameterError, UnsupportedModelError
-from foveate.pruners.base import Layout, ModelInfo, Pruner, Stage
+from foveate.errors import UnsupportedModelError
+from foveate.pruners.base import Layout, ModelInfo, Pruner, Stage, number
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,7 @@ def share(ratio: float, n: int) -> int:
 def check_ratio(ratio: float | tuple[float, ...]) -> None:
     """Raise :class:`ParameterError` unless every ratio lies in (0, 1]."""
     for one in ratio if isinstance(ratio, tuple) else (ratio,):
-        if isinstance(one, bool) or not isinstance(one, (int, float)) or not 0.0 < one <= 1.0:
-            raise ParameterError(f"ratio={one!r} is no share of tokens that a block keeps; give a number in (0, 1]")
+        number("ratio", one, "share of tokens that a block keeps", 0, 1, above=True)
 
 
 def owners(groups: Groups) -> Tensor:

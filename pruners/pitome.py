@@ -23,7 +23,7 @@ from torch import Tensor
 from foveate.cuda import best_match, similarity_energy
 from foveate.cuda.merging import take_rows
 from foveate.errors import ParameterError
-from foveate.pruners.base import Hook, ModelInfo, one_of, ranked
+from foveate.pruners.base import Hook, ModelInfo, number, one_of, ranked
 from foveate.pruners.merging import BlockKeys, BlockStage, BlockTokens, Groups, Merger, check_ratio, share
 from foveate.pruners.registry import register
 from foveate.pruners.tome import bipartite
@@ -79,6 +79,9 @@ class PiToMe(Merger):
             one_of("metric", self.metric, ("keys", "tokens"))
         if self.weighting is not None:
             one_of("weighting", self.weighting, ("size", "mean", "prune"))
+        number("alpha", self.alpha, "slope")
+        for margin in () if self.margin is None else self.margin if isinstance(self.margin, tuple) else (self.margin,):
+            number("margin", margin, "similarity")
         if isinstance(self.margin, tuple) and len(self.margin) != 2:
             raise ParameterError(f"margin={self.margin}: give that of block 0, or a pair (first, end)")
 

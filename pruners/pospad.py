@@ -37,6 +37,7 @@ from foveate.pruners.base import (
     Selection,
     Stage,
     Tokens,
+    integer,
     kept_tokens,
     one_of,
     ranked,
@@ -93,11 +94,17 @@ class PosPad(Pruner):
         object.__setattr__(self, "name", f"pospad:{inner.name}")
         if isinstance(self.marker, str):
             one_of("marker", self.marker, MARKERS)
+        elif self.marker is not None and not isinstance(self.marker, Tensor):
+            raise ParameterError(
+                f"marker={self.marker!r} is no embedding; give a tensor (D,) or one of {', '.join(MARKERS)}"
+            )
         elif self.marker is not None and self.marker.ndim != 1:
             raise ParameterError(
                 f"a marker of shape {tuple(self.marker.shape)} is no embedding; give one of shape (D,)"
             )
         one_of("placement", self.placement, PLACEMENTS)
+        if self.vocab is not None:
+            integer("vocab", self.vocab, "number of token ids", 1)
         if self.placement == "full" and self.count_markers:
             raise ParameterError(
                 "placement='full' drops nothing that could make room for markers; pass count_markers=False"

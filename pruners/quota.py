@@ -36,7 +36,9 @@ from foveate.pruners.base import (
     View,
     budget,
     check_keep,
+    integer,
     keep_all,
+    number,
     one_of,
     split_budget,
 )
@@ -88,10 +90,8 @@ class QuoTA(Pruner):
         if self.cap is not None:
             one_of("cap", self.cap, tuple(CAPS))
         for name in ("score_power", "score_scale"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ParameterError(f"{name}={getattr(self, name)}: give a number above 0")
-        if self.min_tokens_per_frame < 0:
-            raise ParameterError(f"min_tokens_per_frame={self.min_tokens_per_frame}: give a number >= 0")
+            number(name, getattr(self, name), "power" if name == "score_power" else "scale", 0, above=True)
+        integer("min_tokens_per_frame", self.min_tokens_per_frame, "number of tokens", 0)
         if self.scores is not None:
             object.__setattr__(self, "scores", tuple(checked_scores(self.scores).tolist()))
 

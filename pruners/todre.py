@@ -38,7 +38,10 @@ from foveate.pruners.base import (
     budget,
     check_keep,
     floor,
+    integer,
     keep_all,
+    many,
+    number,
     one_of,
     seeded,
 )
@@ -87,15 +90,17 @@ class ToDRE(Pruner):
         one_of("diversity", self.diversity, tuple(_OBJECTIVES))
         if isinstance(self.pivot, str):
             one_of("pivot", self.pivot, ("cls", "farthest", "center", "random"))
-        elif self.pivot is not None and self.pivot < 0:
-            raise ParameterError(f"pivot={self.pivot} is no token number; give one >= 0 or a rule")
-        if not 0.0 <= self.tau <= 1.0:
-            raise ParameterError(f"tau={self.tau} is no share of attention; give a number from 0 to 1")
-        object.__setattr__(self, "check_depth", tuple(self.check_depth))
-        if not self.check_depth or not all(0.0 < depth < 1.0 for depth in self.check_depth):
+        elif self.pivot is not None:
+            integer("pivot", self.pivot, "token number or rule", 0)
+        integer("cls_layer", self.cls_layer, "block of the vision tower")
+        integer("seed", self.seed, "seed")
+        number("tau", self.tau, "share of attention", 0, 1)
+        depths = many("check_depth", self.check_depth, lambda x: number("check_depth", x, "share of the layers", 0, 1))
+        object.__setattr__(self, "check_depth", depths)
+        if not depths or not all(0.0 < depth < 1.0 for depth in depths):
             raise ParameterError(f"check_depth={self.check_depth}: give fractions between 0 and 1, at least one")
-        if self.system_tokens is not None and self.system_tokens < 0:
-            raise ParameterError(f"system_tokens={self.system_tokens} is no number of tokens; give one >= 0 or None")
+        if self.system_tokens is not None:
+            integer("system_tokens", self.system_tokens, "number of tokens", 0)
         if not (self.stage1 or self.stage2):
             raise ParameterError("stage1 and stage2 are both off: nothing would be pruned")
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from foveate.cuda import best_match
 from foveate.errors import ParameterError
-from foveate.pruners.base import Hook, ModelInfo, one_of, ranked
+from foveate.pruners.base import Hook, ModelInfo, integer, number, one_of, ranked
 from foveate.pruners.merging import BlockKeys, BlockStage, BlockTokens, Groups, Merger, check_ratio, share
 from foveate.pruners.registry import register
 
@@ -63,18 +63,16 @@ class ToMe(Merger):
         if isinstance(self.r, Sequence) and not isinstance(self.r, str):
             object.__setattr__(self, "r", tuple(self.r))
         for r in self.r if isinstance(self.r, tuple) else (self.r,):
-            if isinstance(r, bool) or not isinstance(r, int) or r < 0:
-                raise ParameterError(f"r={r!r} is no number of tokens; give an int >= 0, or one per block")
-        if not -1.0 <= self.inflection <= 1.0:
-            raise ParameterError(f"inflection={self.inflection} lies outside -1 .. 1")
+            integer("r", r, "number of tokens", 0)
+        number("inflection", self.inflection, "bend", -1, 1)
+        integer("seed", self.seed, "seed")
         if self.inflection and isinstance(self.r, tuple):
             raise ParameterError("inflection bends a single r; with one r per block leave it at 0")
         if self.ratio is not None:
             check_ratio(self.ratio)
         one_of("matching", self.matching, ("bipartite", "kth", "random", "pairs"))
         one_of("order", self.order, ("ascending", "official"))
-        if self.k < 2:
-            raise ParameterError(f"k={self.k}: of every k tokens k - 1 merge; give at least 2")
+        integer("k", self.k, "group of tokens of which one is left", 2)
 
     def removing(self, counts: tuple[int, ...], n_patches: int, model: ModelInfo) -> ToMe:
         if self.matching == "kth":

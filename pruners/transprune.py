@@ -36,6 +36,9 @@ from foveate.pruners.base import (
     Tokens,
     TransitionVariation,
     keep_all,
+    layers,
+    many,
+    number,
     one_of,
     top_k,
 )
@@ -81,9 +84,12 @@ class TransPrune(Pruner):
     per_image: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("ratios", "prune_layers", "accumulate_layers"):
+        object.__setattr__(
+            self, "ratios", many("ratios", self.ratios, lambda r: number("ratios", r, "share of tokens"))
+        )
+        for name in ("prune_layers", "accumulate_layers"):
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, _numbers(name, getattr(self, name)))
+                object.__setattr__(self, name, layers(name, getattr(self, name)))
         for ratio in self.ratios:
             if not 0.0 < ratio <= 1.0:
                 raise BudgetError(f"ratios={self.ratios}: {ratio} keeps nothing, or too much; give fractions in (0, 1]")
@@ -96,8 +102,7 @@ class TransPrune(Pruner):
             )
         if any(b <= a for a, b in itertools.pairwise(steps)):
             raise ParameterError(f"prune_layers={steps} must rise")
-        if not 0.0 <= self.alpha <= 1.0:
-            raise ParameterError(f"alpha={self.alpha} is no weight; give a number from 0 to 1")
+        number("alpha", self.alpha, "weight", 0, 1)
         one_of("direction", self.direction, ("signed", "abs"))
         one_of("softmax_scope", self.softmax_scope, ("sequence", "image"))
 
@@ -187,13 +192,3 @@ def _share(values: Tensor) -> Tensor:
 def _scaled(layer: int, model: ModelInfo) -> int:
     """A layer of the published schedule on a decoder of this depth, halves rounded up."""
     return max(1, math.floor(layer * model.decoder_layers / HIGH_DEPTH + 0.5))
-
-
-def _numbers(name: str, values: object) -> tuple:
-    try:
-        numbers = tuple(values)  # type: ignore[arg-type]
-        if all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in numbers):
-            return numbers
-    except TypeError:
-        pass
-    raise ParameterError(f"{name}={values!r}: give a sequence of numbers")

@@ -37,6 +37,7 @@ from foveate.pruners.base import (
     Tokens,
     check_keep,
     gather,
+    integer,
     per_view,
     top_k,
     view_budgets,
@@ -70,8 +71,9 @@ class VisionZip(Pruner):
         check_keep(self.keep)
         if (self.dominant is None) != (self.contextual is None):
             raise ParameterError(f"dominant={self.dominant}, contextual={self.contextual}: give both or none")
-        if self.dominant is not None and (self.dominant < 1 or self.contextual < 0):
-            raise BudgetError(f"dominant={self.dominant} must be at least 1, contextual={self.contextual} at least 0")
+        if self.dominant is not None:
+            integer("dominant", self.dominant, "number of tokens", 1, BudgetError)
+            integer("contextual", self.contextual, "number of tokens", 0, BudgetError)
 
     def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
         block = model.block("feature_layer", None)

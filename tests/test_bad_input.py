@@ -65,6 +65,36 @@ ATTACH: dict[str, tuple[dict[str, Any], str]] = {
     "composition of nothing": ({"pruner": "then:"}, "unknown method ''"),
     "share of neurons above one": ({"pruner": "corematching", "beta": 1.5}, "beta=1.5"),
     "share of neurons of zero": ({"pruner": "corematching", "beta": 0.0}, "beta=0.0"),
+    "share of neurons that is none of them": ({"pruner": "corematching", "beta": 1e-9}, "beta=1e-09 of the"),
+    "share that is a truth value": ({"pruner": "corematching", "rho": True}, "rho=True"),
+    "one layer for several": ({"pruner": "corematching", "neuron_layers": 5}, "neuron_layers=5"),
+    "layers in words": ({"pruner": "corematching", "neuron_layers": ("a",)}, "neuron_layers='a'"),
+    "half a layer among several": ({"pruner": "corematching", "neuron_layers": (1.5,)}, "neuron_layers=1.5"),
+    "a layer twice": ({"pruner": "corematching", "neuron_layers": (1, 1)}, "neuron_layers=(1, 1)"),
+    "layer in words": ({"pruner": "corematching", "select_layer": "1"}, "select_layer='1'"),
+    "half a layer": ({"pruner": "corematching", "select_layer": 1.5}, "select_layer=1.5"),
+    "bound in words": ({"pruner": "corematching", "min_keep": "1"}, "min_keep='1'"),
+    "bound of half a token": ({"pruner": "corematching", "max_keep": 2.5}, "max_keep=2.5"),
+    "bounds that cross": ({"pruner": "corematching", "min_keep": 5, "max_keep": 2}, "max_keep=2"),
+    "weight in words": ({"pruner": "transprune", "alpha": "x"}, "alpha='x'"),
+    "half a layer to prune at": ({"pruner": "transprune", "prune_layers": (1.5, 2, 3)}, "prune_layers=1.5"),
+    "half a layer to read": ({"pruner": "transprune", "accumulate_layers": (1.5,)}, "accumulate_layers=1.5"),
+    "ratios in words": ({"pruner": "transprune", "ratios": "half"}, "ratios='half'"),
+    "half a layer to act in front of": ({"pruner": "fastv", "k": 1.5}, "k=1.5"),
+    "a random method's half layer": ({"pruner": "random", "layer": 1.5}, "layer=1.5"),
+    "block in words": ({"pruner": "hiprune", "object_layer": "2"}, "object_layer='2'"),
+    "half a block": ({"pruner": "fopru", "layer": 1.5}, "layer=1.5"),
+    "temperature in words": ({"pruner": "globalcom2", "temperature": "hot"}, "temperature='hot'"),
+    "depth that is no sequence": ({"pruner": "todre", "check_depth": 0.5}, "check_depth=0.5"),
+    "pivot of half a token": ({"pruner": "todre", "pivot": 1.5}, "pivot=1.5"),
+    "half a contextual token": ({"pruner": "visionzip", "dominant": 3, "contextual": 1.5}, "contextual=1.5"),
+    "power in words": ({"pruner": "quota", "score_power": "x"}, "score_power='x'"),
+    "scores in words": ({"pruner": "quota", "scores": ("x",)}, "scores ('x',)"),
+    "dropped share in words": ({"pruner": "focusui", "reduct": "x"}, "reduct='x'"),
+    "marker of a wrong type": ({"pruner": "pospad:random", "marker": 5}, "marker=5"),
+    "slope in words": ({"pruner": "pitome", "alpha": "x"}, "alpha='x'"),
+    "margin in words": ({"pruner": "pitome", "margin": "x"}, "margin='x'"),
+    "bend in words": ({"pruner": "tome", "inflection": "x"}, "inflection='x'"),
 }
 
 
@@ -344,7 +374,3 @@ def test_a_budget_error_names_the_method_free_of_any_model():
         create("hiprune", keep=2.0)
     assert create("grid", keep=3).kept(16, (4, 4)) == 3
     assert Layout.grid(4, 4).size == 16
-
-
-def test_the_table_is_long_enough():
-    assert sum(map(len, (ATTACH, CALLS, SELECTIONS, COMMANDS, FILES, KERNELS))) >= 40
