@@ -79,6 +79,11 @@ class Card:
         known = [s.hook for stages in self.stages.values() if not isinstance(stages, str) for s in stages]
         return tuple(dict.fromkeys(hook.partition(" ")[0] for hook in known))
 
+    @property
+    def inside_decoder(self) -> bool:
+        """Whether tokens leave between decoder layers on any of the example models."""
+        return Hook.LLM_LAYER.value in self.hooks
+
     def as_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -307,6 +312,11 @@ def print_card(method: Card, console: Console | None = None) -> None:
 
     console.print()
     counted = "as many as the picture asks for" if method.adaptive else "a number known in advance"
+    if method.inside_decoder:
+        counted += (
+            "; the decoder's first layers see all of them, so the mean over its layers (of prefill work, and of the KV cache "
+            "where earlier layers are not evicted) is not the final ratio"
+        )
     for label, value in (
         ("families", ", ".join(method.families)),
         ("tokens kept", counted),

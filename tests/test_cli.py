@@ -275,3 +275,13 @@ def test_runs_of_stages_are_one_line() -> None:
         ("llm_mlp 0 .. 1", ("core: CoreNeurons(layer=…)",)),
         ("llm_mlp 3", ("core: CoreNeurons(layer=3)",)),
     ]
+
+
+@pytest.mark.parametrize("name", sorted(PRUNERS))
+def test_show_says_where_the_final_ratio_is_not_that_of_the_cache(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Statement: methods that act in front of decoder layers, and they alone, are said to keep more than their last ratio."""
+    assert main(["show", name]) == 0
+    said = "is not the final ratio" in " ".join(capsys.readouterr().out.split())
+    assert said == ("llm_layer" in view.card(name).hooks)
