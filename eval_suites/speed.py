@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from statistics import fmean, median
+from statistics import fmean, median, quantiles
 from typing import Any
 
 import torch
@@ -337,33 +337,50 @@ def _stopwatches(modules: Sequence[nn.Module]) -> Iterator[list[float]]:
 # ------------------------------------------------------------------------------------------------------------- print
 
 
+COLUMNS = ("", "tokens", "cached", "prefill s", "x", "own", "first ms", "decode ms", "x")
+
+
+def cells(timings: Sequence[Timing]) -> list[list[str]]:
+    """The rows of the table under :data:`COLUMNS`; what is compared, is compared within each turn. The first is unpruned."""
+    whole, by_label = timings[0], {t.label: t for t in timings}
+    rows = []
+    for t in timings:
+        twin = by_label.get(f"random like {t.label}")
+        rows.append(
+            [
+                t.label,
+                f"{fmean(t.tokens_per_layer):.0f}",
+                f"{fmean(t.cached_per_layer):.0f}",
+                f"{median(t.prefill):.3f}",
+                f"{median(a / b for a, b in zip(whole.prefill, t.prefill)):.2f}",
+                "" if twin is None else _spread([a / b - 1 for a, b in zip(t.prefill, twin.prefill)], "+.1%"),
+                f"{median(t.first) * 1e3:.0f}",
+                f"{median(t.decode) * 1e3:.1f}",
+                "1.00" if t is whole else _spread([a / b for a, b in zip(whole.decode, t.decode)], ".2f"),
+            ]
+        )
+    return rows
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    """Median and quartiles; a single value as it is."""
+    if len(values) < 2:
+        return f"{values[0]:{form}}"
+    low, _, high = quantiles(values, n=4)
+    return f"{median(values):{form}} ({low:{form}} … {high:{form}})"
+
+
 def _print(geometry: Geometry, timings: Sequence[Timing]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    whole, by_label = timings[0], {t.label: t for t in timings}
+    whole = timings[0]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("", "tokens", "cached", "prefill s", "x", "own", "first ms", "decode ms", "x"):
+    for name in COLUMNS:
         table.add_column(name, justify="left" if not name else "right")
-    for t in timings:
-        prefill, decode = median(t.prefill), median(t.decode)
-        equal = by_label.get(f"random like {t.label}")
-        own = ""
-        if equal is not None:
-            base = median(equal.prefill)
-            own = f"{median(a - b for a, b in zip(t.prefill, equal.prefill)) / base:+.1%}"
-        table.add_row(
-            t.label,
-            f"{fmean(t.tokens_per_layer):.0f}",
-            f"{fmean(t.cached_per_layer):.0f}",
-            f"{prefill:.4f}",
-            f"{median(whole.prefill) / prefill:.2f}",
-            own,
-            f"{median(t.first) * 1e3:.1f}",
-            f"{decode * 1e3:.2f}",
-            f"{median(whole.decode) / decode:.2f}",
-        )
+    for row in cells(timings):
+        table.add_row(*row)
     console = Console()
     console = console if console.is_terminal else Console(width=120)
     console.print(table)
@@ -373,7 +390,7 @@ def _print(geometry: Geometry, timings: Sequence[Timing]) -> None:
     )
     console.print(
         "tokens, cached: visual, mean over the layers; x: times faster than unpruned; own: what the method itself adds to the prefill of "
-        "its random twin, median over the turns; first: the first decoded token, with what is done once per prompt. One CPU thread is "
+        "its random twin; both within each turn, median and quartiles; first: the first decoded token, with what is done once per prompt. One CPU thread is "
         "timed by its own clock, which stands still while others run.",
         style="dim",
     )
