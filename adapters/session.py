@@ -37,6 +37,7 @@ from foveate.pruners.base import (
     keep_all,
     one_of,
 )
+from foveate.pruners.preset import Preset, is_preset
 from foveate.pruners.registry import PRUNERS, create
 
 # stands for all that happens inside the tower, where the sequence enters the decoder
@@ -57,9 +58,10 @@ def attach(
         model: a ``transformers`` vision-language model of a known family, or, for methods that merge inside a vision
             tower, a vision model of timm, open_clip or transformers. Weights, dtype, device, attention implementation and
             generation config stay as they are.
-        pruner: a method's name (``foveate list``), class or instance.
+        pruner: a method's name (``foveate list``), class or instance, or a preset that ``foveate tune`` wrote
+            (``"preset.yaml"``).
         positions: ``"keep"`` lets surviving tokens keep the positions they had, ``"compact"`` closes the gaps,
-            ``"auto"`` follows the method's specification for the family.
+            ``"auto"`` follows the preset, or the method's specification for the family.
         separators: ``"keep"`` all newline embeddings of a pruned AnyRes picture, as vLLM has to where the method's number of
             them depends on the content, or ``"drop"`` them; ``"auto"`` follows the method's specification.
         **params: the method's parameters (``foveate show NAME``).
@@ -76,7 +78,11 @@ def attach(
         raise ParameterError(
             f"the model comes first: foveate.attach(model, pruner), not {type(pruner).__name__} second"
         )
-    method = create(pruner, **params)
+    if is_preset(pruner):
+        preset = Preset.read(pruner, **params)
+        method, positions = preset.pruner, preset.positions if positions == "auto" else positions
+    else:
+        method = create(pruner, **params)
     tower = tower_for(model)
     if tower is not None:
         return VitSession(model, method, tower)

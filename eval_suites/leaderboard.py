@@ -45,6 +45,11 @@ class Line:
         values = [getattr(row, name) for row in self.rows]
         return None if None in values else statistics.fmean(values)
 
+    def timing(self, batch: int, name: str) -> float | None:
+        """An attribute of the timing in batches of ``batch``: of the first row that has one, for a method's seeds cost alike."""
+        values = (getattr(row.timings[batch], name) for row in self.rows if self.measured and batch in row.timings)
+        return next((value for value in values if value is not None), None)
+
     def task(self, name: str) -> float | None:
         """Mean accuracy in one task."""
         values = [row.tasks.get(name) for row in self.rows]
@@ -98,75 +103,128 @@ class Column:
     Attributes:
         head: its title; text: what it shows of a line; note: what a reader has to know.
         rank: which columns go first where there is little room (the highest), None: never.
+        value: the number that it is sorted by, None where there is none.
         markdown: whether Markdown shows it.
     """
 
     head: str
     text: Callable[[Line], str]
+    value: Callable[[Line], float | None]
     note: str = ""
     rank: int | None = None
     markdown: bool = True
 
 
-def _shown(format: str, name: str, scale: float = 1) -> Callable[[Line], str]:
-    """What is measured, in ``format``; nothing if it was not."""
+def _column(
+    head: str, name: str, shown: Callable[[float], str], note: str = "", rank: int | None = None, markdown: bool = True
+) -> Column:
+    """Of an attribute of the rows; of ``name/8``, of their timing in batches of 8."""
+    name, _, batch = name.partition("/")
+
+    def value(line: Line) -> float | None:
+        return line.timing(int(batch), name) if batch else line.mean(name)
 
     def text(line: Line) -> str:
-        value = line.mean(name)
-        return "" if value is None else format.format(scale * value)
+        found = value(line)
+        mark = "~" if line.first.adaptive and name.startswith("tokens") else ""
+        return "" if found is None else mark + shown(found)
 
-    return text
-
-
-def _tokens(name: str) -> Callable[[Line], str]:
-    def text(line: Line) -> str:
-        value = line.mean(name)
-        return "" if value is None else ("~" if line.first.adaptive else "") + f"{value:.1f}".removesuffix(".0")
-
-    return text
+    return Column(head, text, value, note, rank, markdown)
 
 
-def _size(name: str, unit: str) -> Callable[[Line], str]:
-    def text(line: Line) -> str:
-        value = line.mean(name)
+def _percent_of(share: float) -> str:
+    return f"{100 * share:.0f}"
+
+
+def _count(tokens: float) -> str:
+    return f"{tokens:.1f}".removesuffix(".0")
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:.1f}" if seconds < 0.9995 else f"{1000 * seconds:.0f}"
+
+
+def _times(factor: float) -> str:
+    return f"{factor:.2f}×"
+
+
+def _size(unit: str) -> Callable[[float], str]:
+    def shown(value: float) -> str:
         letters = iter("KMGTP")
         letter = ""
-        while value is not None and value >= 999.5:
+        while value >= 999.5:
             value, letter = value / 1000, next(letters)
-        return "" if value is None else f"{value:.3g} {letter}{unit}"
+        return f"{value:.3g} {letter}{unit}"
 
-    return text
+    return shown
+
+
+def _difference(line: Line) -> float | None:
+    return None if line.first.versus_random is None else line.first.versus_random.mean
 
 
 COLUMNS = (
-    Column("accuracy", lambda line: line.accuracy),
+    Column("accuracy", lambda line: line.accuracy, lambda line: line.mean("accuracy")),
     Column(
         "vs random",
         lambda line: line.versus_random,
+        _difference,
         "vs random: percentage points above random choice with as many tokens on the average; * differs from it (paired "
         f"test, p < {ALPHA}, corrected for the number of methods).",
         rank=2,
     ),
-    Column("rel.", _shown("{:.0f}", "relative_accuracy", 100), "rel.: % of the unpruned accuracy.", rank=3),
-    Column(
+    _column("rel.", "relative_accuracy", _percent_of, "rel.: % of the unpruned accuracy.", rank=3),
+    _column(
         "hard",
-        _shown("{:.0f}", "hard", 100),
+        "hard",
+        _percent_of,
         "hard: accuracy on the samples that the downsampled picture of the same budget gets wrong.",
-        rank=4,
+        rank=5,
     ),
-    Column("loyal", _shown("{:.0f}", "loyalty", 100), "loyal: % of answers equal to the unpruned model's.", rank=6),
-    Column("tokens", _tokens("tokens_mean"), "tokens: that the decoder saw, mean over its layers.", rank=0),
-    Column("last", _tokens("tokens_last"), "last: tokens in the last layer.", rank=9, markdown=False),
-    Column(
+    _column("loyal", "loyalty", _percent_of, "loyal: % of answers equal to the unpruned model's.", rank=8),
+    _column("tokens", "tokens_mean", _count, "tokens: that the decoder saw, mean over its layers.", rank=0),
+    _column("last", "tokens_last", _count, "last: tokens in the last layer.", rank=13, markdown=False),
+    _column(
         "FLOPs",
-        _size("prefill_flops", ""),
+        "prefill_flops",
+        _size(""),
         "FLOPs, KV: of the decoder's prefill for a sample, by arithmetic from the tokens that each layer saw.",
-        rank=7,
+        rank=9,
         markdown=False,
     ),
-    Column("KV", _size("cache_bytes", "B"), rank=8, markdown=False),
-    Column("ms", _shown("{:.1f}", "seconds_per_sample", 1000), rank=1),
-    Column("speed", _shown("{:.2f}×", "speedup"), rank=5),
+    _column("KV", "cache_bytes", _size("B"), rank=12, markdown=False),
+    _column(
+        "prefill",
+        "prefill/1",
+        _ms,
+        "prefill, decode, select: milliseconds to the first token, per further token, and for choosing (a part of prefill; "
+        "empty where it happens inside the vision tower), one sample a call, warm, without the processor.",
+        rank=1,
+    ),
+    _column(
+        "gain",
+        "prefill_speedup/1",
+        _times,
+        "gain: the unpruned model's prefill divided by the row's, measured in turns.",
+        rank=4,
+    ),
+    _column("decode", "decode/1", _ms, rank=14, markdown=False),
+    _column("select", "selection/1", _ms, rank=11, markdown=False),
+    _column("prefill ×8", "prefill/8", _ms, "×8: eight samples a call, for all of them.", rank=16, markdown=False),
+    _column("gain ×8", "prefill_speedup/8", _times, rank=10, markdown=False),
+    _column("decode ×8", "decode/8", _ms, rank=18, markdown=False),
+    _column("select ×8", "selection/8", _ms, rank=19, markdown=False),
+    _column(
+        "peak",
+        "peak_bytes/1",
+        _size("B"),
+        "peak: most memory of tensors at once in a prefill, beyond weights and inputs.",
+        rank=15,
+        markdown=False,
+    ),
+    _column("peak ×8", "peak_bytes/8", _size("B"), rank=17, markdown=False),
+    _column("ms", "seconds_per_sample", _ms, rank=6),
+    _column("speed", "speedup", _times, rank=7),
 )
 
 
@@ -339,6 +397,8 @@ class Leaderboard:
             notes.append("~: not fixed by the budget alone.")
         if e.get("chance") is not None:
             notes.append(f"Guessing would get {_percent(e['chance'])} %.")
+        if any(column.head.startswith("prefill") for column in columns):
+            notes.append(f"The unpruned model runs with {e.get('attention')} attention.")
         if any(column.head == "ms" for column in columns):
             notes.append(
                 f"ms: processing and generation of a sample in batches of {e.get('batch_size')}, {e.get('dtype')}, on "
@@ -348,6 +408,10 @@ class Leaderboard:
             for line in section.lines:
                 for reason, row in {row.reason: row for row in line.rows if row.reason}.items():
                     notes.append(f"{_HEAD_OF[row.status]}: {row.label}, {section.title}: {reason}")
+                for timing in line.first.timings.values():
+                    if timing.error:
+                        where = f"{line.first.label}, {section.title}, batches of {timing.batch}"
+                        notes.append(f"not timed: {where}: {timing.error}")
         return list(dict.fromkeys(notes))
 
 
@@ -392,4 +456,4 @@ def value_text(keep: float) -> str:
 
 
 def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.0f}"
+    return "" if value is None else _percent_of(value)

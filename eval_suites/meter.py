@@ -98,6 +98,7 @@ class Meter:
         self.batch_size, self.positions = batch_size, positions
         self.adapter: Adapter = adapter_for(self.model)
         self.unpruned_counts: dict[int, int] = {}  # sample number -> visual tokens
+        self.unpruned_memory: dict[int, int | None] = {}  # samples per call -> bytes, see `timing`
         self._warm: set[str] = set()
         self._frame_scorer: FrameScorer | None = None
 
@@ -118,7 +119,7 @@ class Meter:
             UnsupportedModelError, BudgetError, ParameterError: the method does not work on this model, or not with this budget.
             BudgetMismatch: it kept another number of tokens than it should.
         """
-        with self._attached(run) as (session, widths):
+        with self.attached(run) as session, _widths(self.adapter) as widths:  # hooks run in order
             for first in firsts:
                 batch = self.samples[first : first + self.batch_size]
                 answers = self._answers(run, session, widths, first, batch)
@@ -150,8 +151,8 @@ class Meter:
         if session is not None:
             session.trace, session.sample_ids = None, range(first, first + len(batch))
         began = time.perf_counter()
-        if run.pruner is not None and self._reads_frame_scores(run.pruner, batch):
-            session.frame_scores = [self.frame_scorer.score(sample.video, sample.question) for sample in batch]
+        if session is not None:
+            self.score_frames(session, run, batch)
         widths.clear()  # the scorer may be the same model
         texts, ids, lengths = self._answer(run, batch)
         seconds = (time.perf_counter() - began) / len(batch)
@@ -178,18 +179,24 @@ class Meter:
         ]
 
     @contextmanager
-    def _attached(self, run: Run) -> Iterator[tuple[Session | None, list[int]]]:
-        """The session, and the width of the sequence that each decoder layer works on in prefill."""
+    def attached(self, run: Run) -> Iterator[Session | None]:
+        """The run's method on the model, for the block; None if it has none."""
         if run.pruner is None:
-            with _widths(self.adapter) as widths:
-                yield None, widths
-        else:  # hooks run in order, so those that count come behind the session's
-            with attach(self.model, run.pruner, positions=self.positions) as session, _widths(self.adapter) as widths:
-                yield session, widths
+            yield None
+        else:
+            with attach(self.model, run.pruner, positions=self.positions) as session:
+                yield session
 
-    @torch.no_grad()
     def _answer(self, run: Run, batch: Sequence[Sample]) -> tuple[list[str], Tensor, list[int]]:
         """The answers, the prompts' token ids ``(B, L)``, and their lengths."""
+        inputs = self.inputs(run, batch)
+        output = self.generate(inputs, max_new_tokens=self.suite.max_new_tokens)
+        ids = inputs["input_ids"]
+        new = self.processor.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+        return [text.strip() for text in new], ids, inputs["attention_mask"].sum(dim=1).tolist()
+
+    def inputs(self, run: Run, batch: Sequence[Sample]) -> Any:
+        """What the model gets for a batch, on its device; pictures are prepared as the method wants them."""
         media = [_media(sample) for sample in batch]
         if run.method == "no-image":
             media = [_grey(one) for one in media]
@@ -198,11 +205,12 @@ class Meter:
         texts = [self._prompt(sample) for sample in batch]
         media = {"videos": media, "do_sample_frames": False} if _is_video(batch[0]) else {"images": media}
         inputs = self.processor(**media, text=texts, padding=True, return_tensors="pt")
-        inputs = inputs.to(self.model.device, self.model.dtype)
-        output = self.model.generate(**inputs, max_new_tokens=self.suite.max_new_tokens, **_NO_SAMPLING)
-        ids = inputs["input_ids"]
-        new = self.processor.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
-        return [text.strip() for text in new], ids, inputs["attention_mask"].sum(dim=1).tolist()
+        return inputs.to(self.model.device, self.model.dtype)
+
+    @torch.no_grad()
+    def generate(self, inputs: Any, **options: Any) -> Tensor:
+        """Greedy token ids ``(B, L + new)`` behind the prompts' own."""
+        return self.model.generate(**inputs, **_NO_SAMPLING, **options)
 
     def _prompt(self, sample: Sample) -> str:
         if not getattr(self.processor, "chat_template", None):
@@ -227,8 +235,13 @@ class Meter:
             )
         return self._frame_scorer
 
-    def _reads_frame_scores(self, pruner: Pruner, batch: Sequence[Sample]) -> bool:
-        return _is_video(batch[0]) and any(stage.reads_frame_scores for stage in pruner.stages(self.adapter.info))
+    def score_frames(self, session: Session, run: Run, batch: Sequence[Sample]) -> bool:
+        """Give the session the frame scores that the method reads; whether it reads any."""
+        stages = run.pruner.stages(self.adapter.info)
+        reads = _is_video(batch[0]) and any(stage.reads_frame_scores for stage in stages)
+        if reads:
+            session.frame_scores = [self.frame_scorer.score(sample.video, sample.question) for sample in batch]
+        return reads
 
     def _works_on_pixels(self, pruner: Pruner) -> bool:
         """Does it shrink the pictures inside the model? Then preparing them as well would shrink them twice."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
 from foveate.errors import UnknownNameError
-from foveate.eval_suites.leaderboard import Leaderboard, Line, Section
+from foveate.eval_suites.leaderboard import Column, Leaderboard, Line, Section
 from foveate.eval_suites.rows import mean_sd
 
 __all__ = ["page", "pareto", "plot"]
@@ -64,11 +64,14 @@ def _board(board: Leaderboard, colours: dict[str, str]) -> str:
     )
     columns = board.columns()
     notes = "".join(f"<li>{escape(note)}</li>" for note in board.notes(columns, "Bold green", "Grey, hollow dots"))
+    timed = any(row.timings for row in board.rows)
     plots = "".join(
-        f'<figure class="card"><h3>{escape(title)}</h3>{plot(board, name, scale, unit, colours)}</figure>'
-        for title, name, scale, unit in (
-            ("Accuracy and tokens", "tokens_mean", 1, "visual tokens in the decoder, mean over its layers"),
-            ("Accuracy and time", "seconds_per_sample", 1000, "milliseconds per sample"),
+        f'<figure class="card"><h3>{escape(title)}</h3>{plot(board, cost, unit, colours)}</figure>'
+        for title, cost, unit in (
+            ("Accuracy and tokens", _tokens, "visual tokens in the decoder, mean over its layers"),
+            ("Accuracy and latency", _prefill, "milliseconds to the first token, one sample a call")
+            if timed
+            else ("Accuracy and time", _milliseconds, "milliseconds per sample"),
         )
     )
     return (
@@ -93,7 +96,7 @@ def _table(board: Leaderboard) -> str:
     rows = []
     for number, section in enumerate(board.sections):
         for place, line in enumerate(section.lines):
-            cells = "".join(_cell(line, column.head, column.text(line)) for column in columns)
+            cells = "".join(_cell(line, column) for column in columns)
             style = "lead" if line.leads else "base" if line.first.baseline else "" if line.measured else "bad"
             style += " first" if place == 0 and number else ""
             rows.append(
@@ -104,20 +107,12 @@ def _table(board: Leaderboard) -> str:
     return f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
-_VALUES = {
-    "accuracy": "accuracy", "rel.": "relative_accuracy", "hard": "hard", "loyal": "loyalty", "tokens": "tokens_mean",
-    "last": "tokens_last", "FLOPs": "prefill_flops", "KV": "cache_bytes", "ms": "seconds_per_sample", "speed": "speedup",
-}  # fmt: skip
-
-
-def _cell(line: Line, head: str, text: str) -> str:
+def _cell(line: Line, column: Column) -> str:
     """A number with the value that it is sorted by."""
-    found = line.first.versus_random
-    value = (found.mean if found else None) if head == "vs random" else line.mean(_VALUES[head])
-    shown = escape(text.strip())
-    if head == "vs random" and found:
+    value, shown, found = column.value(line), escape(column.text(line).strip()), line.first.versus_random
+    if column.head == "vs random" and found:
         shown += f'<span class="soft">[{100 * found.low:+.0f}, {100 * found.high:+.0f}]</span>'
-    main = ' class="main"' if head == "accuracy" else ""
+    main = ' class="main"' if column.head == "accuracy" else ""
     return f'<td{main} data-value="{"" if value is None else f"{value:.6g}"}">{shown}</td>'
 
 
@@ -174,13 +169,26 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     return front
 
 
-def plot(board: Leaderboard, name: str, scale: float, unit: str, colours: dict[str, str]) -> str:
-    """Accuracy over an attribute of the rows, as SVG: a dot per line, its interval, and the front of what is best."""
+def _tokens(line: Line) -> float | None:
+    return line.mean("tokens_mean")
+
+
+def _prefill(line: Line) -> float | None:
+    seconds = line.timing(1, "prefill")
+    return None if seconds is None else 1000 * seconds
+
+
+def _milliseconds(line: Line) -> float | None:
+    return 1000 * line.mean("seconds_per_sample")
+
+
+def plot(board: Leaderboard, cost: Callable[[Line], float | None], unit: str, colours: dict[str, str]) -> str:
+    """Accuracy over the ``cost`` of a line, as SVG: a dot per line that has one, its interval, and the front of what is best."""
     dots = [
-        _Dot(scale * line.mean(name), line.mean("accuracy"), *_interval(line), line, section.title)
+        _Dot(x, line.mean("accuracy"), *_interval(line), line, section.title)
         for section in board.sections
         for line in section.lines
-        if line.measured and line.first.method != "no-image"
+        if line.measured and line.first.method != "no-image" and (x := cost(line)) is not None
     ]
     if not dots:
         return '<p class="soft">Nothing to show yet.</p>'

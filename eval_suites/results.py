@@ -73,10 +73,13 @@ def _flat(row: Row, board: Leaderboard) -> dict[str, Any]:
     flat = row.as_json()
     low, high = flat.pop("interval") or (None, None)
     tasks = flat.pop("tasks")
+    timings = {
+        f"{name}_b{x['batch']}": value for x in flat.pop("timings") for name, value in x.items() if name != "batch"
+    }
     for name in ("parameters", "positions", "tokens_per_layer"):
         flat[name] = _text(flat[name])
     flat["status"] = row.status.value
-    return flat | {"low": low, "high": high} | {f"accuracy_{task}": tasks.get(task) for task in board.tasks}
+    return flat | {"low": low, "high": high} | {f"accuracy_{task}": tasks.get(task) for task in board.tasks} | timings
 
 
 def _text(value: Any) -> str | None:

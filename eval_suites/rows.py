@@ -15,7 +15,9 @@ from foveate.eval_suites.cost import DecoderShape
 if TYPE_CHECKING:
     from foveate.pruners.base import Keep
 
-__all__ = ["Answer", "Row", "Status", "agreement", "mean_sd", "share", "summarise", "wilson"]
+__all__ = ["Answer", "Row", "Status", "Timing", "agreement", "interval", "mean_sd", "share", "summarise", "wilson"]
+
+_RESAMPLES = 2000
 
 
 # -------------------------------------------------------------------------------------------------------- statistics
@@ -35,6 +37,23 @@ def wilson(correct: float, n: int, confidence: float = 0.95) -> tuple[float, flo
     centre = (p + spread / 2) / (1 + spread)
     half = math.sqrt(spread * (p * (1 - p) + spread / 4)) / (1 + spread)
     return (0.0 if correct == 0 else centre - half), (1.0 if correct == n else centre + half)
+
+
+def interval(scores: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Interval of the mean of scores in [0, 1].
+
+    Wilson's where all are right or wrong. Partial scores have another variance than a coin of the same mean, so theirs is
+    the percentile bootstrap's (Efron 1979), seeded; all of one value leave nothing to resample and get the wider one of Wilson.
+    """
+    if set(scores) <= {0.0, 1.0} or len(set(scores)) < 2:
+        return wilson(math.fsum(scores), len(scores), confidence)
+    import numpy as np
+
+    values, counts = np.unique(np.asarray(scores, float), return_counts=True)
+    drawn = np.random.default_rng(0).multinomial(len(scores), counts / len(scores), size=_RESAMPLES)
+    tail = 50 * (1 - confidence)
+    low, high = np.percentile(drawn @ values / len(scores), (tail, 100 - tail))
+    return float(low), float(high)
 
 
 def mean_sd(values: Sequence[float]) -> tuple[float, float]:
@@ -76,6 +95,34 @@ class Answer:
     error: str | None = None
 
 
+@dataclass(frozen=True)
+class Timing:
+    """What one batch size costs, by :func:`foveate.eval_suites.timing.measure`: medians over the calls, for the whole batch.
+
+    Attributes:
+        batch: samples per call; repeats: calls that were timed, each beside one of the unpruned model.
+        prefill: seconds from the processed inputs to the first token; decode: per further token; selection: what choosing
+            took of the prefill, as the trace counts it (None where it is not counted apart: inside vision towers).
+        peak_bytes: most memory of tensors at once in a prefill, beyond weights and inputs; None where it cannot be told.
+        unpruned_prefill, unpruned_decode, unpruned_peak_bytes: the unpruned model's, in turns with the row's own.
+        prefill_speedup, decode_speedup: the unpruned model's seconds divided by the row's, median over the turns.
+        error: why nothing was measured; everything else is None then.
+    """
+
+    batch: int
+    repeats: int | None = None
+    prefill: float | None = None
+    decode: float | None = None
+    selection: float | None = None
+    peak_bytes: int | None = None
+    unpruned_prefill: float | None = None
+    unpruned_decode: float | None = None
+    unpruned_peak_bytes: int | None = None
+    prefill_speedup: float | None = None
+    decode_speedup: float | None = None
+    error: str | None = None
+
+
 class Status(str, Enum):
     """What became of a run."""
 
@@ -98,7 +145,7 @@ class Row:
         kept_requested: visual tokens per image that the budget stands for; tokens_per_layer: visual tokens that each decoder
             layer really saw, separators counted (both means over the images); tokens_mean, tokens_last: over the layers, and
             of the last one.
-        n, correct, accuracy, interval: over all samples, with Wilson's 95 % interval; tasks: accuracy by task.
+        n, correct, accuracy, interval: over all samples, with the 95 % :func:`interval`; tasks: accuracy by task.
         errors: samples that failed; they count as wrong.
         relative_accuracy: accuracy divided by that of the unpruned model; loyalty: :func:`agreement`.
         versus_random: accuracy minus that of random choice with as many tokens on the average; hard: accuracy on the ``hard_n``
@@ -106,6 +153,7 @@ class Row:
             budget, which others are. See :func:`foveate.eval_suites.compare.compare`.
         prefill_flops, cache_bytes: of the decoder for one sample, by :class:`foveate.eval_suites.cost.DecoderShape`.
         seconds_per_sample: processor and generation, wall time; speedup: the unpruned model's divided by it.
+        timings: seconds and memory by batch size; empty if they were not measured.
         answers: what the model said, in the order of the samples; scores: of the answers. Neither is part of the JSON.
     """
 
@@ -140,12 +188,14 @@ class Row:
     cache_bytes: float | None = None
     seconds_per_sample: float | None = None
     speedup: float | None = None
+    timings: dict[int, Timing] = field(default_factory=dict)
     answers: list[str] = field(default_factory=list, repr=False)
     scores: list[float] = field(default_factory=list, repr=False)
 
     def as_json(self) -> dict[str, Any]:
         """All but the answers and their scores."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("answers", "scores")}
+        plain["timings"] = [asdict(timing) for timing in self.timings.values()]
         return plain | {"versus_random": asdict(self.versus_random) if self.versus_random else None}
 
 
@@ -192,7 +242,7 @@ def summarise(
     row.seconds_per_sample = statistics.fmean(answer.seconds for answer in worked)
     row.correct = math.fsum(row.scores)
     row.correct = int(row.correct) if row.correct.is_integer() else row.correct
-    row.accuracy, row.interval = share(row.correct, row.n), wilson(row.correct, row.n)
+    row.accuracy, row.interval = share(row.correct, row.n), interval(row.scores)
     for task in tasks:
         hits = [score for score, answer in zip(row.scores, rows) if answer.task == task]
         row.tasks[task] = share(math.fsum(hits), len(hits))

@@ -35,16 +35,18 @@ from foveate.eval_suites.distributed import World, world
 from foveate.eval_suites.environment import environment
 from foveate.eval_suites.leaderboard import Leaderboard
 from foveate.eval_suites.meter import BudgetMismatch, Meter, Run
-from foveate.eval_suites.rows import Status
+from foveate.eval_suites.rows import Status, Timing
 from foveate.eval_suites.store import Store
 from foveate.eval_suites.suites import Sample, Suite
+from foveate.eval_suites.timing import BATCHES, measure
 from foveate.pruners.base import Keep, Pruner, check_keep, one_of
 from foveate.pruners.control import RandomLike
+from foveate.pruners.preset import Preset, is_preset
 from foveate.pruners.registry import PRUNERS, create
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["BASELINES", "add_arguments", "bench", "main"]
+__all__ = ["BASELINES", "add_arguments", "bench", "main", "methods_of", "progress_bar"]
 
 BASELINES = ("random", "grid", "avgpool", "downsample")
 """Methods that every bench runs at every budget."""
@@ -70,7 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     public = "or public benchmarks through lmms-eval, like lmms:pope,gqa (see `foveate suites list`)"
     add("--suite", metavar="NAME", default=_SUITE, help=f"one of: {', '.join(suites.SUITES)}; {public}")
     methods = (
-        'all, or methods like "fastv,todre(stage2=False)"; random@METHOD keeps as many tokens as METHOD in every layer; '
+        'all, or methods like "fastv,todre(stage2=False)"; a preset that `foveate tune` wrote; random@METHOD keeps as many '
+        "tokens as METHOD in every layer; "
         "the baselines always run"
     )
     add("--pruners", metavar="NAMES", default="all", help=methods)
@@ -96,6 +99,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--fresh", nargs="?", const="always", default="", choices=("always", "changed"), help=fresh)
     add("--retry", action="store_true", help="do the samples and methods again that failed")
+    help_ = "do not measure prefill, decode, selection and memory of every row, beside the unpruned model"
+    add("--no-timing", dest="timing", action="store_false", help=help_)
     add("--html", metavar="PATH", help="write the table as a web page that needs nothing else")
     add("--json", metavar="PATH", help="write all rows and the environment")
     add("--markdown", metavar="PATH", help="write the table as Markdown; '-' prints it instead of the table")
@@ -150,6 +155,7 @@ def main(args: argparse.Namespace) -> int:
             out=args.out,
             fresh=args.fresh,
             retry=args.retry,
+            timing=args.timing,
         )
     except KeyboardInterrupt:
         saved = (
@@ -247,7 +253,7 @@ def parse_methods(text: str) -> list[str | tuple[str, dict[str, Any]]]:
     """
     methods = []
     for part in filter(None, map(str.strip, re.split(r",(?![^()]*(?:\([^()]*\)[^()]*)*\))", text))):
-        match = re.fullmatch(r"([\w.:+@-]+)\s*(?:\((.*)\))?", part)
+        match = re.fullmatch(r"([\w.:+@/\\~-]+)\s*(?:\((.*)\))?", part)
         try:
             call = ast.parse(f"f({match[2] or ''})", mode="eval").body if match else None
             if not isinstance(call, ast.Call) or call.args:
@@ -279,6 +285,7 @@ def bench(
     out: str | os.PathLike[str] | None = None,
     fresh: str = "",
     retry: bool = False,
+    timing: bool = True,
     progress: bool = True,
 ) -> Leaderboard:
     """Measure methods on a suite, beside the unpruned model, a blind one and the baselines.
@@ -301,6 +308,8 @@ def bench(
         fresh: ``"always"`` drops what ``out`` holds of this model and suite, ``"changed"`` only where it was made with other
             settings or versions, which is refused otherwise.
         retry: do the samples and methods again that failed.
+        timing: measure prefill, decode, selection and memory of every row when all answers are there, see
+            :func:`foveate.eval_suites.timing.measure`; a random choice is timed with its first seed only.
         progress: show a progress bar on stderr, if that is a terminal.
 
     Under ``torchrun`` or ``accelerate launch`` the processes share the batches, and each returns the whole table.
@@ -347,6 +356,8 @@ def bench(
         with Store(":memory:" if out is None else others.file(out)) as store:
             number = _open(store, facts, suite, others, fresh, retry)
             _measure(store, number, meter, runs, others, progress)
+            if timing:
+                _time(store, number, meter, runs, others, progress)
             board = store.board(number)
     finally:
         others.close()
@@ -377,7 +388,7 @@ def _measure(store: Store, bench: int, meter: Meter, runs: Sequence[Run], others
     meter.unpruned_counts.update((n, a.tokens[0]) for n, a in store.answers(numbers[0]).items() if a.tokens)
     firsts = [first for i, first in enumerate(range(0, len(meter.samples), meter.batch_size)) if others.mine(i)]
     done = [store.finished(number) if store.status(number) is Status.OK else None for number in numbers]
-    with warnings.catch_warnings(), _bar(progress and others.first, len(runs) * meter.count(firsts)) as step:
+    with warnings.catch_warnings(), progress_bar(progress and others.first, len(runs) * meter.count(firsts)) as step:
         warnings.filterwarnings("ignore", message="keep=.* exceeds")  # every method says it; see `bench`
         for run, number, finished in zip(runs, numbers, done):
             left = [] if finished is None else [f for f in firsts if not finished.issuperset(meter.numbers(f))]
@@ -410,6 +421,30 @@ def _finish(
         logger.info("%s failed", run.label, exc_info=True)
         store.give_up(number, Status.FAILED, f"{type(error).__name__}: {error}", left[0])
     step(run.label, meter.count(left), skipped=True)
+
+
+def _time(store: Store, bench: int, meter: Meter, runs: Sequence[Run], others: World, progress: bool) -> None:
+    """Measure what the rows cost that the store does not know it of. One process does, while the others wait in silence."""
+    if others.first:
+        numbers = store.open_runs(bench, [run.row() for run in runs])
+        left = [
+            (run, number, batch)
+            for run, number in zip(runs, numbers)
+            for batch in sorted(set(BATCHES) - store.timings(number).keys())
+            if not run.seed and store.status(number) is Status.OK
+        ]
+        with warnings.catch_warnings(), progress_bar(progress, len(left), "rows") as step:
+            warnings.simplefilter("ignore")  # every one of them was told when the answers were given
+            for run, number, batch in left:
+                step(f"timing {run.label}", 0)
+                try:
+                    measured = measure(meter, run, batch)
+                except Exception as error:  # out of memory, say; the answers stand
+                    logger.info("%s could not be timed", run.label, exc_info=True)
+                    measured = Timing(batch, error=f"{type(error).__name__}: {error}")
+                store.add_timing(number, measured)
+                step(f"timing {run.label}", 1)
+    _share(store, bench, others)
 
 
 def _check_reference(store: Store, number: int, meter: Meter) -> None:
@@ -459,15 +494,11 @@ def _digest(samples: Sequence[Sample]) -> str:
 def plan(methods: Any, budgets: Sequence[Keep], seeds: int) -> list[Run]:
     """All runs in order: the bare model, then per budget the baselines and the methods, then what has its own budget."""
     swept, fixed = {name: create(name) for name in BASELINES}, []
-    for pruner, given in _methods(methods):
-        label = _label(pruner, given)
-        named = (pruner.pruner if isinstance(pruner, RandomLike) else pruner).budget_parameter
-        if given is None or named in given or _keep(pruner) is _NO_BUDGET:
-            fixed.append((label, pruner))
-        else:
+    for label, pruner, sweeps in methods_of(methods):
+        if sweeps:
             swept[label] = pruner
-            if _keep(pruner) is None:  # left to itself it finds its own
-                fixed.append((label, pruner))
+        if not sweeps or _keep(pruner) is None:  # left to itself it finds its own budget
+            fixed.append((label, pruner))
     runs = [Run("unpruned", None), Run("no-image", None, baseline=True)]
     for keep, (label, pruner) in itertools.product(budgets, swept.items()):
         if isinstance(pruner, RandomLike):
@@ -481,6 +512,17 @@ def plan(methods: Any, budgets: Sequence[Keep], seeds: int) -> list[Run]:
     for run in runs:
         distinct.setdefault((run.label, type(run.keep), run.keep, run.seed), run)
     return list(distinct.values())
+
+
+def methods_of(methods: Any) -> Iterator[tuple[str, Pruner, bool]]:
+    """Methods as :func:`bench` takes them: label, method, and whether it runs at every budget (False: once, as it is)."""
+    for pruner, given in _methods(methods):
+        named = (pruner.pruner if isinstance(pruner, RandomLike) else pruner).budget_parameter
+        yield (
+            _label(pruner, given),
+            pruner,
+            given is not None and named not in given and _keep(pruner) is not _NO_BUDGET,
+        )
 
 
 _NO_BUDGET = object()
@@ -506,7 +548,10 @@ def _methods(methods: Any) -> Iterator[tuple[Pruner, dict[str, Any] | None]]:
             if name == "all" and not given:
                 yield from ((cls(), {}) for _, cls in sorted(PRUNERS.items()) if _runs_by_itself(cls))
                 continue
-            yield create(name, **given), given
+            if is_preset(name):
+                yield Preset.read(name, **given).pruner, None
+            else:
+                yield create(name, **given), given
     elif isinstance(methods, Sequence):
         for method in methods:
             yield from _methods(method)
@@ -537,7 +582,7 @@ def _distinct(budgets: Sequence[Keep]) -> list[Keep]:
 
 
 @contextmanager
-def _bar(shown: bool, total: int) -> Iterator[Callable[..., None]]:
+def progress_bar(shown: bool, total: int, unit: str = "samples") -> Iterator[Callable[..., None]]:
     """A progress bar on stderr; yields ``step(what, samples, skipped=False)``. What is skipped does not count for the rate."""
     from rich.console import Console
     from rich.progress import (
@@ -552,7 +597,7 @@ def _bar(shown: bool, total: int) -> Iterator[Callable[..., None]]:
 
     class Rate(ProgressColumn):
         def render(self, task: Task) -> str:
-            return "" if task.speed is None else f"{task.speed:.3g} samples/s"
+            return "" if task.speed is None else f"{task.speed:.3g} {unit}/s"
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
     console = Console(stderr=True)

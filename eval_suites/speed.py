@@ -24,7 +24,7 @@ from foveate.adapters import attach
 from foveate.adapters.trace import Trace
 from foveate.errors import ParameterError
 from foveate.eval_suites import speed_serving, speed_vit
-from foveate.eval_suites.clock import now
+from foveate.eval_suites.clock import Clock
 from foveate.eval_suites.environment import environment
 from foveate.pruners.base import Hook, ModelInfo, Pruner, Selection, Stage, Tokens, keep_all, seeded
 from foveate.pruners.corematching import CoreMatching
@@ -273,13 +273,13 @@ def decoder(geometry: Geometry, model: nn.Module, new: int = 16, batch: int = 1,
 def _run(model: nn.Module, prompt: dict[str, Tensor], new: int, pruner: Pruner | None, timing: Timing) -> None:
     """One prompt and ``new`` tokens behind it."""
     with nullcontext() if pruner is None else attach(model, pruner) as session:
-        clock = _Clock(model.device)
+        clock = Clock(model.device)
         output = model(**prompt, use_cache=True, logits_to_keep=1)
         timing.prefill.append(clock.lap())
         mask, steps = prompt["attention_mask"], []
         for _ in range(new):
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-            clock = _Clock(model.device)
+            clock = Clock(model.device)
             token = output.logits[:, -1].argmax(-1, keepdim=True)
             output = model(input_ids=token, attention_mask=mask, past_key_values=output.past_key_values, use_cache=True)
             steps.append(clock.lap())
@@ -289,17 +289,6 @@ def _run(model: nn.Module, prompt: dict[str, Tensor], new: int, pruner: Pruner |
             trace = session.trace
             timing.tokens_per_layer = trace.images[0].tokens_per_layer
             timing.cached_per_layer = trace.images[0].cached_per_layer
-
-
-class _Clock:
-    """Seconds since it was made."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.began = now(device)
-
-    def lap(self) -> float:
-        return now(self.device) - self.began
 
 
 def _measure_mlps(model: nn.Module, prompt: dict[str, Tensor], new: int, timing: Timing) -> None:
@@ -318,10 +307,10 @@ def _measure_mlps(model: nn.Module, prompt: dict[str, Tensor], new: int, timing:
 def _stopwatches(modules: Sequence[nn.Module]) -> Iterator[list[float]]:
     """A list that fills with the seconds of every call of the modules."""
     laps: list[float] = []
-    running: list[_Clock] = []
+    running: list[Clock] = []
 
     def start(module: nn.Module, args: Any) -> None:
-        running.append(_Clock(args[0].device))
+        running.append(Clock(args[0].device))
 
     def stop(module: nn.Module, args: Any, output: Any) -> None:
         laps.append(running.pop().lap())

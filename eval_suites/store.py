@@ -21,11 +21,11 @@ from foveate.errors import StoreError
 from foveate.eval_suites.compare import compare
 from foveate.eval_suites.cost import DecoderShape
 from foveate.eval_suites.leaderboard import Leaderboard
-from foveate.eval_suites.rows import Answer, Row, Status, summarise
+from foveate.eval_suites.rows import Answer, Row, Status, Timing, summarise
 
 __all__ = ["MUST_AGREE", "SCHEMA", "Store", "differences", "read"]
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the tables below. Raise it with every change to them, and teach :meth:`Store._prepare` the way there."""
 
 _APPLICATION = int.from_bytes(b"fovt", "big")  # marks the file as ours, see `PRAGMA application_id`
@@ -74,6 +74,28 @@ CREATE TABLE answer (
 ) WITHOUT ROWID;
 """
 
+_TIMINGS = """
+CREATE TABLE timing (
+    run INTEGER NOT NULL REFERENCES run ON DELETE CASCADE,
+    batch INTEGER NOT NULL,     -- samples per call, for all of which seconds are
+    repeats INTEGER,
+    prefill REAL,
+    decode REAL,
+    selection REAL,
+    peak_bytes INTEGER,
+    unpruned_prefill REAL,
+    unpruned_decode REAL,
+    unpruned_peak_bytes INTEGER,
+    prefill_speedup REAL,
+    decode_speedup REAL,
+    error TEXT,
+    PRIMARY KEY (run, batch)
+) WITHOUT ROWID;
+"""
+
+_STEPS = {0: _TABLES, 1: _TIMINGS}
+"""What makes the next format out of each; 0 is an empty file."""
+
 MUST_AGREE = {
     "weights_sha256": "weights",
     "revision": "revision",
@@ -94,6 +116,7 @@ MUST_AGREE = {
 }
 """Facts that have to be equal for rows to stand in one table, and what messages call them."""
 
+_TIMING = tuple(f.name for f in fields(Timing))
 _ANSWER = tuple(f.name for f in fields(Answer))
 _RUN = (
     "method", "label", "keep", "seed", "baseline", "adaptive", "guided", "parameters", "positions", "status", "reason", "stopped_at",
@@ -230,6 +253,15 @@ class Store:
                 (*[_json(dict(positions or {}))] * 2, adaptive, run),
             )
 
+    def add_timing(self, run: int, timing: Timing) -> None:
+        """Add what a batch size costs; one that is there already stays as it is."""
+        marks = ", ".join("?" * (1 + len(_TIMING)))
+        with self._transaction():
+            self._db.execute(
+                f"INSERT INTO timing (run, {', '.join(_TIMING)}) VALUES ({marks}) ON CONFLICT DO NOTHING",
+                (run, *(getattr(timing, name) for name in _TIMING)),
+            )
+
     def give_up(self, run: int, status: Status, reason: str, at: int) -> None:
         """Note that a run ended at sample ``at`` for a reason that is not the sample's; the first such sample counts."""
         with self._transaction():
@@ -242,7 +274,8 @@ class Store:
         """Forget the samples and the runs that failed, so that they are done again."""
         with self._transaction():
             runs = "SELECT id FROM run WHERE bench = ?"
-            self._db.execute(f"DELETE FROM answer WHERE error IS NOT NULL AND run IN ({runs})", (bench,))
+            for table in ("answer", "timing"):
+                self._db.execute(f"DELETE FROM {table} WHERE error IS NOT NULL AND run IN ({runs})", (bench,))
             self._db.execute("UPDATE run SET status = 'ok', reason = NULL, stopped_at = NULL WHERE bench = ?", (bench,))
 
     # --------------------------------------------------------------------------------------------------------- reading
@@ -264,6 +297,11 @@ class Store:
         rows = self._db.execute(f"SELECT {', '.join(_ANSWER)} FROM answer WHERE run = ? ORDER BY number", (run,))
         return {row["number"]: _answer(dict(row)) for row in rows}
 
+    def timings(self, run: int) -> dict[int, Timing]:
+        """What a run costs, by batch size."""
+        rows = self._db.execute(f"SELECT {', '.join(_TIMING)} FROM timing WHERE run = ? ORDER BY batch", (run,))
+        return {row["batch"]: Timing(**dict(row)) for row in rows}
+
     def boards(self) -> list[Leaderboard]:
         """A leaderboard per model and suite, in the order in which they were begun."""
         return [self.board(row["id"]) for row in self._db.execute("SELECT id FROM bench ORDER BY id").fetchall()]
@@ -279,7 +317,9 @@ class Store:
             rows: list[Row] = []
             reference = None
             for run in sorted(runs, key=lambda run: run["method"] != "unpruned"):  # stable; the reference comes first
-                row = summarise(_row(run), self.answers(run["id"]), head["samples"], tasks, reference, shape)
+                row = _row(run)
+                row.timings = self.timings(run["id"])
+                row = summarise(row, self.answers(run["id"]), head["samples"], tasks, reference, shape)
                 reference = row if row.method == "unpruned" else reference
                 rows.append(row)
         compare(rows)
@@ -296,7 +336,9 @@ class Store:
                 plain = {name: run[name] for name in _RUN}
                 plain |= {name: json.loads(run[name]) for name in ("keep", "seed", "parameters", "positions")}
                 plain |= {name: bool(run[name]) for name in ("baseline", "adaptive", "guided")}
-                runs.append(plain | {"answers": [_plain(answer) for answer in self.answers(run["id"]).values()]})
+                plain["answers"] = [_plain(answer) for answer in self.answers(run["id"]).values()]
+                plain["timings"] = [asdict(timing) for timing in self.timings(run["id"]).values()]
+                runs.append(plain)
             benches.append({"tasks": json.loads(head["tasks"]), "facts": json.loads(head["facts"]), "runs": runs})
         return {"format": "foveate results", "schema": SCHEMA, "benches": benches}
 
@@ -315,6 +357,8 @@ class Store:
                 named = [Row(**{name: run[name] for name in _RUN[:8]}, positions=run["positions"]) for run in runs]
                 for run, into in zip(runs, self.open_runs(number, named)):
                     self.add(into, map(_answer, run["answers"]), run["positions"], run["adaptive"])
+                    for timing in run.get("timings", ()):  # exports of format 1 have none
+                        self.add_timing(into, Timing(**timing))
                     if run["status"] != Status.OK.value:
                         self.give_up(into, Status(run["status"]), run["reason"], run["stopped_at"])
         except (KeyError, TypeError, ValueError) as error:
@@ -337,16 +381,21 @@ class Store:
         if empty and version == 0:
             if not create:
                 raise StoreError(f"{self.path} is empty; `foveate bench --out {self.path}` fills it")
-            with self._transaction():
-                if pragma("PRAGMA user_version").fetchone()[0] == 0:  # nobody was faster
-                    for statement in _TABLES.split(";"):
-                        pragma(statement)
-                    pragma(f"PRAGMA application_id = {_APPLICATION}")
-                    pragma(f"PRAGMA user_version = {SCHEMA}")
-            return
-        if pragma("PRAGMA application_id").fetchone()[0] != _APPLICATION:
+        elif pragma("PRAGMA application_id").fetchone()[0] != _APPLICATION:
             raise StoreError(f"{self.path} is a database of another program; give another path")
         _check_schema(self.path, version)
+        if version < SCHEMA:
+            self._upgrade()
+
+    def _upgrade(self) -> None:
+        """Bring the tables of an empty file, or of an older foveate's, to this format; what they hold stays."""
+        with self._transaction():
+            version = self._db.execute("PRAGMA user_version").fetchone()[0]  # somebody may have been faster
+            for step in range(version, SCHEMA):
+                for statement in _STEPS[step].split(";"):
+                    self._db.execute(statement)
+            self._db.execute(f"PRAGMA application_id = {_APPLICATION}")
+            self._db.execute(f"PRAGMA user_version = {SCHEMA}")
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:

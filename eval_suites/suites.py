@@ -119,11 +119,15 @@ SUITES: dict[str, Callable[[], Suite]] = {
 
 
 def find(name: str) -> Suite:
-    """The suite called ``name``.
+    """The suite called ``name``, or the questions of a ``.jsonl`` file.
 
     Raises:
-        UnknownNameError: there is none; the message suggests the nearest.
+        UnknownNameError: there is none; the message suggests the nearest. ParameterError: the file holds something else.
     """
+    if name.lower().endswith(".jsonl"):
+        from foveate.eval_suites import questions
+
+        return questions.load(name)
     if name not in SUITES:
         raise UnknownNameError(f"unknown suite {name!r}; {nearest(name, SUITES)}")
     return SUITES[name]()

@@ -46,7 +46,7 @@ class Stub(Meter):
 
 def bench(loaded: models.Loaded, path: pathlib.Path) -> None:
     runner.bench(
-        loaded, "shapes", "divprune", BUDGET, LIMIT, batch_size=BATCH, seeds=2, out=path, positions="keep", progress=False
+        loaded, "shapes", "divprune", BUDGET, LIMIT, batch_size=BATCH, seeds=2, out=path, positions="keep", timing=False, progress=False
     )  # fmt: skip
 
 

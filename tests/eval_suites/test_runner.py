@@ -41,7 +41,7 @@ def loaded(checkpoint: pathlib.Path) -> models.Loaded:
 
 
 def quick(loaded: models.Loaded, pruners: Any = (), keep: Any = 0.25, **more: Any) -> Leaderboard:
-    options: dict[str, Any] = {"limit": LIMIT, "seeds": 2, "batch_size": 3, "progress": False}
+    options: dict[str, Any] = {"limit": LIMIT, "seeds": 2, "batch_size": 3, "progress": False, "timing": False}
     return bench(loaded, "shapes", pruners, keep, **(options | more))
 
 
@@ -151,13 +151,13 @@ def test_loyalty_is_agreement_with_the_unpruned_answers(board):
 
 def test_accuracy_is_relative_to_the_unpruned_model(loaded):
     suite = replace(suites.find("shapes"), score=lambda sample, answer: int(sample.id.split("-")[1]) < 8)
-    board = bench(loaded, suite, [], 0.25, limit=10, batch_size=5, seeds=1, progress=False)
+    board = bench(loaded, suite, [], 0.25, limit=10, batch_size=5, seeds=1, progress=False, timing=False)
     assert {(row.correct, row.accuracy, row.relative_accuracy) for row in board.rows} == {(8, 0.8, 1.0)}
 
 
 def test_wrong_answers_everywhere_leave_the_relative_accuracy_open(loaded):
     suite = replace(suites.find("shapes"), score=lambda sample, answer: False)
-    board = bench(loaded, suite, [], 0.25, limit=5, batch_size=5, seeds=1, progress=False)
+    board = bench(loaded, suite, [], 0.25, limit=5, batch_size=5, seeds=1, progress=False, timing=False)
     assert {row.relative_accuracy for row in board.rows} == {None}
 
 

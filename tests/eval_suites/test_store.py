@@ -253,7 +253,7 @@ def loaded(checkpoint: pathlib.Path) -> models.Loaded:
 
 
 def quick(loaded: models.Loaded, path: pathlib.Path | None, pruners: Any = "fastv", **more: Any) -> Leaderboard:
-    options: dict[str, Any] = {"limit": 7, "seeds": 1, "batch_size": 3, "progress": False, "out": path}
+    options: dict[str, Any] = {"limit": 7, "seeds": 1, "batch_size": 3, "progress": False, "out": path, "timing": False}
     return runner.bench(loaded, "shapes", pruners, 0.25, **(options | more))
 
 
@@ -318,4 +318,4 @@ def test_a_suite_that_asks_something_else_is_refused(loaded, path):
     suite = suites.find("shapes")
     other = replace(suite, samples=lambda n, seed: suite.samples(n, seed + 1))
     with pytest.raises(StoreError, match="samples"):
-        runner.bench(loaded, other, "fastv", 0.25, 7, seeds=1, batch_size=3, out=path, progress=False)
+        runner.bench(loaded, other, "fastv", 0.25, 7, seeds=1, batch_size=3, out=path, progress=False, timing=False)
