@@ -157,9 +157,11 @@ class Meter:
         texts, ids, lengths = self._answer(run, batch)
         seconds = (time.perf_counter() - began) / len(batch)
         if session is None:
-            seen, asked = self._unpruned(ids, widths, first), [None] * len(batch)
+            seen = cached = self._unpruned(ids, widths, first)
+            asked = [None] * len(batch)
         else:
             seen, asked = self._pruned(run.pruner, session.trace, ids, widths, first)
+            cached = [image.cached_per_layer for image in session.trace.images]
         written = [length - n for length, n in zip(lengths, self._placeholders(ids))]
         return [
             Answer(
@@ -169,12 +171,13 @@ class Meter:
                 text=text,
                 score=float(self.suite.score(sample, text)),
                 tokens=tuple(tokens),
+                cached=tuple(held),
                 asked=want,
                 text_tokens=text_tokens,
                 seconds=seconds,
             )
-            for number, (sample, text, tokens, want, text_tokens) in enumerate(
-                zip(batch, texts, seen, asked, written), first
+            for number, (sample, text, tokens, held, want, text_tokens) in enumerate(
+                zip(batch, texts, seen, cached, asked, written), first
             )
         ]
 

@@ -76,7 +76,8 @@ class Answer:
     Attributes:
         number: the sample's place in the bench; sample, task: its id and task.
         text: what the model said; score: in [0, 1], 1 is right. None if the sample failed.
-        tokens: visual tokens that each decoder layer saw, separators counted; asked: tokens that the budget stands for
+        tokens: visual tokens that each decoder layer saw, separators counted; cached: those that its KV cache holds when the
+            prompt is through (files of format 2 and before do not tell); asked: tokens that the budget stands for
             (None without a pruner).
         text_tokens: length of the prompt without visual tokens.
         seconds: the sample's share of its batch, wall time.
@@ -89,6 +90,7 @@ class Answer:
     text: str | None = None
     score: float | None = None
     tokens: tuple[int, ...] | None = None
+    cached: tuple[int, ...] | None = None
     asked: int | None = None
     text_tokens: int | None = None
     seconds: float | None = None
@@ -238,7 +240,9 @@ def summarise(
     if shape is not None and all(answer.text_tokens is not None for answer in worked):
         lengths = [[n + answer.text_tokens for n in answer.tokens] for answer in worked]
         row.prefill_flops = statistics.fmean(map(shape.prefill_flops, lengths))
-        row.cache_bytes = statistics.fmean(map(shape.cache_bytes, lengths))
+        if all(answer.cached is not None for answer in worked):
+            lengths = [[n + answer.text_tokens for n in answer.cached] for answer in worked]
+            row.cache_bytes = statistics.fmean(map(shape.cache_bytes, lengths))
     row.seconds_per_sample = statistics.fmean(answer.seconds for answer in worked)
     row.correct = math.fsum(row.scores)
     row.correct = int(row.correct) if row.correct.is_integer() else row.correct

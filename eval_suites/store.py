@@ -25,7 +25,7 @@ from foveate.eval_suites.rows import Answer, Row, Status, Timing, summarise
 
 __all__ = ["MUST_AGREE", "SCHEMA", "Store", "differences", "read"]
 
-SCHEMA = 2
+SCHEMA = 3
 """Version of the tables below. Raise it with every change to them, and teach :meth:`Store._prepare` the way there."""
 
 _APPLICATION = int.from_bytes(b"fovt", "big")  # marks the file as ours, see `PRAGMA application_id`
@@ -93,7 +93,9 @@ CREATE TABLE timing (
 ) WITHOUT ROWID;
 """
 
-_STEPS = {0: _TABLES, 1: _TIMINGS}
+_CACHED = "ALTER TABLE answer ADD COLUMN cached TEXT"  # JSON list: visual tokens in each layer's KV cache
+
+_STEPS = {0: _TABLES, 1: _TIMINGS, 2: _CACHED}
 """What makes the next format out of each; 0 is an empty file."""
 
 MUST_AGREE = {
@@ -118,6 +120,7 @@ MUST_AGREE = {
 
 _TIMING = tuple(f.name for f in fields(Timing))
 _ANSWER = tuple(f.name for f in fields(Answer))
+_LISTS = ("tokens", "cached")
 _RUN = (
     "method", "label", "keep", "seed", "baseline", "adaptive", "guided", "parameters", "positions", "status", "reason", "stopped_at",
 )  # fmt: skip
@@ -457,13 +460,14 @@ def _values(answer: Answer) -> list[Any]:
 
 
 def _plain(answer: Answer) -> dict[str, Any]:
-    return asdict(answer) | {"tokens": None if answer.tokens is None else list(answer.tokens)}
+    plain = asdict(answer)
+    return plain | {name: list(plain[name]) for name in _LISTS if plain[name] is not None}
 
 
 def _answer(plain: Mapping[str, Any]) -> Answer:
-    tokens = plain["tokens"]
-    tokens = json.loads(tokens) if isinstance(tokens, str) else tokens
-    return Answer(**{**plain, "tokens": None if tokens is None else tuple(tokens)})
+    lists = {name: plain.get(name) for name in _LISTS}  # exports of formats 1 and 2 have no "cached"
+    lists = {name: json.loads(x) if isinstance(x, str) else x for name, x in lists.items()}
+    return Answer(**{**plain, **{name: None if x is None else tuple(x) for name, x in lists.items()}})
 
 
 def _row(run: sqlite3.Row) -> Row:

@@ -97,6 +97,18 @@ def test_a_method_that_keeps_all_tokens_is_not_swept(loaded, name):
     assert {tuple(row.tokens_per_layer) for row in found} == {(TOKENS,) * len(found[0].tokens_per_layer)}
 
 
+def test_the_cache_is_what_is_left_in_it(loaded):
+    """Statement: evicted tokens do not count in the cache of a row, although its early layers saw them."""
+    names = ["corematching(neuron_layers=())", "corematching(neuron_layers=(),kv_evict=False)"]
+    board = quick(loaded, ",".join(names), 0.5)
+    found = {row.parameters["kv_evict"]: row for row in rows(board, "corematching", 0.5)}
+    evicted, ragged = found[True], found[False]
+    assert evicted.tokens_per_layer == ragged.tokens_per_layer == [TOKENS, TOKENS, *[TOKENS // 2] * 2]
+    unpruned = one(board, "unpruned", None).cache_bytes
+    assert evicted.cache_bytes < ragged.cache_bytes < unpruned
+    assert unpruned - evicted.cache_bytes == pytest.approx(2 * (unpruned - ragged.cache_bytes))
+
+
 def test_every_row_tells_all_there_is_to_tell(board):
     for row in board.rows:
         assert row.n == LIMIT == len(row.answers)
