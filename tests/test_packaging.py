@@ -128,6 +128,24 @@ def test_wheel_installs_the_command(wheel):
 # ------------------------------------------------------------------------------------- three ways to have it installed
 
 
+def origins(packages: dict[str, str]) -> str:
+    """Code that prints the file of every package.
+
+    It runs with -S, so that no other installation of foveate may answer; nothing that needs torch can be imported then, only
+    found, and `importlib.util.find_spec` would import the packages around.
+    """
+    return f"""
+import itertools, sys
+for name in {list(packages)}:
+    path = None
+    for outer in itertools.accumulate(name.split("."), lambda a, b: a + "." + b):
+        loaded = sys.modules.get(outer)
+        spec = next(filter(None, (finder.find_spec(outer, path) for finder in sys.meta_path)))
+        path = spec.submodule_search_locations if loaded is None else loaded.__path__
+    print(spec.origin)
+"""
+
+
 def test_wheel_imports_from_an_empty_folder(wheel, packages, tmp_path):
     code = f"import importlib\nfor name in {list(packages)}: print(importlib.import_module(name).__file__)"
     for name, file in zip(packages, python(code, tmp_path, path=wheel).splitlines()):
@@ -139,23 +157,14 @@ def test_editable_install_imports_from_an_empty_folder(checkout, packages, tmp_p
     build("editable", checkout, tmp_path).extractall(site)
     empty = tmp_path / "empty"
     empty.mkdir()
-    # -S: no other installation of foveate may answer; so nothing that needs torch can be run, only found
-    code = f"""
-import itertools, site, sys
-site.addsitedir({str(site)!r})
-for name in {list(packages)}:
-    path = None  # find_spec would import the packages around it
-    for outer in itertools.accumulate(name.split("."), lambda a, b: a + "." + b):
-        spec = next(filter(None, (finder.find_spec(outer, path) for finder in sys.meta_path)))
-        path = spec.submodule_search_locations
-    print(spec.origin)
-"""
+    code = f"import site; site.addsitedir({str(site)!r})" + origins(packages)
     for folder, file in zip(packages.values(), python(code, empty, "-S").splitlines()):
         assert pathlib.Path(file) == checkout / folder / "__init__.py"
 
 
 def test_checkout_imports_without_being_installed(checkout, packages, tmp_path):
-    code = f"from importlib.util import find_spec; print(*[find_spec(name).origin for name in {list(packages)}], sep='\\n')"
+    # importing the top package gives it its path: the folders stand beside it
+    code = "import foveate" + origins(packages)
     for folder, file in zip(packages.values(), python(code, tmp_path, "-S", path=checkout).splitlines()):
         assert pathlib.Path(file) == checkout / folder / "__init__.py"
 

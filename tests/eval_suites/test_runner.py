@@ -307,7 +307,7 @@ LIARS = {
     "keeps more": (Toy(work=lambda tokens: _first(tokens, 5)), "kept 5 of 16 tokens"),
     "keeps less": (Toy(work=lambda tokens: _first(tokens, 3)), "kept 3 of 16 tokens"),
     "announces more": (Toy(work=lambda tokens: _first(tokens, 9), announce=9), "keep=0.25 of 16 allows 4"),
-    "counts twice": (Toy(work=_twice), "kept some token twice"),
+    "counts twice": (Toy(work=_twice), "give unique, ascending token numbers"),
     "decides for more": (Deciding(work=lambda tokens: _first(tokens, 5)), "more than its budget of 4"),
     "late and nothing": (Toy(work=keep_all, layer=2), "tokens at decoder layer 2 where its budget is 4"),
 }
