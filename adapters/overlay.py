@@ -28,8 +28,8 @@ _VIRIDIS = "440154 482475 414487 355f8d 2a788e 21918c 22a884 44bf70 7ad151 bddf2
 _GROUPS = "e69f00 56b4e9 009e73 f0e442 0072b2 d55e00 cc79a7"
 _DIM = np.array((20, 22, 28), np.float32)
 _PAPER = np.array((224, 226, 230), np.float32)
-_LINE, _UNDER, _LABEL = (255, 255, 255), (16, 18, 24), (128, 134, 146)
-_GAP, _TITLE = 14, 22
+_LINE, _UNDER, _LABEL = (255, 255, 255), (16, 18, 24), (116, 122, 134)  # the label reads on white and on black
+_GAP, _TITLE, _FONT = 14, 26, 17
 
 
 # ------------------------------------------------------------------------------------------------- where tokens lie
@@ -397,7 +397,7 @@ def _mark(tile: Image.Image, panel: Panel, known: Facts, show: str) -> None:
 def _label(drawing: Image.Image, panel: Panel, known: Facts) -> None:
     kept, total = int(known.kept[panel.tokens].sum()), panel.tokens.size
     width = panel.box[2] - panel.box[0]
-    font = ImageFont.load_default(14)
+    font = ImageFont.load_default(_FONT)
     pen = ImageDraw.Draw(drawing)
     for text in (f"{panel.title} · {kept} of {total}", f"{panel.title} · {kept}", str(kept)):
         if pen.textlength(text, font) <= width:

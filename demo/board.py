@@ -114,12 +114,14 @@ def tab(path: str | None) -> None:
         color="kind",
         color_map=_COLOURS,
         tooltip=["method", "budget", "accuracy %", "tokens per layer"],
-        colors_in_legend=list(_COLOURS),
+        color_title=" ",
         x_lim=[0, 1.05 * max((row.tokens_mean or 1 for row in first.rows), default=1)],
         y_lim=[0, 105],  # points at 100 stay whole
         height=380,
         label="Accuracy over visual tokens",
     )
+    dots = "".join(f'<span><i style="background:{colour}"></i>{kind}</span>' for kind, colour in _COLOURS.items())
+    gr.HTML(f'<p class="fv-note fv-dots">{dots}</p>')
     table = gr.Dataframe(
         frame(first),
         label="All rows; click one to see its samples",
