@@ -512,7 +512,9 @@ class Pruner:
     ``cost`` and ``families`` describe the method; ``adaptive`` is True when the number of kept tokens depends on content,
     ``needs_grid`` when it depends on the shape of the grid; ``regrids`` when survivors stand for a resampled picture, none
     of them where a token was; ``content_free`` when the layout and the picture's id alone decide which tokens survive;
-    ``budget_parameter`` names the parameter that is a :data:`Keep`, which other parameters may rule out: ``takes_budget`` is False then. Any may be a property: ask a method, not its class.
+    ``budget_parameter`` names the parameter that is a :data:`Keep`, which other parameters may rule out: ``takes_budget`` is False then;
+    ``counted`` names the parameters, with their values, under which an adaptive method keeps a count that is known beforehand.
+    Any may be a property: ask a method, not its class.
     """
 
     name: ClassVar[str] = ""
@@ -526,6 +528,7 @@ class Pruner:
     takes_budget: ClassVar[bool] = True
     regrids: ClassVar[bool] = False
     content_free: ClassVar[bool] = False
+    counted: ClassVar[Mapping[str, Any]] = {}
 
     def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
         """Where the method acts on this model.

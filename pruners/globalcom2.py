@@ -15,8 +15,9 @@ Cost: two matrix-vector products for the logits, one resize of the thumbnail's m
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -73,6 +74,7 @@ class GlobalCom2(Pruner):
     title: ClassVar[str] = "Thumbnail-guided compression of AnyRes crops"
     paper: ClassVar[str] = "arXiv 2501.05179 (AAAI 2026)"
     cost: ClassVar[str] = "class-token logits of one encoder block, one sort per crop"
+    counted: ClassVar[Mapping[str, Any]] = {"redistribute": True}
     families: ClassVar[tuple[str, ...]] = ("llava_next", "llava", "llava_onevision (experimental)")
 
     keep: Keep = 0.25

@@ -13,8 +13,9 @@ candidates here: the processor has already cut them off. Cost: two blocks' atten
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -74,6 +75,7 @@ class HiPrune(Pruner):
     title: ClassVar[str] = "Anchors, buffers and registers from hierarchical encoder attention"
     paper: ClassVar[str] = "arXiv 2508.00553 (ACL 2026 Findings)"
     cost: ClassVar[str] = "two encoder blocks' attention statistics, O(H N^2 d)"
+    counted: ClassVar[Mapping[str, Any]] = {"exclude": "strict"}
 
     keep: Keep = 1 / 3
     alpha: float = 0.1

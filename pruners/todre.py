@@ -14,8 +14,9 @@ Cost: one N x N similarity matrix and k dependent steps of O(N); stage 2 one pas
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -73,6 +74,7 @@ class ToDRE(Pruner):
     title: ClassVar[str] = "Token diversity, then removal of all visual tokens from late layers"
     paper: ClassVar[str] = "arXiv 2505.18757 (2025)"
     cost: ClassVar[str] = "one N x N similarity matrix and k greedy steps"
+    counted: ClassVar[Mapping[str, Any]] = {"stage2": False}
 
     keep: Keep = 0.1
     diversity: str = "max_sum"

@@ -57,12 +57,17 @@ def test_exceptions_are_still_needed_and_late():
 
 
 def test_no_adapter_names_a_method():
-    methods = {method.__module__.rpartition(".")[2] for method in PRUNERS.values()}
+    """Neither by import nor by name; "random" and "grid" are words of other things as well."""
+    modules = {method.__module__.rpartition(".")[2] for method in PRUNERS.values()}
+    classes = {method.__name__ for method in PRUNERS.values()}
     for file in files("adapters"):
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("foveate.pruners."):
-                assert node.module.split(".")[2] not in methods, f"{file.name} imports {node.module}"
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            where = f"{file.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("foveate.pruners"):
+                assert node.module.rpartition(".")[2] not in modules, f"{where} imports {node.module}"
+                assert not classes & {alias.name for alias in node.names}, where
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert node.value not in PRUNERS.keys() - {"grid", "random"}, f"{where} names {node.value}"
 
 
 def test_every_module_says_what_lives_there():

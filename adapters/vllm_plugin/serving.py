@@ -6,12 +6,14 @@ Nothing here needs vLLM. The front-end process asks :meth:`Serving.length` befor
 
 from __future__ import annotations
 
+import contextlib
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from foveate.adapters.base import Adapter, adapter_for
 from foveate.adapters.vllm_plugin import ARCHITECTURES, TESTED
 from foveate.adapters.vllm_plugin.settings import Entry, Settings, canonical, merged, parse
-from foveate.errors import ParameterError, UnsupportedModelError
+from foveate.errors import FoveateError, ParameterError, UnsupportedModelError
 from foveate.pruners.base import (
     ClassFeatures,
     EncoderFeatures,
@@ -27,16 +29,18 @@ from foveate.pruners.base import (
     Hook,
     Layout,
     PatchPixels,
+    Pruner,
     Selection,
     Signal,
+    Stage,
     Tokens,
     UnpooledFrames,
     keep_all,
 )
+from foveate.pruners.registry import PRUNERS, create
 
 _WIDTH = 8  # channels of made-up features
 _REHEARSED = 8192  # tokens of the largest picture that is rehearsed
-_INSTEAD = "hiprune, fopru, divprune, visionzip, grid, random and avgpool can be served"
 _WHY_NOT = {
     Hook.PIXELS: "changes the pictures; resize them before you send them",
     Hook.VIT_BLOCK: "merges inside the vision tower, and vLLM's towers keep all rows",
@@ -121,6 +125,47 @@ def _checked(adapter: Adapter, engine: str, entry: str) -> Serving:
     return serving
 
 
+def obstacle(adapter: Adapter, pruner: Pruner, stages: Sequence[Stage]) -> str | None:
+    """Why vLLM cannot serve a method with these stages, as the end of a sentence that begins with it; None if it can.
+
+    Raises:
+        FoveateError: the model lacks a signal.
+    """
+    for stage in stages:
+        if stage.hook is not Hook.LLM_INPUT:
+            return _WHY_NOT[stage.hook]
+        if stage.text_guided:
+            return "reads the question, but vLLM encodes a picture once for all prompts that hold it"
+    if not stages:
+        return "does nothing inside this model; prepare the pictures before you send them"
+    if pruner.adaptive and not pruner.content_free:
+        return "lets a picture's content decide how many tokens stay, and vLLM counts before it looks"
+    (stage,) = stages
+    for signal in stage.signals.values():
+        if isinstance(signal, (PatchPixels, UnpooledFrames)):
+            return "reads the pictures' pixels, which vLLM's towers have packed by then"
+        adapter.check(signal)
+    policy = stage.positions or ("keep" if adapter.info.mrope else "compact")
+    if (policy == "keep") != adapter.info.mrope:
+        return (
+            f"needs {'gaps between positions' if policy == 'keep' else 'positions without gaps'}, and vLLM numbers the "
+            f"tokens of {adapter.info.family} models {'with' if adapter.info.mrope else 'without'} gaps"
+        )
+    return None
+
+
+def servable(adapter: Adapter) -> list[str]:
+    """Names of the methods that can be served on the model with their defaults."""
+    names = []
+    for name in PRUNERS:
+        with contextlib.suppress(FoveateError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            pruner = create(name)
+            if obstacle(adapter, pruner, pruner.stages(adapter.info)) is None:
+                names.append(name)
+    return names
+
+
 class Serving:
     """A method on a model family, as vLLM runs it.
 
@@ -131,30 +176,15 @@ class Serving:
     def __init__(self, adapter: Adapter, settings: Settings) -> None:
         self.adapter, self.pruner, self.separators = adapter, settings.pruner, settings.separators
         stages = self.pruner.stages(adapter.info)
-        for stage in stages:
-            if stage.hook is not Hook.LLM_INPUT:
-                self._refuse(_WHY_NOT[stage.hook])
-            if stage.text_guided:
-                self._refuse("reads the question, but vLLM encodes a picture once for all prompts that hold it")
-        if not stages:
-            self._refuse("does nothing inside this model; prepare the pictures before you send them")
-        (self.stage,) = stages
-        if self.pruner.adaptive and not self.pruner.content_free:
-            self._refuse("lets a picture's content decide how many tokens stay, and vLLM counts before it looks")
-        for signal in self.signals:
-            if isinstance(signal, (PatchPixels, UnpooledFrames)):
-                self._refuse("reads the pictures' pixels, which vLLM's towers have packed by then")
-            adapter.check(signal)
-        policy = self.stage.positions or ("keep" if adapter.info.mrope else "compact")
-        if (policy == "keep") != adapter.info.mrope:
-            self._refuse(
-                f"needs {'gaps between positions' if policy == 'keep' else 'positions without gaps'}, and vLLM numbers the "
-                f"tokens of {adapter.info.family} models {'with' if adapter.info.mrope else 'without'} gaps"
+        why = obstacle(adapter, self.pruner, stages)
+        if why is not None:
+            hint = "".join(
+                f"add {json.dumps(name)}: {json.dumps(value)}; or: " for name, value in self.pruner.counted.items()
             )
-
-    def _refuse(self, why: str) -> NoReturn:
-        instead = _INSTEAD if self.pruner.name not in _FIXED else f"{_FIXED[self.pruner.name]}; or: {_INSTEAD}"
-        raise UnsupportedModelError(f"{self.pruner.name} cannot be served by vLLM: it {why}; {instead}")
+            raise UnsupportedModelError(
+                f"{self.pruner.name} cannot be served by vLLM: it {why}; {hint}{', '.join(servable(adapter))} can be served"
+            )
+        (self.stage,) = stages
 
     @property
     def signals(self) -> tuple[Signal, ...]:
@@ -232,13 +262,6 @@ class Serving:
             )
         fields = {name: value for name, value in vars(chosen).items() if value is not None}
         return [Selection(**{name: value[b] for name, value in fields.items()}) for b in range(len(chosen.index))]
-
-
-_FIXED = {
-    "hiprune": 'add "exclude": "strict"',
-    "todre": 'add "stage2": false, which leaves its first stage',
-    "globalcom2": 'add "redistribute": true, which meets the budget exactly',
-}
 
 
 class _AnyToken(nn.Embedding):
