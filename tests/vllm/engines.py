@@ -71,7 +71,7 @@ def _random(family: str) -> Any:
     vision = config.vision_config
     if family == "qwen2_vl":
         vision.hidden_size = 64
-    if family == "qwen3_vl":
+    if family in ("qwen2_5_vl", "qwen3_vl"):
         vision.out_hidden_size = 64
     if family == "llava_onevision":
         config.vision_aspect_ratio = "anyres_max_9"  # vLLM knows no other
