@@ -34,7 +34,7 @@ vllm-env: .venv-vllm/stamp
 test-vllm: .venv-vllm/stamp
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/vllm $(ARGS)
 
-# Models of the original LLaVA package under the transformers it was written for, in .venv-llava (1.5 GB).
+# Models of the original LLaVA package under the transformers it was written for, in .venv-llava (1.2 GB).
 test-llava: .venv-llava/stamp
 	OMP_NUM_THREADS=1 .venv-llava/bin/python -m pytest -n 2 tests/adapters/test_llava_original.py $(ARGS)
 
