@@ -104,7 +104,7 @@ class App:
         self.first = _FIRST if _FIRST in engine.methods else engine.methods[0]
         example = self.shelf(engine).examples[0]
         media = example.make()
-        engine.unpruned(media, "warm up")
+        engine.warm_up(media)
         self.start = self._ask(engine, media, example.question, self.first, PERCENT, 25, "", engine.positions)
         self.blocks = self._page()
 

@@ -166,6 +166,12 @@ class Engine:
         turn = None if getattr(self.processor, "chat_template", None) else self.prompt
         return FrameScorer(self.model, self.processor, prompts=prompts, turn=turn, decouple=prompts is None)
 
+    @torch.no_grad()
+    def warm_up(self, media: Media) -> None:
+        """Spend the first call, which is slower than all others, on a single token."""
+        with self._lock:
+            self.model.generate(**self._inputs(media, "?").to(self.model.device, self.model.dtype), max_new_tokens=1)
+
     def unpruned(self, media: Media, question: str) -> Answer:
         """The bare model's answer; asked again, it is remembered."""
         known = (key(media), question)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import inspect
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from foveate.errors import FoveateError, ParameterError
 
@@ -68,7 +71,8 @@ def create(
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
     from transformers.utils import logging
 
-    from foveate.demo.app import App
+    with _no_stub_files():
+        from foveate.demo.app import App
     from foveate.demo.engine import Engine, Engines
     from foveate.demo.examples import BY_MODEL
     from foveate.eval_suites import models
@@ -80,6 +84,27 @@ def create(
         return Engine(models.load(name, device, dtype), max_new_tokens)
 
     return App(Engines([model, *(name for name in BY_MODEL if name != model)], engine), results)
+
+
+@contextmanager
+def _no_stub_files() -> Iterator[None]:
+    """Here Gradio cannot find the sources of its components.
+
+    While it is imported it parses them all and writes type stubs beside them: a fifth of the time that the demo takes to
+    start, and a write into the installation. Without sources it leaves that out.
+    """
+    find = inspect.getfile
+
+    def hidden(what: Any) -> str:
+        if isinstance(what, type) and what.__module__.startswith("gradio."):
+            raise OSError(f"the source of {what.__qualname__} is not needed")
+        return find(what)
+
+    inspect.getfile = hidden
+    try:
+        yield
+    finally:
+        inspect.getfile = find
 
 
 def serve(app: App, host: str = "127.0.0.1", port: int | None = None, share: bool = False, block: bool = True) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import inspect
 import json
 import os
 import re
@@ -23,7 +24,7 @@ from gradio_client import Client, handle_file
 from PIL import Image
 
 import foveate
-from foveate.demo import media, views
+from foveate.demo import launch, media, views
 from foveate.demo.engine import Engine, Engines
 from foveate.demo.examples import BY_MODEL, EVERYWHERE, example, examples, invoice, moving
 from foveate.demo.media import Clip, key, open_media
@@ -536,6 +537,15 @@ def test_bad_arguments_end_in_one_line(args, message, capsys):
 def test_a_method_without_parameters_is_refused_clearly(app):
     with pytest.raises((ParameterError, LookupError), match="no parameter"):
         app.engine.method("random", 0.5, "nonsense=1")
+
+
+def test_gradio_writes_no_stub_files_while_the_demo_imports_it():
+    """It cannot find its own sources then, others can find theirs, and afterwards all is as it was."""
+    with launch._no_stub_files():
+        with pytest.raises(OSError, match="not needed"):
+            inspect.getfile(gr.Image)
+        assert inspect.getfile(Image.Image).endswith("Image.py")
+    assert inspect.getfile(gr.Image).endswith("image.py")
 
 
 NO_NETWORK = """
