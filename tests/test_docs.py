@@ -13,8 +13,8 @@ from foveate.pruners import PRUNERS
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md")))
 DOWNLOADS = re.compile(
-    r"llava-hf/|liuhaotian/|Qwen/|street\.jpg"
-)  # such a block needs weights or a picture of the reader's own
+    r"llava-hf/|liuhaotian/|Qwen/|street\.jpg|preset\.yaml"
+)  # such a block needs weights or a file of the reader's own
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from foveate.eval_suites import clips, evaluate, models, screens, suites
-from foveate.eval_suites.screens import scenes, train
+from foveate.eval_suites.screens import lessons, model, scenes, train
 
 FLOOR = 0.93  # 0.99 on 400 questions
 MODEL_BYTES = 14 * 2**20
@@ -209,9 +209,9 @@ def test_training_tokens_are_the_tokenizers(shipped):
     for screen in drawn(20, held_out=False):
         for element in screen.elements:
             text = screens.prompt(scenes.instruction(element))
-            assert train.encode(text) == shipped.processor.tokenizer(text)["input_ids"]
-    for point in train.points():
-        assert shipped.processor.tokenizer(point)["input_ids"] == [train.TOKENS[point]]
+            assert model.encode(text) == shipped.processor.tokenizer(text)["input_ids"]
+    for point in model.points():
+        assert shipped.processor.tokenizer(point)["input_ids"] == [model.TOKENS[point]]
 
 
 def test_the_model_sees(shipped):
@@ -228,11 +228,13 @@ def test_the_model_sees(shipped):
 def test_packed_training_gives_the_served_logits(shipped, kind):
     """Several questions in one sequence, and the tower without its loops, train as `generate` serves each alone."""
     module = screens if kind == "screen" else clips
-    draw, ask = (scenes.draw_screen, train.ask_screen) if kind == "screen" else (clips.scenes.draw_clip, train.ask_clip)
+    draw, ask = (
+        (scenes.draw_screen, lessons.ask_screen) if kind == "screen" else (clips.scenes.draw_clip, lessons.ask_clip)
+    )
     rng = np.random.default_rng(7)
     layout = draw(rng, True)
     pixels = module.scenes.render(layout, rng)
-    batch = train.question_batch(kind, [layout], np.random.default_rng(1))
+    batch = lessons.question_batch(kind, [layout], np.random.default_rng(1))
     asked = ask(layout, np.random.default_rng(1))
     stacked = torch.from_numpy(pixels)
     stacked = stacked[None, None] if kind == "screen" else stacked.unflatten(0, (-1, 2))
