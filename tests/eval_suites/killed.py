@@ -40,7 +40,9 @@ class Stub(Meter):
             for number in self.numbers(first):
                 text = f"{run.label} {run.keep} {run.seed} {number}"
                 score = float(sum(text.encode()) % 2)
-                answers.append(Answer(number, str(number), self.samples[number].task, text, score, (9, 4), (9, 4), 4, 7, 0.001))
+                answers.append(
+                    Answer(number, str(number), self.samples[number].task, text, score, (9, 4), (9, 4), 4, 7, 0.001)
+                )
             yield Measured(answers, {"llm_input": "keep"}, False)
 
 
