@@ -64,8 +64,8 @@ class EncoderWatch:
             method.remove()
 
     def forget(self) -> None:
-        """Let go of the call's tensors."""
-        self.encoded, self.numbers = {}, {}
+        """Let go of the call's tensors, and of a trace that no prompt took."""
+        self.encoded, self.numbers, self._trace = {}, {}, None
 
     def take_trace(self) -> Trace:
         """The trace that an encoder call began, or a new one."""

@@ -18,11 +18,11 @@ Three known pieces:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-__all__ = ["fixed_sequence", "least_samples", "lower_bound", "p_value", "relative_accuracy"]
+__all__ = ["least_samples", "lower_bound", "p_value", "relative_accuracy"]
 
 _STAKES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.95)
 """Shares of the wealth that are bet; the mean over all of them is a bet as fair as each."""
@@ -61,16 +61,6 @@ def relative_accuracy(pruned: Sequence[float], unpruned: Sequence[float]) -> flo
     """Accuracy divided by the unpruned model's; NaN if that is 0."""
     whole = math.fsum(unpruned)
     return math.fsum(pruned) / whole if whole else math.nan
-
-
-def fixed_sequence(p_values: Iterable[float], alpha: float) -> int:
-    """How many settings of a chain are certified; takes no further p-value after the first above ``alpha``."""
-    certified = 0
-    for p in p_values:
-        if p > alpha:
-            break
-        certified += 1
-    return certified
 
 
 def least_samples(target: float, alpha: float, accuracy: float = 1.0) -> float:

@@ -140,23 +140,7 @@ def main(args: argparse.Namespace) -> int:
     if args.suite.startswith(_PUBLIC):
         return _public(args)
     try:
-        board = bench(
-            model=args.model,
-            suite=args.suite,
-            pruners=args.pruners,
-            keep=parse_keep(args.keep),
-            limit=args.limit,
-            seed=args.seed,
-            seeds=args.seeds,
-            batch_size=args.batch_size,
-            device=args.device,
-            dtype=args.dtype,
-            positions=args.positions or ("keep" if args.model in models.EMBEDDED else "auto"),
-            out=args.out,
-            fresh=args.fresh,
-            retry=args.retry,
-            timing=args.timing,
-        )
+        board = bench(suite=args.suite, seed=args.seed, timing=args.timing, **_shared(args))
     except KeyboardInterrupt:
         saved = (
             f"what is done is in {args.out}; the same command goes on" if args.out else "nothing was kept (see --out)"
@@ -185,6 +169,13 @@ def main(args: argparse.Namespace) -> int:
 _PUBLIC = "lmms:"
 
 
+def _shared(args: argparse.Namespace) -> dict[str, Any]:
+    """What our suites and those of lmms-eval are run with alike."""
+    names = ("model", "pruners", "limit", "seeds", "batch_size", "device", "dtype", "out", "fresh", "retry")
+    positions = args.positions or ("keep" if args.model in models.EMBEDDED else "auto")
+    return {name: getattr(args, name) for name in names} | {"keep": parse_keep(args.keep), "positions": positions}
+
+
 def _public(args: argparse.Namespace) -> int:
     """Run public benchmarks; 0, or 1 if a row failed."""
     from foveate.eval_suites.lmms.bench import bench as public
@@ -196,21 +187,7 @@ def _public(args: argparse.Namespace) -> int:
         )
     if args.seed is not None:
         raise ParameterError(f"--seed {args.seed}: benchmarks of lmms-eval are taken from their beginning; drop it")
-    boards = public(
-        model=args.model,
-        names=args.suite,
-        pruners=args.pruners,
-        keep=parse_keep(args.keep),
-        limit=args.limit,
-        seeds=args.seeds,
-        batch_size=args.batch_size,
-        device=args.device,
-        dtype=args.dtype,
-        positions=args.positions or ("keep" if args.model in models.EMBEDDED else "auto"),
-        out=args.out,
-        fresh=args.fresh,
-        retry=args.retry,
-    )
+    boards = public(names=args.suite, **_shared(args))
     if args.html:
         Path(args.html).write_text(page(boards), encoding="utf-8")
     text = "\n".join(board.markdown() for board in boards)

@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 import foveate
-from foveate.pruners.base import Hook, ModelInfo, Pruner, Selection, Stage, Tokens, budget, top_k
+from foveate.pruners.base import Pruner
 from tests.models import FAMILIES, IMAGE, VIDEO, VIDEO_FAMILIES, inputs, picture, single_view, tiny
+from tests.pruners.synthetic import TopNorm
 
 TOLERANCE = 1e-5
 ATTENTION = ("sdpa", "eager")
@@ -32,26 +33,6 @@ CASES = [
     for scene in SCENES
     if scene != "video" or family in VIDEO_FAMILIES
 ]
-
-
-@dataclass(frozen=True)
-class TopNorm(Pruner):
-    """Keeps the tokens of largest norm: ``at_input`` of them at the entry, ``at_layer[i]`` in front of layer i."""
-
-    at_input: float | int = 1.0
-    at_layer: tuple[tuple[int, float | int], ...] = ()
-    name = "top_norm"
-
-    def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
-        stages = [Stage(Hook.LLM_INPUT, lambda tokens: self._select(tokens, self.at_input))]
-        for layer, keep in self.at_layer:
-            stages.append(Stage(Hook.LLM_LAYER, lambda tokens, keep=keep: self._select(tokens, keep), layer=layer))
-        return tuple(stages)
-
-    @staticmethod
-    def _select(tokens: Tokens, keep: float | int) -> Selection:
-        norms = tokens.embeds.float().norm(dim=-1)
-        return Selection(top_k(norms, budget(keep, tokens.count)), scores=norms)
 
 
 def scene_inputs(family: str, scene: str) -> dict[str, Any]:

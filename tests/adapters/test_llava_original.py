@@ -25,10 +25,9 @@ from foveate.pruners.base import (
     Selection,
     Stage,
     Tokens,
-    budget,
-    top_k,
 )
 from foveate.pruners.merging import Merger
+from tests.pruners.synthetic import TopNorm
 
 package = pytest.importorskip(
     "llava.model.language_model.llava_llama", reason="llava-torch is not installed (pip install --no-deps llava-torch)"
@@ -165,26 +164,6 @@ def splice(model: torch.nn.Module, given: dict[str, Any]) -> Spliced:
         ids, torch.zeros_like(ids), given["attention_mask"], None, ids, given["images"], given.get("image_sizes")
     )
     return Spliced(embeds, mask.bool(), positions, (labels == IGNORE) & mask.bool())
-
-
-@dataclass(frozen=True)
-class TopNorm(Pruner):
-    """Keeps the tokens of largest norm: ``at_input`` of them at the entry, ``at_layer[i]`` in front of layer i."""
-
-    at_input: float | int = 1.0
-    at_layer: tuple[tuple[int, float | int], ...] = ()
-    name = "top_norm"
-
-    def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
-        stages = [Stage(Hook.LLM_INPUT, lambda tokens: self._select(tokens, self.at_input))]
-        for layer, keep in self.at_layer:
-            stages.append(Stage(Hook.LLM_LAYER, lambda tokens, keep=keep: self._select(tokens, keep), layer=layer))
-        return tuple(stages)
-
-    @staticmethod
-    def _select(tokens: Tokens, keep: float | int) -> Selection:
-        norms = tokens.embeds.float().norm(dim=-1)
-        return Selection(top_k(norms, budget(keep, tokens.count)), scores=norms)
 
 
 STAGED = TopNorm(at_input=0.6, at_layer=((1, 0.7), (3, 0.5)))

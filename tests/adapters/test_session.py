@@ -17,7 +17,8 @@ import foveate
 from foveate.pruners.base import Hook, ModelInfo, Selection, Stage, Tokens
 from foveate.pruners.merging import Merger
 from tests.models import FAMILIES, IMAGE, TEXT, inputs, picture, tiny
-from tests.test_oracles import TopNorm, dropped_places, masked_logits, rope_positions, scene_inputs
+from tests.pruners.synthetic import TopNorm
+from tests.test_oracles import dropped_places, masked_logits, rope_positions, scene_inputs
 
 STAGED = TopNorm(at_input=0.6, at_layer=((2, 0.5),))
 # newer transformers encode a picture before generating, older ones once per beam

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from foveate.eval_suites.certify import fixed_sequence, least_samples, lower_bound, p_value, relative_accuracy
+from foveate.eval_suites.certify import least_samples, lower_bound, p_value, relative_accuracy
 from foveate.eval_suites.tune import Chain, Setting, search
 from foveate.pruners import Grid
 
@@ -61,8 +61,6 @@ def test_edges():
     assert p_value([0.0] * 50, [1.0] * 50, 0.9) == 1.0
     assert math.isnan(relative_accuracy([0.0], [0.0]))
     assert relative_accuracy([1, 0, 1], [1, 1, 1]) == pytest.approx(2 / 3)
-    assert fixed_sequence(iter([0.01, 0.02, 0.9, 0.0]), 0.05) == 2
-    assert fixed_sequence([], 0.05) == 0
 
 
 def test_the_bound_is_what_the_test_refutes():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,8 @@ from foveate.pruners.base import (
     EncoderKeys,
     PatchPixels,
     Signal,
+    budget,
+    top_k,
 )
 
 CLIP = ModelInfo(family="llava", tower="CLIPVisionModel")
@@ -106,3 +110,23 @@ def one(tokens: Tokens, b: int) -> Tokens:
         frame_scores=tokens.frame_scores[b : b + 1],
         entered=tokens.entered,
     )
+
+
+@dataclass(frozen=True)
+class TopNorm(Pruner):
+    """Keeps the tokens of largest norm: ``at_input`` of them at the entry, ``at_layer[i]`` in front of layer i."""
+
+    at_input: float | int = 1.0
+    at_layer: tuple[tuple[int, float | int], ...] = ()
+    name = "top_norm"
+
+    def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
+        stages = [Stage(Hook.LLM_INPUT, lambda tokens: self._select(tokens, self.at_input))]
+        for layer, keep in self.at_layer:
+            stages.append(Stage(Hook.LLM_LAYER, lambda tokens, keep=keep: self._select(tokens, keep), layer=layer))
+        return tuple(stages)
+
+    @staticmethod
+    def _select(tokens: Tokens, keep: float | int) -> Selection:
+        norms = tokens.embeds.float().norm(dim=-1)
+        return Selection(top_k(norms, budget(keep, tokens.count)), scores=norms)
