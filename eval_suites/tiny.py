@@ -46,10 +46,10 @@ VIDEO_FAMILIES = ("llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 def tiny(family: str, attention: str = "sdpa", seed: int = 0) -> torch.nn.Module:
     """A random model of ``family`` in float32 and eval mode, with weights large enough that attention is not flat."""
     torch.manual_seed(seed)
-    config = _config(family)
+    config = configuration(family)
     for part in (config, config.text_config, config.vision_config):
         part._attn_implementation = attention
-    model = getattr(transformers, _CLASSES[family])(config).eval()
+    model = getattr(transformers, CLASSES[family])(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
@@ -61,7 +61,7 @@ def tiny(family: str, attention: str = "sdpa", seed: int = 0) -> torch.nn.Module
     return model
 
 
-_CLASSES = {
+CLASSES = {
     "llava": "LlavaForConditionalGeneration",
     "llava_next": "LlavaNextForConditionalGeneration",
     "llava_onevision": "LlavaOnevisionForConditionalGeneration",
@@ -71,7 +71,8 @@ _CLASSES = {
 }
 
 
-def _config(family: str) -> Any:
+def configuration(family: str) -> Any:
+    """The configuration of a family's tiny model."""
     t = transformers
     if family == "llava":
         return t.LlavaConfig(

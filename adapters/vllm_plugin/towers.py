@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from foveate.adapters.attachment import Replaced
 from foveate.adapters.signals import FEATURES, Tap, by_segment, statistic
 from foveate.pruners.base import ClassFeatures, Signal
 
@@ -44,17 +46,23 @@ class TowerTap(Tap):
                 self._tap_attention(attention_of(blocks[i]), [signal for signal in mine if signal not in features])
 
     def _tap_features(self, block: nn.Module, signals: list[Signal]) -> None:
-        def listen(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        forward = block.forward
+
+        @functools.wraps(forward)
+        def listening(*args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
             hidden = output[0] if isinstance(output, tuple) else output
-            for signal in signals:
+            for signal in signals if self.open else ():
                 if self.bounds is not None:
                     self.values[signal] = self._units(hidden.flatten(0, 1))
                 else:
                     self.values[signal] = (
                         hidden[:, 0] if isinstance(signal, ClassFeatures) else hidden[:, self.prefix :]
                     )
+            return output
 
-        self.hook(block, listen)
+        # blocks that vLLM may compile call their `forward` past torch's hooks
+        self._handles.append(Replaced(block, "forward", listening))
 
     def _tap_attention(self, attention: nn.Module, signals: list[Signal]) -> None:
         def reduce(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -73,16 +81,6 @@ class TowerTap(Tap):
 
     def _units(self, patches: Tensor) -> Tensor:
         return patches.float().unflatten(0, (-1, self.unit)).mean(dim=1)
-
-
-class _Watched:
-    """A block whose ``forward`` has been replaced."""
-
-    def __init__(self, block: nn.Module) -> None:
-        self.block = block
-
-    def remove(self) -> None:
-        del self.block.forward
 
 
 def attention_of(block: nn.Module) -> nn.Module:

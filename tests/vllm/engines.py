@@ -21,6 +21,7 @@ import transformers
 from PIL import Image
 
 import foveate
+from foveate.eval_suites import tiny
 from foveate.eval_suites.speed_serving import as_hub
 from tests import models
 from tests.models import EOS, IMAGE, PAD, PATCH, PINPOINTS, SIDE, VIDEO
@@ -63,7 +64,7 @@ def folder(family: str, into: pathlib.Path) -> pathlib.Path:
 
 def _random(family: str) -> Any:
     """The tiny model of the other tests, with attention heads of a size that vLLM's processor backend knows."""
-    config = models._config(family)
+    config = tiny.configuration(family)
     text = config.text_config
     text.hidden_size, text.num_attention_heads, text.num_key_value_heads, text.head_dim = 64, 2, 2, 32
     if family.startswith("qwen"):
@@ -76,7 +77,7 @@ def _random(family: str) -> Any:
     if family == "llava_onevision":
         config.vision_aspect_ratio = "anyres_max_9"  # vLLM knows no other
     torch.manual_seed(0)
-    model = getattr(transformers, models._CLASSES[family])(config).eval()
+    model = getattr(transformers, tiny.CLASSES[family])(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and "norm" not in name:
