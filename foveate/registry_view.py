@@ -269,10 +269,15 @@ def print_table(methods: Iterable[Card], console: Console | None = None) -> None
 
 
 def markdown_table(methods: Iterable[Card]) -> str:
-    """The table of :func:`print_table`, with papers, for a README."""
+    """The table of :func:`print_table`, with papers, for a README; methods of our own lead to their page in docs/methods."""
     rows = [("method", "what", "paper", "acts at"), ("---",) * 4]
-    rows += [(f"`{m.name}`", m.title, m.paper, ", ".join(f"`{hook}`" for hook in m.hooks)) for m in methods]
+    rows += [(_linked(m.name), m.title, m.paper, ", ".join(f"`{hook}`" for hook in m.hooks)) for m in methods]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _linked(name: str) -> str:
+    ours = PRUNERS[name].__module__.startswith("foveate.pruners.")
+    return f"[`{name}`](docs/methods/{name}.md)" if ours else f"`{name}`"
 
 
 def print_card(method: Card, console: Console | None = None) -> None:

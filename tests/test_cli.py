@@ -109,7 +109,7 @@ def test_readme_lists_the_methods_there_are():
     """Fill the table from `foveate list --markdown`."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     table = readme.partition("<!-- methods -->")[2].partition("<!-- /methods -->")[0]
-    promised = set(re.findall(r"^\| `([\w-]+)` \|", table, re.MULTILINE))
+    promised = set(re.findall(r"^\| \[`([\w-]+)`\]\(docs/methods/\1\.md\) \|", table, re.MULTILINE))
     assert promised == {name for name, cls in PRUNERS.items() if cls.__module__.startswith("foveate.pruners")}
 
 
