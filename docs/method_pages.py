@@ -34,6 +34,9 @@ SUITES = {
 }
 """Which suites a method's page shows, where it is not ``shapes`` alone: those that its paper is about come first."""
 
+BESIDE = {"pospad": "focusui", "quota": "avgpool"}
+"""What stands beside a method apart from random choice and the grid, where it is not the control with its own schedule."""
+
 _FACTS = (
     "model", "suite", "limit", "suite_seed", "positions", "batch_size", "dtype", "weights_sha256", "foveate", "commit", "torch",
     "transformers", "hardware", "date",
@@ -124,7 +127,7 @@ class Point:
         if self.keep is not None:
             return f"keep {self.keep}"
         _, _, given = self.label.partition("(")
-        return f"`{given[:-1]}`" if given else "as it is"
+        return f"`{given[:-1]}`" if given else "default"
 
 
 @dataclass(frozen=True)
@@ -167,12 +170,18 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
+def beside(method: str) -> str:
+    """The fourth curve of a picture."""
+    return BESIDE.get(method, f"random@{method}")
+
+
 def number_table(bench: Bench, method: str) -> str:
     """A method's points beside what chance and a plain grid reach."""
     curve = bench.curve(method)[::-1]
-    control = any(bench.at(f"random@{p.label}", p.keep) for p in curve)
-    others = {f"random@{method}": "random@{}"} if control else {"random": "random", "grid": "grid"}
-    others = {name: label for name, label in others.items() if name != method}
+    others = {"random": "random", "grid": "grid", BESIDE.get(method, ""): BESIDE.get(method, "")}
+    if any(bench.at(f"random@{p.label}", p.keep) for p in curve):  # it alone sees as many tokens
+        others = {f"random@{method}": "random@{}"}
+    others = {name: label for name, label in others.items() if name != method and bench.curve(name)}
     judged = any(p.versus_random for p in curve)
     heads = [
         "setting",
@@ -246,7 +255,7 @@ path, line { stroke: var(--ink); fill: none } .mark { fill: var(--ink); stroke: 
 .a .curve { stroke-width: 3 } .b .curve { stroke-width: 2; stroke-dasharray: 7 4 }
 .c .curve { stroke-width: 2; stroke-dasharray: 2 3 } .d .curve { stroke-width: 2; stroke-dasharray: 9 3 2 3 }
 """
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 720, 400, 46, 700, 40, 340
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 720, 400, 46, 632, 40, 340
 _MARKS = {  # drawn around (0, 0)
     "a": '<circle class="mark" r="5"/>',
     "b": '<path class="mark" d="M0 -6 L5.5 4.5 L-5.5 4.5 Z"/>',
@@ -256,52 +265,56 @@ _MARKS = {  # drawn around (0, 0)
 
 
 def figure(bench: Bench, method: str) -> str:
-    """The SVG of one method's curve, beside those of random choice and of the grid, and the level of the unpruned model."""
-    series = [
-        (css, name, curve)
-        for css, name in zip("abcd", dict.fromkeys((method, "random", "grid", f"random@{method}")))
-        if (curve := bench.curve(name))
-    ]
+    """The SVG of one method's curve, beside those of random choice and of the grid, and the level of the unpruned model.
+
+    The axes hold the method and the control with its schedule; what the others do with fewer tokens is cut off.
+    """
     whole, blind = bench.one("unpruned"), bench.one("no-image")
-    fewest = min(point.tokens for _, _, curve in series for point in curve)
-    span = math.log(whole.tokens / fewest)
+    fewest = min(point.tokens for name in (method, beside(method)) for point in bench.curve(name))
+    names = dict.fromkeys((method, "random", "grid", beside(method)))
+    inside = {name: [p for p in bench.curve(name) if p.tokens >= 0.95 * fewest] for name in names}
+    series = [(css, name, bench.curve(name)) for css, name in zip("abcd", names) if inside[name]]
+    lowest = min(point.low for points in inside.values() for point in points)
+    span, bottom = math.log(whole.tokens / fewest), 0.6 if lowest > 0.62 else 0.0
 
     def x(tokens: float) -> float:
-        return _LEFT + 14 + (_RIGHT - _LEFT - 28) * (math.log(tokens / fewest) / span if span else 1)
+        return _LEFT + 14 + (_RIGHT - _LEFT - 28) * math.log(tokens / fewest) / span
 
     def y(share: float) -> float:
-        return _BOTTOM - (_BOTTOM - _TOP) * share
+        return _BOTTOM - (_BOTTOM - _TOP) * (share - bottom) / (1 - bottom)
 
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" height="{_HEIGHT}" role="img" '
         'aria-labelledby="title">',
         f'<title id="title">Right answers against visual tokens: {escape(method)} on {escape(bench.facts["suite"])}</title>',
         f"<style>{_STYLE}</style>",
+        f'<clipPath id="plot"><rect x="{_LEFT}" y="{_TOP - 8}" width="{_RIGHT - _LEFT}" height="{_BOTTOM - _TOP + 8}"/></clipPath>',
         f'<rect class="page" width="{_WIDTH}" height="{_HEIGHT}" rx="6"/>',
-        '<text class="soft" x="14" y="24">right answers, %</text>',
+        '<text class="soft" x="14" y="22">right answers, %</text>',
         f'<text class="soft" x="{(_LEFT + _RIGHT) / 2:.0f}" y="{_HEIGHT - 14}" text-anchor="middle">'
-        "visual tokens per decoder layer, mean (each step to the right: twice as many)</text>",
+        "visual tokens per decoder layer, mean (logarithmic scale)</text>",
     ]
-    for percent in range(0, 101, 20):
+    for percent in range(round(100 * bottom), 101, 10 if bottom else 20):
         at = y(percent / 100)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
         parts.append(f'<text class="soft" x="{_LEFT - 8}" y="{at + 4.5:.1f}" text-anchor="end">{percent}</text>')
-    for tokens in _halvings(whole.tokens, fewest):
+    for tokens in _ticks(fewest, whole.tokens):
+        at = x(tokens)
+        parts.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{_BOTTOM}" y2="{_BOTTOM + 5}"/>')
         parts.append(
-            f'<line class="grid" x1="{x(tokens):.1f}" x2="{x(tokens):.1f}" y1="{_BOTTOM}" y2="{_BOTTOM + 5}"/>'
+            f'<text class="soft" x="{at:.1f}" y="{_BOTTOM + 20}" text-anchor="middle">{_number(tokens)}</text>'
         )
-        parts.append(
-            f'<text class="soft" x="{x(tokens):.1f}" y="{_BOTTOM + 20}" text-anchor="middle">{_number(tokens)}</text>'
-        )
-    for level, text, shift in ((whole, "all tokens", -7), (blind, "without the picture", 16)):
-        at = y(level.accuracy)
-        parts.append(f'<line class="level" x1="{_LEFT}" x2="{_RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        label = f"{text}, {100 * level.accuracy:.1f}"
-        parts.append(f'<text class="soft" x="{_LEFT + 8}" y="{at + shift:.1f}">{label}</text>')
-    for css, _, curve in reversed(series):  # the method itself on top
-        parts.append(f'<g class="{css}">{_drawn(css, curve, x, y)}</g>')
-    parts += _legend(series)
-    return "\n".join([*parts, "</svg>", ""])
+    for level, text in ((whole, "all tokens"), (blind, "no picture")):
+        if level.accuracy > bottom:
+            at = y(level.accuracy)
+            parts.append(f'<line class="level" x1="{_LEFT}" x2="{_RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
+            for line, words in enumerate((text, f"{100 * level.accuracy:.1f}")):
+                parts.append(f'<text class="soft" x="{_RIGHT + 8}" y="{at + 4.5 + 16 * line:.1f}">{words}</text>')
+    parts.append('<g clip-path="url(#plot)">')
+    parts += [
+        f'<g class="{css}">{_drawn(css, curve, x, y)}</g>' for css, _, curve in reversed(series)
+    ]  # the method on top
+    return "\n".join([*parts, "</g>", *_legend(series), "</svg>", ""])
 
 
 def _drawn(css: str, curve: Sequence[Point], x: Any, y: Any) -> str:
@@ -332,11 +345,15 @@ def _legend(series: Sequence[tuple[str, str, Any]]) -> Iterator[str]:
         )
 
 
-def _halvings(whole: float, fewest: float) -> Iterator[float]:
-    tokens = whole
-    while tokens >= 0.97 * fewest:
-        yield tokens
-        tokens /= 2
+def _ticks(fewest: float, whole: float) -> Iterator[float]:
+    """All tokens, half of them, a quarter, …; or round numbers where these would be too few."""
+    if whole > 3 * fewest:
+        for power in range(math.floor(math.log2(whole / fewest) + 0.05) + 1):
+            yield whole / 2**power
+    else:
+        step = 10 if whole < 2 * fewest else 20
+        yield from (step * i for i in range(math.ceil(fewest / step), math.floor(0.96 * whole / step) + 1))
+        yield whole
 
 
 def _number(tokens: float) -> str:

@@ -1,10 +1,8 @@
-"""Statement: the Python in README and docs/ runs as it stands, and what a script writes there is what it would write now."""
+"""Statement: the Python in README and docs/ runs as it stands, block after block in one namespace."""
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -54,21 +52,3 @@ def test_links_lead_somewhere():
         text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
         for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", text):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
-
-
-@pytest.fixture(scope="module")
-def method_pages():
-    spec = importlib.util.spec_from_file_location("method_pages", ROOT / "docs/method_pages.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for it
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_method_pages_are_up_to_date(method_pages):
-    """Write them again with `python docs/method_pages.py`."""
-    wanted = method_pages.files()
-    assert {page.name for page in wanted} >= {f"{name}.md" for name in method_pages.methods()} | {"README.md"}
-    assert set(method_pages.FOLDER.iterdir()) == set(wanted), "a page or picture of no method"
-    stale = [path.name for path, text in wanted.items() if path.read_text(encoding="utf-8") != text]
-    assert not stale
