@@ -152,9 +152,9 @@ def _match(sources: Tensor, targets: Tensor, target_valid: Tensor | None) -> tup
         similarity = block @ targets.mT  # (B, rows, T)
         if target_valid is not None:
             similarity = similarity.masked_fill(~target_valid[:, None], -torch.inf)
-        index = similarity.argmax(dim=-1)  # the first of equal ones, which max() promises on no device
+        score, index = similarity.max(dim=-1)  # of equal ones the first
+        scores.append(score)
         indices.append(index)
-        scores.append(similarity.gather(-1, index[..., None]).squeeze(-1))
     return torch.cat(scores, dim=1), torch.cat(indices, dim=1)
 
 
@@ -182,26 +182,17 @@ def _fake_merge(x: Tensor, keep: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 def _merge(x: Tensor, keep: Tensor, source: Tensor, target: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
     batch, n, width = x.shape
     rows, image = x.reshape(batch * n, width), torch.arange(batch, device=x.device)[:, None]
-    start, count = image * n, source.shape[1]
-    kept = rows.index_select(0, (keep + start).flatten())  # whole rows are copied, where `gather` would go by elements
-    moved = rows.index_select(0, (source + start).flatten()).float()
+    wide = torch.promote_types(x.dtype, torch.float32)
+    kept = rows.index_select(0, (keep + image * n).flatten()).to(wide)  # by whole rows, where `gather` goes by elements
+    moved = rows.index_select(0, (source + image * n).flatten()).to(wide)
     place = (target + image * keep.shape[1]).flatten()
     after = merged_sizes(keep, source, target, sizes)
-    total = kept.index_select(0, place).float()
+    share = after.gather(1, target).reciprocal_()
     if sizes is not None:
-        total = total * sizes.gather(1, keep.gather(1, target)).view(-1, 1)
-        moved = moved * sizes.gather(1, source).view(-1, 1)
-    # sources of one target add up in the row of the first of them, whose mean then stands for all
-    order = torch.arange(count, device=x.device).expand(batch, count)
-    leader = torch.full_like(keep, count).scatter_reduce(1, target, order, "amin").gather(1, target)
-    leaders = (leader + image * count).flatten()
-    mean = total.index_add(0, leaders, moved) / after.gather(1, target).view(-1, 1)
-    mean = mean.index_select(0, leaders)
-    # a group's mean is written once per source of it, the same value each time; only the first write is differentiated
-    if mean.requires_grad:
-        mean = torch.where((leader == order).view(-1, 1), mean, mean.detach())
-    kept.index_copy_(0, place, mean.to(x.dtype))
-    return kept.view(batch, -1, width), after
+        share *= sizes.gather(1, source)
+    # the mean of a group is its target and, for each source, that one's share of the way from the target to it
+    kept.index_add_(0, place, (moved - kept.index_select(0, place)) * share.view(-1, 1))
+    return kept.to(x.dtype).view(batch, -1, width), after
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
