@@ -17,14 +17,13 @@ measure --model shapes-llava --suite shapes --limit 200 --keep 0.75,0.5,0.35,0.2
 
 # these have a schedule in place of a budget; each beside chance with that schedule
 scheduled=
-for method in 'tome(r=8)' 'tome(r=16)' 'tome(r=24)' 'tome(r=28)' 'tome(r=32)' \
-    'pitome(ratio=0.95)' 'pitome(ratio=0.9)' 'pitome(ratio=0.8)' 'pitome(ratio=0.7)' 'pitome(ratio=0.6)' 'pitome(ratio=0.5)' \
-    'transprune(ratios=(0.95,0.9,0.75))' 'transprune(ratios=(0.9,0.75,0.5))' transprune 'transprune(ratios=(0.5,0.25,0.125))' \
-    'transprune(ratios=(0.25,0.125,0.0625))'
+for method in 'tome(r=8)' 'tome(r=16)' 'tome(r=24)' 'tome(r=30)' \
+    'pitome(ratio=0.9)' 'pitome(ratio=0.8)' 'pitome(ratio=0.7)' 'pitome(ratio=0.5)' \
+    'transprune(ratios=(0.95,0.9,0.75))' transprune 'transprune(ratios=(0.5,0.25,0.125))' 'transprune(ratios=(0.25,0.125,0.0625))'
 do
     scheduled="$scheduled,$method,random@$method"
 done
-measure --model shapes-llava --suite shapes --limit 200 --pruners "$scheduled"
+measure --model shapes-llava --suite shapes --limit 200 --keep 0.5 --pruners "$scheduled"
 
 measure --model shapes-qwen --suite screens --limit 100 --keep 0.5,0.3,0.2,0.1,0.05 --pruners focusui,pospad:focusui
 measure --model shapes-qwen --suite clips --limit 100 --keep 0.5,0.25,0.12,0.06 --pruners quota
