@@ -165,6 +165,7 @@ def _difference(line: Line) -> float | None:
 
 COLUMNS = (
     Column("accuracy", lambda line: line.accuracy, lambda line: line.mean("accuracy")),
+    _column("quoted", "quoted", lambda value: f"{value:.1f}", "quoted: the score as papers give it.", rank=1),
     Column(
         "vs random",
         lambda line: line.versus_random,
@@ -270,6 +271,11 @@ class Leaderboard:
         kept = [row for row in self.rows if row.keep is None or any(_same(row.keep, k) for k in keep)]
         return Leaderboard(kept, self.environment, self.tasks)
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Tasks that have a column of their own; a single one is the accuracy."""
+        return self.tasks if len(self.tasks) > 1 else ()
+
     # -------------------------------------------------------------------------------------------------------- output
 
     def as_json(self) -> dict[str, Any]:
@@ -314,14 +320,14 @@ class Leaderboard:
             return Measurement.get(console, options.update(width=1000), table).maximum <= options.max_width
 
         columns = self.columns()
-        table = self.table(columns, self.tasks, self.title)
+        table = self.table(columns, self.parts, self.title)
         if fits(table):
             yield table
         else:
             while not fits(self.table(columns)) and any(column.rank for column in columns):
                 columns.remove(max(columns, key=lambda column: column.rank or 0))
             yield self.table(columns, title=self.title)
-            left = list(self.tasks)
+            left = list(self.parts)
             while left:
                 most = max((n for n in range(1, len(left) + 1) if fits(self.table((), left[:n]))), default=1)
                 yield self.table((), left[:most], "accuracy by task")
@@ -343,7 +349,7 @@ class Leaderboard:
     def markdown(self) -> str:
         """The same as a Markdown table, with all tasks."""
         columns = [column for column in self.columns() if column.markdown]
-        heads = ("method", *(column.head for column in columns), *self.tasks)
+        heads = ("method", *(column.head for column in columns), *self.parts)
         lines = [f"| {' | '.join(heads)} |", f"| --- |{' ---: |' * (len(heads) - 1)}"]
         for section in self.sections:
             lines.append(f"| **{section.title}** |{' |' * (len(heads) - 1)}")
@@ -351,7 +357,7 @@ class Leaderboard:
                 cells = [
                     line.name,
                     *(column.text(line) for column in columns),
-                    *(_percent(line.task(task)) for task in self.tasks),
+                    *(_percent(line.task(task)) for task in self.parts),
                 ]
                 name, *cells = (cell.strip().replace("|", "\\|").replace("*", "\\*") for cell in cells)
                 if line.leads:
@@ -365,8 +371,13 @@ class Leaderboard:
     @property
     def title(self) -> str:
         e = self.environment
-        drawn = f"{e.get('limit')} samples (seed {e.get('suite_seed')})"
-        return f"{e.get('model')} on {e.get('suite')}, {drawn}, positions: {e.get('positions')}"
+        return f"{e.get('model')} on {e.get('suite')}, {self.drawn}, positions: {e.get('positions')}"
+
+    @property
+    def drawn(self) -> str:
+        """How many samples, and by which seed if they were drawn."""
+        limit, seed = (self.environment.get(name) for name in ("limit", "suite_seed"))
+        return f"{limit} samples" + ("" if seed is None else f" (seed {seed})")
 
     def notes(self, columns: Sequence[Column], bold: str = "Bold", italic: str = "Italic") -> list[str]:
         """What a reader of the table has to know, and the reason of everything that is missing in it.
@@ -404,10 +415,14 @@ class Leaderboard:
                 f"ms: processing and generation of a sample in batches of {e.get('batch_size')}, {e.get('dtype')}, on "
                 f"{e.get('hardware')}; speed: against the unpruned model."
             )
+        reasons: dict[tuple[str, str, str], list[str]] = {}
+        for section in self.sections:
+            for row in (row for line in section.lines for row in line.rows if row.reason):
+                reasons.setdefault((_HEAD_OF[row.status], section.title, row.reason), []).append(row.label)
+        for (head, where, reason), labels in reasons.items():
+            notes.append(f"{head}: {', '.join(dict.fromkeys(labels))}, {where}: {reason}")
         for section in self.sections:
             for line in section.lines:
-                for reason, row in {row.reason: row for row in line.rows if row.reason}.items():
-                    notes.append(f"{_HEAD_OF[row.status]}: {row.label}, {section.title}: {reason}")
                 for timing in line.first.timings.values():
                     if timing.error:
                         where = f"{line.first.label}, {section.title}, batches of {timing.batch}"

@@ -160,8 +160,7 @@ class Meter:
             seen = cached = self._unpruned(ids, widths, first)
             asked = [None] * len(batch)
         else:
-            seen, asked = self._pruned(run.pruner, session.trace, ids, widths, first)
-            cached = [image.cached_per_layer for image in session.trace.images]
+            seen, cached, asked = self._pruned(run.pruner, session.trace, ids, widths, first)
         written = [length - n for length, n in zip(lengths, self._placeholders(ids))]
         return [
             Answer(
@@ -263,21 +262,21 @@ class Meter:
 
     def _pruned(
         self, pruner: Pruner, trace: Trace | None, ids: Tensor, widths: list[int], first: int
-    ) -> tuple[list[list[int]], list[int]]:
-        """Visual tokens seen by each layer, and the number asked for, per picture.
+    ) -> tuple[list[list[int]], list[list[int]], list[int]]:
+        """Visual tokens seen and cached by each layer, and the number asked for, per picture.
 
         Raises:
             BudgetMismatch: see :func:`seen_pruned`.
         """
-        seen, asked = seen_pruned(self.adapter, pruner, trace, ids, widths)
+        seen, cached, asked = seen_pruned(self.adapter, pruner, trace, ids, widths)
         if pruner.stages(self.adapter.info):
-            return seen, asked
+            return seen, cached, asked
         for sample, image in enumerate(trace.images, first):
             if sample not in self.unpruned_counts:
                 raise FoveateError("the unpruned model failed on this sample, so its tokens are not known")
             asked[sample - first] = budget(pruner.keep, self.unpruned_counts[sample])
             check_resized(pruner, image.layout.size, asked[sample - first])
-        return seen, asked
+        return seen, cached, asked
 
 
 def placeholders(adapter: Adapter, ids: Tensor) -> list[int]:
@@ -303,8 +302,8 @@ def seen_unpruned(adapter: Adapter, ids: Tensor, widths: Sequence[int]) -> list[
 
 def seen_pruned(
     adapter: Adapter, pruner: Pruner, trace: Trace | None, ids: Tensor, widths: Sequence[int]
-) -> tuple[list[list[int]], list[int]]:
-    """Visual tokens that each decoder layer saw of each prompt, and the number asked for.
+) -> tuple[list[list[int]], list[list[int]], list[int]]:
+    """Visual tokens that each decoder layer saw of each prompt, those in its KV cache behind it, and the number asked for.
 
     A method that works in front of the processor (it has no stages) changes the pictures: then nothing is asked of these.
 
@@ -316,11 +315,15 @@ def seen_pruned(
     """
     counts = placeholders(adapter, ids)
     if not any(counts):
-        return seen_unpruned(adapter, ids, widths), [0] * len(counts)
+        seen = seen_unpruned(adapter, ids, widths)
+        return seen, seen, [0] * len(counts)
     rows = _by_prompt(trace.images if trace else [], counts)
     if rows is None:
         raise BudgetMismatch(f"{pruner.name} was attached, but did not see the pictures' {sum(counts)} tokens")
-    seen = [[sum(image.tokens_per_layer[i] for image in row) for i in range(len(widths))] for row in rows]
+    seen, cached = (
+        [[sum(layers) for layers in zip(*(getattr(image, name) for image in row))] or [0] * len(widths) for row in rows]
+        for name in ("tokens_per_layer", "cached_per_layer")
+    )
     dropped = [
         min(
             n - tokens[i] + sum(image.text_gone_per_layer[i] for image in row)
@@ -341,7 +344,7 @@ def seen_pruned(
             if stages:
                 check_image(pruner, stages, image, want)
         asked.append(sum(wants))
-    return seen, asked
+    return seen, cached, asked
 
 
 def _by_prompt(images: Sequence[ImageTrace], counts: Sequence[int]) -> list[list[ImageTrace]] | None:

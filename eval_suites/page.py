@@ -17,7 +17,7 @@ __all__ = ["page", "pareto", "plot"]
 
 _WIDTH, _HEIGHT = 440, 320
 _LEFT, _RIGHT, _TOP, _BOTTOM = 40, 14, 12, 40
-_COLOURS = 6  # --k0 .. --k5 in page.html
+_COLOURS = 8  # --k0 .. --k7 in page.html
 _LETTER, _LINE = 5.8, 12  # size of a label's letter
 
 
@@ -58,7 +58,7 @@ def _filters(boards: Sequence[Leaderboard], colours: dict[str, str]) -> str:
 def _board(board: Leaderboard, colours: dict[str, str]) -> str:
     e = board.environment
     facts = (
-        f"{e.get('limit')} samples (seed {e.get('suite_seed')}), positions: {e.get('positions')}, {e.get('dtype')}, batches of "
+        f"{board.drawn}, positions: {e.get('positions')}, {e.get('dtype')}, batches of "
         f"{e.get('batch_size')}, {e.get('hardware')}; foveate {e.get('foveate')}, torch {e.get('torch')}, transformers "
         f"{e.get('transformers')}"
     )
@@ -117,14 +117,14 @@ def _cell(line: Line, column: Column) -> str:
 
 
 def _heat(board: Leaderboard) -> str:
-    if not board.tasks:
+    if not board.parts:
         return ""
-    heads = "".join(f'<th scope="col">{escape(head)}</th>' for head in ("method", "keep", *board.tasks))
+    heads = "".join(f'<th scope="col">{escape(head)}</th>' for head in ("method", "keep", *board.parts))
     rows = []
     for section in board.sections:
         for line in section.lines:
             if line.measured:
-                values = [line.task(task) for task in board.tasks]
+                values = [line.task(task) for task in board.parts]
                 cells = "".join(
                     "<td></td>" if value is None else f'<td style="--v:{value:.3f}">{100 * value:.0f}</td>'
                     for value in values
@@ -194,20 +194,23 @@ def plot(board: Leaderboard, cost: Callable[[Line], float | None], unit: str, co
         return '<p class="soft">Nothing to show yet.</p>'
     right = max(dot.x for dot in dots) * 1.06 or 1
     ticks = _ticks(right)
+    lowest = min(
+        80, math.floor(min(dot.low for dot in dots) * 10) * 10
+    )  # percent; dots are not bars, they need no zero
 
     def place(x: float, y: float) -> tuple[float, float]:
         return (
             _LEFT + x / right * (_WIDTH - _LEFT - _RIGHT),
-            _HEIGHT - _BOTTOM - y * (_HEIGHT - _TOP - _BOTTOM),
+            _HEIGHT - _BOTTOM - (y - lowest / 100) / (1 - lowest / 100) * (_HEIGHT - _TOP - _BOTTOM),
         )
 
     parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="accuracy over {escape(unit)}">']
-    for percent in range(0, 101, 20):
+    for percent in range(100, lowest - 1, -20 if lowest < 50 else -10):
         x, y = place(0, percent / 100)
         parts.append(f'<line class="grid" x1="{x}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{x - 6}" y="{y + 4:.1f}" text-anchor="end">{percent}</text>')
     for tick in ticks:
-        x, y = place(tick, 0)
+        x, y = place(tick, lowest / 100)
         parts.append(f'<text x="{x:.1f}" y="{y + 16:.1f}" text-anchor="middle">{tick:g}</text>')
     parts.append(f'<text x="{(_LEFT + _WIDTH) / 2}" y="{_HEIGHT - 6}" text-anchor="middle">{escape(unit)}</text>')
     front = [dots[i] for i in pareto([(dot.x, dot.y) for dot in dots])]
@@ -274,7 +277,12 @@ def _cards(methods: Iterable[str]) -> Iterable[str]:
         except UnknownNameError:  # the bare model, or a method that this installation does not have
             continue
         acts = ", ".join(known.hooks) or "depends on its parameters"
-        facts = [known.paper, f"acts at {acts}", f"families: {', '.join(known.families)}", known.cost]
+        facts = [
+            known.paper,
+            f"acts at {acts}",
+            f"families: {', '.join(known.families)}",
+            known.cost and f"cost: {known.cost}",
+        ]
         texts = "".join(f'<p class="soft">{escape(fact)}</p>' for fact in facts if fact)
         doc = escape(known.doc.split("\n\n")[0])
         yield f'<article class="card"><h3>{escape(name)}</h3><p>{escape(known.title)}</p>{texts}<details><summary class="soft">more</summary><p>{doc}</p></details></article>'

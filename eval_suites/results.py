@@ -65,14 +65,16 @@ def table(store: Store, samples: bool = False) -> list[dict[str, Any]]:
             head = {"model": bench["facts"]["model"], "suite": bench["facts"]["suite"]}
             for run in bench["runs"]:
                 run_head = head | {name: run[name] for name in ("method", "label", "keep", "seed")}
-                records += [run_head | answer | {"tokens": _text(answer["tokens"])} for answer in run["answers"]]
+                for answer in run["answers"]:
+                    records.append(run_head | answer | {name: _text(answer.get(name)) for name in ("tokens", "cached")})
     return records
 
 
 def _flat(row: Row, board: Leaderboard) -> dict[str, Any]:
     flat = row.as_json()
     low, high = flat.pop("interval") or (None, None)
-    tasks = flat.pop("tasks")
+    tasks, versus = flat.pop("tasks"), flat.pop("versus_random") or {}
+    flat |= {"versus_random": versus.get("mean")} | {f"versus_random_{x}": versus.get(x) for x in ("low", "high", "p")}
     timings = {
         f"{name}_b{x['batch']}": value for x in flat.pop("timings") for name, value in x.items() if name != "batch"
     }

@@ -75,7 +75,8 @@ class Answer:
 
     Attributes:
         number: the sample's place in the bench; sample, task: its id and task.
-        text: what the model said; score: in [0, 1], 1 is right. None if the sample failed.
+        text: what the model said; score: in [0, 1], 1 is right. None if the sample failed; a text whose score is None waits
+            for it.
         tokens: visual tokens that each decoder layer saw, separators counted; cached: those that its KV cache holds when the
             prompt is through (files of format 2 and before do not tell); asked: tokens that the budget stands for
             (None without a pruner).
@@ -149,6 +150,7 @@ class Row:
             of the last one.
         n, correct, accuracy, interval: over all samples, with the 95 % :func:`interval`; tasks: accuracy by task.
         errors: samples that failed; they count as wrong.
+        quoted: the number that papers quote, of benchmarks where that is no mean of scores.
         relative_accuracy: accuracy divided by that of the unpruned model; loyalty: :func:`agreement`.
         versus_random: accuracy minus that of random choice with as many tokens on the average; hard: accuracy on the ``hard_n``
             samples that the downsampled picture of the same budget gets wrong; leads: not told from the best method of its
@@ -179,6 +181,7 @@ class Row:
     accuracy: float | None = None
     interval: tuple[float, float] | None = None
     errors: int = 0
+    quoted: float | None = None
     relative_accuracy: float | None = None
     tasks: dict[str, float | None] = field(default_factory=dict)
     loyalty: float | None = None
@@ -219,8 +222,11 @@ def summarise(
     """
     if row.status is not Status.OK:
         return row
-    if len(answers) < samples:
-        row.status, row.reason = Status.UNFINISHED, f"{len(answers)} of {samples} samples; the same command goes on"
+    waiting = sum(answer.score is None and answer.error is None for answer in answers.values())
+    if len(answers) - waiting < samples:
+        unscored = " without scores" if waiting else ""
+        row.status = Status.UNFINISHED
+        row.reason = f"{len(answers)} of {samples} samples{unscored}; the same command goes on"
         return row
     rows = [answers[number] for number in sorted(answers)]
     worked = [answer for answer in rows if answer.error is None]
@@ -231,7 +237,7 @@ def summarise(
     if not worked:
         row.status, row.reason = Status.FAILED, rows[0].error
         return row
-    row.answers = [answer.text or "" for answer in rows]
+    row.answers = [(answer.text or "").strip() for answer in rows]
     row.scores = [answer.score or 0.0 for answer in rows]
     asked = [answer.asked for answer in worked if answer.asked is not None]
     row.kept_requested = statistics.fmean(asked) if asked else None

@@ -124,7 +124,7 @@ def main(args: argparse.Namespace) -> int:
     }
     for option, path in written.items():
         if path is not None:
-            _check_writable(option, path)
+            check_writable(option, path)
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # what is wrong with a checkpoint is one line of ours
     if is_vision_model(args.model):
@@ -137,33 +137,40 @@ def main(args: argparse.Namespace) -> int:
         return vision_bench.main(args)
     if args.images:
         raise ParameterError(f"--images is for vision models; {args.model} is asked the questions of --suite")
-    if args.suite.startswith(_PUBLIC):
-        return _public(args)
     try:
-        board = bench(suite=args.suite, seed=args.seed, timing=args.timing, **_shared(args))
+        if args.suite.startswith(_PUBLIC):
+            boards = _public(args)
+        else:
+            boards = [bench(suite=args.suite, seed=args.seed, timing=args.timing, **_shared(args))]
     except KeyboardInterrupt:
         saved = (
             f"what is done is in {args.out}; the same command goes on" if args.out else "nothing was kept (see --out)"
         )
         print(f"foveate: stopped; {saved}", file=sys.stderr)
         return 130
-    if not world().first:
-        return int(bool(board.failures))
+    if world().first:
+        _show(boards, args)
+        if files := [path for path in written.values() if path is not None]:
+            print(f"wrote {', '.join(map(os.path.abspath, files))}", file=sys.stderr)
+    return int(any(board.failures for board in boards))
+
+
+def _show(boards: Sequence[Leaderboard], args: argparse.Namespace) -> None:
+    """Print the tables, and write the files that were asked for."""
     if args.json:
-        board.write_json(args.json)
+        boards[0].write_json(args.json)  # there is one, see `_public`
     if args.html:
         from foveate.eval_suites.page import page
 
-        Path(args.html).write_text(page([board]), encoding="utf-8")
+        Path(args.html).write_text(page(boards), encoding="utf-8")
+    text = "\n".join(board.markdown() for board in boards)
     if args.markdown == "-":
-        print(board.markdown(), end="")
-    else:
-        if args.markdown:
-            Path(args.markdown).write_text(board.markdown(), encoding="utf-8")
+        print(text, end="")
+        return
+    if args.markdown:
+        Path(args.markdown).write_text(text, encoding="utf-8")
+    for board in boards:
         board.print()
-    if files := [path for path in written.values() if path is not None]:
-        print(f"wrote {', '.join(map(os.path.abspath, files))}", file=sys.stderr)
-    return int(bool(board.failures))
 
 
 _PUBLIC = "lmms:"
@@ -176,10 +183,9 @@ def _shared(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names} | {"keep": parse_keep(args.keep), "positions": positions}
 
 
-def _public(args: argparse.Namespace) -> int:
-    """Run public benchmarks; 0, or 1 if a row failed."""
+def _public(args: argparse.Namespace) -> list[Leaderboard]:
+    """Run public benchmarks."""
     from foveate.eval_suites.lmms.bench import bench as public
-    from foveate.eval_suites.page import page
 
     if args.json:
         raise ParameterError(
@@ -187,21 +193,10 @@ def _public(args: argparse.Namespace) -> int:
         )
     if args.seed is not None:
         raise ParameterError(f"--seed {args.seed}: benchmarks of lmms-eval are taken from their beginning; drop it")
-    boards = public(names=args.suite, **_shared(args))
-    if args.html:
-        Path(args.html).write_text(page(boards), encoding="utf-8")
-    text = "\n".join(board.markdown() for board in boards)
-    if args.markdown == "-":
-        print(text, end="")
-    else:
-        if args.markdown:
-            Path(args.markdown).write_text(text, encoding="utf-8")
-        for board in boards:
-            board.print()
-    return int(any(board.failures for board in boards))
+    return public(names=args.suite, **_shared(args))
 
 
-def _check_writable(option: str, path: str) -> None:
+def check_writable(option: str, path: str) -> None:
     """Raise :class:`ParameterError` unless ``path`` can be written; a file that is there keeps its content."""
     existed = os.path.lexists(path)
     try:

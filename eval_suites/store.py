@@ -25,7 +25,7 @@ from foveate.eval_suites.rows import Answer, Row, Status, Timing, summarise
 
 __all__ = ["MUST_AGREE", "SCHEMA", "Store", "differences", "read"]
 
-SCHEMA = 3
+SCHEMA = 4
 """Version of the tables below. Raise it with every change to them, and teach :meth:`Store._prepare` the way there."""
 
 _APPLICATION = int.from_bytes(b"fovt", "big")  # marks the file as ours, see `PRAGMA application_id`
@@ -95,7 +95,9 @@ CREATE TABLE timing (
 
 _CACHED = "ALTER TABLE answer ADD COLUMN cached TEXT"  # JSON list: visual tokens in each layer's KV cache
 
-_STEPS = {0: _TABLES, 1: _TIMINGS, 2: _CACHED}
+_QUOTED = "ALTER TABLE run ADD COLUMN quoted REAL"  # the number that papers quote, where it is no mean of scores
+
+_STEPS = {0: _TABLES, 1: _TIMINGS, 2: _CACHED, 3: _QUOTED}
 """What makes the next format out of each; 0 is an empty file."""
 
 MUST_AGREE = {
@@ -123,10 +125,11 @@ _ANSWER = tuple(f.name for f in fields(Answer))
 _LISTS = ("tokens", "cached")
 _RUN = (
     "method", "label", "keep", "seed", "baseline", "adaptive", "guided", "parameters", "positions", "status", "reason", "stopped_at",
+    "quoted",
 )  # fmt: skip
 _INSERT = (
     f"INSERT INTO answer (run, {', '.join(_ANSWER)}) VALUES ({', '.join('?' * (1 + len(_ANSWER)))}) "
-    "ON CONFLICT (run, number) DO NOTHING"
+    "ON CONFLICT (run, number) DO UPDATE SET score = excluded.score WHERE score IS NULL AND error IS NULL"
 )
 
 
@@ -247,7 +250,10 @@ class Store:
     def add(
         self, run: int, answers: Iterable[Answer], positions: Mapping[str, str] | None = None, adaptive: bool = False
     ) -> None:
-        """Add the answers of a batch, all or none of them; answers that are there already stay as they are."""
+        """Add the answers of a batch, all or none of them; answers that are there already stay as they are.
+
+        An answer without a score waits for it, and counts as missing; the same with a score gives it.
+        """
         with self._transaction():
             self._db.executemany(_INSERT, [(run, *_values(answer)) for answer in answers])
             self._db.execute(
@@ -265,6 +271,11 @@ class Store:
                 (run, *(getattr(timing, name) for name in _TIMING)),
             )
 
+    def quote(self, run: int, value: float) -> None:
+        """Add the number that papers quote; one that is there already stays as it is."""
+        with self._transaction():
+            self._db.execute("UPDATE run SET quoted = coalesce(quoted, ?) WHERE id = ?", (value, run))
+
     def give_up(self, run: int, status: Status, reason: str, at: int) -> None:
         """Note that a run ended at sample ``at`` for a reason that is not the sample's; the first such sample counts."""
         with self._transaction():
@@ -277,6 +288,8 @@ class Store:
         """Forget the samples and the runs that failed, so that they are done again."""
         with self._transaction():
             runs = "SELECT id FROM run WHERE bench = ?"
+            failed = f"SELECT run FROM answer WHERE error IS NOT NULL AND run IN ({runs})"
+            self._db.execute(f"UPDATE run SET quoted = NULL WHERE id IN ({failed})", (bench,))
             for table in ("answer", "timing"):
                 self._db.execute(f"DELETE FROM {table} WHERE error IS NOT NULL AND run IN ({runs})", (bench,))
             self._db.execute("UPDATE run SET status = 'ok', reason = NULL, stopped_at = NULL WHERE bench = ?", (bench,))
@@ -362,6 +375,8 @@ class Store:
                     self.add(into, map(_answer, run["answers"]), run["positions"], run["adaptive"])
                     for timing in run.get("timings", ()):  # exports of format 1 have none
                         self.add_timing(into, Timing(**timing))
+                    if run.get("quoted") is not None:  # exports of format 3 and before have none
+                        self.quote(into, run["quoted"])
                     if run["status"] != Status.OK.value:
                         self.give_up(into, Status(run["status"]), run["reason"], run["stopped_at"])
         except (KeyError, TypeError, ValueError) as error:
@@ -473,7 +488,9 @@ def _answer(plain: Mapping[str, Any]) -> Answer:
 def _row(run: sqlite3.Row) -> Row:
     plain = {name: json.loads(run[name]) for name in ("keep", "seed", "parameters", "positions")}
     plain |= {name: bool(run[name]) for name in ("baseline", "adaptive", "guided")}
-    return Row(run["method"], run["label"], status=Status(run["status"]), reason=run["reason"], **plain)
+    return Row(
+        run["method"], run["label"], status=Status(run["status"]), reason=run["reason"], quoted=run["quoted"], **plain
+    )
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:

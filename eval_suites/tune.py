@@ -23,7 +23,7 @@ from foveate.eval_suites.environment import environment
 from foveate.eval_suites.leaderboard import value_text
 from foveate.eval_suites.meter import BudgetMismatch, Meter, Run
 from foveate.eval_suites.rows import Answer, Timing
-from foveate.eval_suites.runner import methods_of, progress_bar
+from foveate.eval_suites.runner import check_writable, methods_of, progress_bar
 from foveate.eval_suites.suites import Suite
 from foveate.eval_suites.timing import measure
 from foveate.pruners.base import Keep, Pruner, budget, check_keep, one_of
@@ -94,6 +94,9 @@ def main(args: argparse.Namespace) -> int:
     logging.set_verbosity_error()
     if not args.out.lower().endswith((".yaml", ".yml")):
         raise ParameterError(f"--out {args.out}: a preset's name ends in .yaml, so that foveate.attach knows it")
+    for option, path in (("--out", args.out), ("--json", args.json)):  # a search takes minutes
+        if path not in (None, "-"):
+            check_writable(option, path)
     found = tune(
         args.model,
         args.suite,

@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # a path that cannot be read or written, a model that cannot be found
         return _fail(error)
     except KeyboardInterrupt:
+        print("foveate: stopped", file=sys.stderr)
         return 130
 
 

@@ -13,28 +13,32 @@ import importlib.util
 import itertools
 import json
 import logging
+import math
 import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import foveate
 from foveate.errors import BudgetError, FoveateError, ParameterError, StoreError, UnsupportedModelError, nearest
 from foveate.eval_suites import models, runner
 from foveate.eval_suites.cost import DecoderShape
+from foveate.eval_suites.distributed import world
 from foveate.eval_suites.environment import environment
 from foveate.eval_suites.leaderboard import Leaderboard
 from foveate.eval_suites.lmms import benchmarks, tasks
 from foveate.eval_suites.lmms.benchmarks import Benchmark
 from foveate.eval_suites.lmms.manifests import CLASSES, MODELS
+from foveate.eval_suites.lmms.watch import Said, Seen
 from foveate.eval_suites.meter import BudgetMismatch, Run
 from foveate.eval_suites.rows import Answer, Status
 from foveate.eval_suites.store import Store
 from foveate.pruners.base import Keep
 
-__all__ = ["PREFIX", "Outcome", "answers", "bench", "check_installed", "run"]
+__all__ = ["PREFIX", "Kept", "Outcome", "answers", "bench", "check_installed", "run"]
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +81,6 @@ def bench(
     fresh: str = "",
     retry: bool = False,
     runs: Sequence[Run] | None = None,
-    quoted: dict[tuple[str, str], float] | None = None,
 ) -> list[Leaderboard]:
     """Run methods over public benchmarks, beside the unpruned model, a blind one and the baselines.
 
@@ -85,18 +88,21 @@ def bench(
         model: a folder or a name on the hub; names: benchmarks separated by commas, with or without ``lmms:``.
         limit: documents of each; None: all.
         runs: these instead of ``pruners`` at the budgets ``keep``.
-        quoted: is given the numbers that papers quote, by benchmark and label of the run; every run is then done, whatever
-            ``out`` holds.
         other arguments: see :func:`foveate.eval_suites.runner.bench`.
 
     Returns:
-        A leaderboard per benchmark, in the order of ``names``.
+        A leaderboard per benchmark, in the order of ``names``. The number that papers quote is in the rows where it is not
+        the mean of the scores.
 
     Raises:
         FoveateError: bad input, a data set that is not there, or a model that cannot answer without a method either.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ParameterError(f"suites behind {PREFIX} run in one process; start it without torchrun or accelerate")
+    if (started := world().size) > 1:
+        raise ParameterError(
+            f"suites behind {PREFIX} run in one process, but this is one of {started} that torchrun or accelerate started: "
+            "give every GPU a command of its own, with benchmarks of its own and the same --out (`CUDA_VISIBLE_DEVICES=0 "
+            "foveate bench --suite lmms:pope ...`); several may write to one file"
+        )
     chosen = {name: benchmarks.find(name) for name in _names(names)}
     if batch_size < 1 or (limit is not None and limit < 1):
         raise ParameterError(f"batch_size={batch_size}, limit={limit}: give at least 1")
@@ -128,7 +134,7 @@ def bench(
                 number = store.open_bench(facts, (name,), fresh)
                 if retry:
                     store.retry(number)
-                _measure(store, number, lm, name, benchmark, manager, runs, positions, limit, quoted)
+                _measure(store, number, lm, name, benchmark, manager, runs, positions, limit, len(asked))
                 boards.append(store.board(number))
     return boards
 
@@ -243,9 +249,9 @@ def _measure(
     runs: Sequence[Run],
     positions: str,
     limit: int | None,
-    quoted: dict[tuple[str, str], float] | None,
+    documents: int,
 ) -> None:
-    """Do the runs that the store does not hold yet."""
+    """Do what the store does not hold yet."""
     rows = [run.row() for run in runs]
     for run_, row in zip(runs, rows):
         with contextlib.suppress(FoveateError):
@@ -253,26 +259,75 @@ def _measure(
                 s.text_guided for s in run_.pruner.stages(lm.watch.adapter.info)
             )
     for run_, number in zip(runs, store.open_runs(bench, rows)):
-        if quoted is None and (store.finished(number) or store.status(number) is not Status.OK):
-            continue
-        try:
-            outcome = run(lm, run_, benchmark, manager, positions, limit)
-            store.add(number, outcome.answers, outcome.positions)
-            if outcome.quoted is not None:
-                score = f"{' + '.join(benchmark.headline)} {outcome.quoted:.4g}"
-                print(f"foveate: {PREFIX}{name} {_called(run_)}: {score}", file=sys.stderr)
-                if quoted is not None:
-                    quoted[name, run_.label] = outcome.quoted
-        except StoreError:
-            raise
-        except (UnsupportedModelError, BudgetError, ParameterError) as error:
-            store.give_up(number, Status.NOT_APPLICABLE, str(error), 0)
-        except Exception as error:  # the other methods go on
-            logger.info("%s failed", run_.label, exc_info=True)
-            what = str(error) if isinstance(error, BudgetMismatch) else f"{type(error).__name__}: {_line(error)}"
-            store.give_up(number, Status.FAILED, what, 0)
-        if run_.method == "unpruned" and (reason := store.reason(number)):
-            raise FoveateError(f"{PREFIX}{name} does not run even without a method ({reason})")
+        if store.status(number) is Status.OK and not _complete(store, number, documents):
+            lm.journal = Kept(store, number, benchmark.task, _called(run_))
+            try:
+                outcome = run(lm, run_, benchmark, manager, positions, limit)
+                _keep(store, number, outcome, benchmark, f"{PREFIX}{name} {_called(run_)}")
+            except StoreError:
+                raise
+            except (UnsupportedModelError, BudgetError, ParameterError) as error:
+                store.give_up(number, Status.NOT_APPLICABLE, str(error), 0)
+            except Exception as error:  # the other methods go on
+                logger.info("%s failed", run_.label, exc_info=True)
+                what = str(error) if isinstance(error, BudgetMismatch) else f"{type(error).__name__}: {_line(error)}"
+                store.give_up(number, Status.FAILED, what, 0)
+            finally:
+                lm.journal = None
+        if run_.method == "unpruned":
+            failed = [answer.error for answer in store.answers(number).values()]
+            if reason := store.reason(number) or (failed[0] if failed and all(failed) else None):
+                raise FoveateError(f"{PREFIX}{name} does not run even without a method ({reason})")
+
+
+def _complete(store: Store, number: int, documents: int) -> bool:
+    """Whether every document of a run is scored, or has failed."""
+    answers = store.answers(number).values()
+    return len(answers) == documents and all(a.score is not None or a.error is not None for a in answers)
+
+
+def _keep(store: Store, number: int, outcome: Outcome, benchmark: Benchmark, called: str) -> None:
+    """Put scores beside the answers, and the number that papers quote where it is not their mean."""
+    if outcome.quoted is not None:
+        print(f"foveate: {called}: {' + '.join(benchmark.headline)} {outcome.quoted:.4g}", file=sys.stderr)
+        if not math.isclose(outcome.quoted, 100 * fmean(a.score or 0 for a in outcome.answers), abs_tol=1e-6):
+            store.quote(number, outcome.quoted)
+    store.add(number, outcome.answers, outcome.positions)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Answers of a run in the result file as soon as they are given; lmms-eval scores them when it has all of them.
+
+    Attributes:
+        run: its number in the store; task: of lmms-eval; label: what the progress bar says.
+    """
+
+    store: Store
+    run: int
+    task: str
+    label: str
+
+    def known(self) -> dict[int, Said]:
+        """What was said before an interruption, by the document's place."""
+        return {
+            number: Said(a.text, Seen(a.tokens, a.cached, a.asked, a.text_tokens), a.seconds)
+            if a.error is None
+            else Said("", None, None, a.error)
+            for number, a in self.store.answers(self.run).items()
+        }
+
+    def add(self, first: int, documents: Sequence[Any], said: Sequence[Said], positions: Mapping[str, str]) -> None:
+        """Keep a batch, whose documents begin at place ``first``, without scores."""
+        batch = []
+        for number, (document, one) in enumerate(zip(documents, said), first):
+            told = {"error": one.error} if one.error else {"text": one.text, "seconds": one.seconds, **vars(one.seen)}
+            batch.append(Answer(number, _sample(self.task, document), self.task, **told))
+        self.store.add(self.run, batch, positions)
+
+
+def _sample(task: str, document: Any) -> str:
+    return f"{task}-{document}"
 
 
 def _called(run: Run) -> str:
@@ -318,7 +373,11 @@ def answers(samples: Sequence[Mapping[str, Any]], benchmark: Benchmark, layers: 
     read = []
     for number, sample in enumerate(sorted(samples, key=lambda sample: sample["doc_id"])):
         counts = (sample.get("token_counts") or [None])[0] or {}
-        tokens = counts.get("tokens")
+        tokens, held = counts.get("tokens"), counts.get("cached")
+        document = _sample(benchmark.task, sample["doc_id"])
+        if counts.get("error"):
+            read.append(Answer(number, document, benchmark.task, error=counts["error"]))
+            continue
         if tokens is None or len(tokens) != layers:
             raise FoveateError(
                 f"document {sample['doc_id']} of {benchmark.task} comes without its number of visual tokens: run it with "
@@ -330,11 +389,12 @@ def answers(samples: Sequence[Mapping[str, Any]], benchmark: Benchmark, layers: 
         read.append(
             Answer(
                 number=number,
-                sample=f"{benchmark.task}-{sample['doc_id']}",
+                sample=document,
                 task=benchmark.task,
                 text=str(text).strip(),
                 score=benchmark.read(sample),
                 tokens=tuple(tokens),
+                cached=None if held is None else tuple(held),  # older logs have none
                 asked=counts["asked"],
                 text_tokens=counts["text_tokens"],
                 seconds=counts["seconds"],

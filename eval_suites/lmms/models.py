@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts, unwrap_generation_output
@@ -25,11 +26,13 @@ from tqdm import tqdm
 
 from foveate.errors import FoveateError, InputError, ParameterError
 from foveate.eval_suites.lmms import arguments
-from foveate.eval_suites.lmms.watch import Seen, Watch
+from foveate.eval_suites.lmms.watch import Said, Watch
 from foveate.eval_suites.meter import GREY, BudgetMismatch
 from foveate.pruners.base import Pruner, view_id
 
-__all__ = ["LlavaHf", "LlavaHfChat", "LlavaOnevision", "LlavaOnevisionChat", "Qwen3VLChat", "Qwen25VLChat"]
+__all__ = ["Journal", "LlavaHf", "LlavaHfChat", "LlavaOnevision", "LlavaOnevisionChat", "Qwen3VLChat", "Qwen25VLChat"]
+
+logger = logging.getLogger(__name__)
 
 _NEW_TOKENS = 1024  # where a task names no limit; lmms-eval's own
 
@@ -38,12 +41,26 @@ _NEW_TOKENS = 1024  # where a task names no limit; lmms-eval's own
 class _Counts(TokenCounts):
     """lmms-eval's counts of a sample, and ours: they end up in its log of samples."""
 
-    seen: Seen | None = None
-    seconds: float = 0.0
+    said: Said | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        ours = {} if self.seen is None else vars(self.seen) | {"tokens": list(self.seen.tokens)}
-        return super().to_dict() | ours | {"seconds": self.seconds}
+        if self.said is None:
+            return super().to_dict()
+        seen = {} if self.said.seen is None else vars(self.said.seen)
+        ours = {name: list(value) if isinstance(value, tuple) else value for name, value in seen.items()}
+        return super().to_dict() | ours | {"seconds": self.said.seconds, "error": self.said.error}
+
+
+class Journal(Protocol):
+    """Keeps what is said as soon as it is said, and knows what was said before an interruption."""
+
+    label: str
+
+    def known(self) -> Mapping[int, Said]:
+        """By the document's place among those that are asked."""
+
+    def add(self, first: int, documents: Sequence[Any], said: Sequence[Said], positions: Mapping[str, str]) -> None:
+        """Keep a batch, whose documents (lmms-eval's ids) begin at place ``first``."""
 
 
 class Pruned:
@@ -58,6 +75,9 @@ class Pruned:
     Raises:
         FoveateError: a wrong version, an unknown method or parameter, or a model that the method cannot work on.
     """
+
+    journal: Journal | None = None
+    _silent = False  # lmms-eval's constructors ask for the rank
 
     def __init__(
         self,
@@ -99,27 +119,69 @@ class Pruned:
             super().clean()
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
-        """Answers, with the number of visual tokens that each decoder layer saw.
+        """Answers, with the number of visual tokens that each decoder layer saw; with a journal batch by batch.
 
         Raises:
             BudgetMismatch: a method kept another number of tokens than it should, or could not be watched.
         """
+        numbers = [request.doc_id for request in requests]
+        if self.journal is None or sorted(set(numbers)) != numbers:  # asked again and again, or in another order
+            return [GenerationResult(counts.said.text, counts) for counts in self._said(requests)]
+        known, results = dict(self.journal.known()), []
+        self._silent = True
+        try:
+            for first in tqdm(range(0, len(requests), self.batch_size), desc=self.journal.label):
+                batch = requests[first : first + self.batch_size]
+                places = range(first, first + len(batch))
+                if not known.keys() >= set(places):  # batches are always the same ones
+                    fresh = self._said_or_failed(batch)
+                    self.journal.add(first, numbers[first : first + len(batch)], fresh, self.watch.positions)
+                    known |= zip(places, fresh)
+                results += [known[place] for place in places]
+        finally:
+            self._silent = False
+        return [GenerationResult(one.text, _Counts(said=one)) for one in results]
+
+    @property
+    def rank(self) -> int:
+        """lmms-eval shows a bar per call where this is 0; with a journal there is a call per batch, and one bar for all."""
+        return 1 if self._silent else super().rank
+
+    def _said_or_failed(self, batch: Sequence[Instance]) -> list[Said]:
+        """What the model says; if a batch fails, to its documents one by one, so that the others go on."""
+        try:
+            return [counts.said for counts in self._said(batch)]
+        except FoveateError:  # the method or the model cannot go on
+            raise
+        except Exception as error:
+            if len(batch) > 1:
+                return [one for request in batch for one in self._said_or_failed([request])]
+            logger.info("%s failed on document %s", self.journal.label, batch[0].doc_id, exc_info=True)
+            return [Said("", None, None, f"{type(error).__name__}: {error}")]
+
+    def _said(self, requests: Sequence[Instance]) -> list[_Counts]:
+        """What the model says, beside lmms-eval's own counts."""
         watch = self.watch
         self._docs.clear()
         watch.prompts.clear()
+        if watch.session is not None:
+            watch.session.sample_ids = None  # of a batch that failed
         began = time.perf_counter()
         results = super().generate_until([self._shown(request) for request in requests])
         seconds = (time.perf_counter() - began) / max(1, len(requests))
-        if len(watch.prompts) != len(self._docs):
+        seen = dict(zip(self._docs, watch.prompts))
+        asked = [(request.task_name, request.doc_id) for request in requests]
+        if len(watch.prompts) != len(self._docs) or not seen.keys() >= set(asked):
             raise BudgetMismatch(
                 f"the model was called with {len(watch.prompts)} prompts for {len(self._docs)} documents: what was pruned "
                 "for which is not known"
             )
-        seen = dict(zip(self._docs, watch.prompts))
-        return [
-            _counted(result, seen.get((request.task_name, request.doc_id)), seconds)
-            for request, result in zip(requests, results)
-        ]
+        counted = []
+        for document, result in zip(asked, results, strict=True):
+            text, theirs = unwrap_generation_output(result)
+            known = {} if theirs is None else vars(theirs)
+            counted.append(_Counts(**known, said=Said(text, seen[document], seconds)))
+        return counted
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         raise InputError("foveate's models answer questions; tasks that compare likelihoods are not supported")
@@ -184,12 +246,6 @@ class Pruned:
         if self._watch is None:
             raise FoveateError("lmms-eval has dropped this model already; make a new one")
         return self._watch
-
-
-def _counted(result: Any, seen: Seen | None, seconds: float) -> GenerationResult:
-    text, counts = unwrap_generation_output(result)
-    known = {} if counts is None else vars(counts)
-    return GenerationResult(text, _Counts(**known, seen=seen, seconds=seconds))
 
 
 # --------------------------------------------------------------------------------------------------------------- LLaVA

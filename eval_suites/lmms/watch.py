@@ -14,16 +14,27 @@ from foveate.errors import UnsupportedModelError
 from foveate.eval_suites.meter import seen_pruned, seen_unpruned
 from foveate.pruners.base import Pruner
 
-__all__ = ["Seen", "Watch"]
+__all__ = ["Said", "Seen", "Watch"]
 
 
 @dataclass(frozen=True)
 class Seen:
-    """Of one prompt: visual tokens that each decoder layer saw, those asked for, and the tokens of its text."""
+    """Of one prompt: visual tokens that each decoder layer saw and caches, those asked for, and the tokens of its text."""
 
     tokens: tuple[int, ...]
+    cached: tuple[int, ...]
     asked: int | None
     text_tokens: int
+
+
+@dataclass(frozen=True)
+class Said:
+    """What came of a document: the text as the model gave it and what was counted meanwhile, or why it failed."""
+
+    text: str
+    seen: Seen | None
+    seconds: float | None
+    error: str | None = None
 
 
 class Watch:
@@ -82,12 +93,13 @@ class Watch:
         whole = seen_unpruned(self.adapter, ids, [ids.shape[1]] * self.adapter.info.decoder_layers)
         asked: Sequence[int | None]
         if self.pruner is None:
-            seen, asked = seen_unpruned(self.adapter, ids, self._widths), [None] * len(ids)
+            seen = cached = seen_unpruned(self.adapter, ids, self._widths)
+            asked = [None] * len(ids)
         else:
-            seen, asked = seen_pruned(self.adapter, self.pruner, self.session.trace, ids, self._widths)
+            seen, cached, asked = seen_pruned(self.adapter, self.pruner, self.session.trace, ids, self._widths)
         self.prompts += [
-            Seen(tuple(tokens), want, length - full[0])
-            for tokens, want, length, full in zip(seen, asked, lengths, whole)
+            Seen(tuple(tokens), tuple(held), want, length - full[0])
+            for tokens, held, want, length, full in zip(seen, cached, asked, lengths, whole)
         ]
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from foveate.errors import FoveateError, ParameterError, UnknownNameError
+from foveate.eval_suites.leaderboard import Leaderboard
 from foveate.eval_suites.lmms.benchmarks import BENCHMARKS
 from foveate.pruners.base import Layout, Pruner
 from foveate.pruners.registry import create
@@ -207,15 +208,31 @@ def _run(recipe: Recipe, model: str, chosen: list[str], args: argparse.Namespace
         _compare(recipe, {})
         raise FoveateError(f"{recipe.name} cannot be run here: none of its benchmarks can (see the table)")
     runs = [Run("unpruned", None), Run(recipe.method, recipe.pruner)]
-    quoted: dict[tuple[str, str], float] = {}
     boards = through.bench(
-        model, ",".join(chosen), runs=runs, limit=args.limit, batch_size=args.batch_size, device=args.device, out=args.out,
-        quoted=quoted,
-    )  # fmt: skip
-    _compare(recipe, quoted)
+        model,
+        ",".join(chosen),
+        runs=runs,
+        limit=args.limit,
+        batch_size=args.batch_size,
+        device=args.device,
+        out=args.out,
+    )
+    _compare(recipe, _ours(boards, through.PREFIX))
     if args.limit:
         print(f"only the first {args.limit} documents of each benchmark: these scores do not compare with the paper's")
     return int(any(board.failures for board in boards))
+
+
+def _ours(boards: Sequence[Leaderboard], prefix: str) -> dict[tuple[str, str], float]:
+    """Our scores by benchmark and label of the run, in the paper's units; runs that failed have none."""
+    return {
+        (board.environment["suite"].removeprefix(prefix), row.label): 100 * row.accuracy
+        if row.quoted is None
+        else row.quoted
+        for board in boards
+        for row in board.rows
+        if row.accuracy is not None
+    }
 
 
 def _compare(recipe: Recipe, ours: Mapping[tuple[str, str], float]) -> None:

@@ -7,8 +7,12 @@ import math
 import numpy as np
 import pytest
 
+from foveate.errors import ParameterError
 from foveate.eval_suites.certify import least_samples, lower_bound, p_value, relative_accuracy
+from foveate.eval_suites.leaderboard import Leaderboard
+from foveate.eval_suites.rows import Row, Status
 from foveate.eval_suites.tune import Chain, Setting, search
+from foveate.eval_suites.tune_splits import recorded, splits
 from foveate.pruners import Grid
 
 
@@ -124,3 +128,42 @@ def test_testing_without_correction_would_break_the_promise():
         unpruned = np.ones(250)
         wrong += any(p_value((rng.random(250) < 0.9).astype(float), unpruned, 0.9) <= 0.05 for _ in range(200))
     assert wrong / 100 > 0.1
+
+
+# ------------------------------------------------------------------------------------------------------ random halves
+
+
+def board(positions: str, relative: dict[tuple[str, float], float], answers: str = "x") -> Leaderboard:
+    """Recorded answers of settings that have ``relative`` times the unpruned accuracy."""
+    rng = np.random.default_rng(0)
+    whole = (rng.random(1200) < 0.9).astype(float)
+    rows = [Row("unpruned", "unpruned", scores=list(whole), answers=[answers] * 1200)]
+    for (label, keep), share in relative.items():
+        scores = list(whole * (rng.random(1200) < share))
+        rows.append(Row(label, label, keep, tokens_mean=100 * keep, scores=scores))
+    rows.append(Row("random", "random", 0.1, seed=1, tokens_mean=1.0, scores=list(whole)))
+    rows.append(Row("broken", "broken", 0.1, status=Status.FAILED))
+    return Leaderboard(rows, {"model": "m", "suite": "s", "positions": positions})
+
+
+def test_recorded_settings_of_all_policies_are_searched_on_random_halves():
+    """The cheapest that is good is found, and what is too bad under one policy is not taken for the other."""
+    boards = [
+        board("keep", {("a", 0.9): 1.0, ("a", 0.5): 0.99, ("a", 0.1): 0.5}),
+        board("compact", {("a", 0.9): 1.0, ("a", 0.5): 0.7, ("b", 0.9): 0.94}),
+    ]
+    whole, rows = recorded(boards)
+    assert len(rows) == 6
+    found = splits(whole, rows, 0.95, 0.95, 20)
+    assert (found["chosen"], found["held"], found["with_a_false_certificate"]) == (20, 20, 0)
+    assert {split["chosen"] for split in found["each"]} == {"a 0.5 keep"}
+    assert splits(whole, rows, 0.95, 0.95, 20) == found
+
+
+def test_files_of_other_questions_or_answers_are_refused():
+    one, other = board("keep", {}), board("compact", {}, answers="y")
+    with pytest.raises(ParameterError, match="answers otherwise"):
+        recorded([one, other])
+    other.environment["suite"] = "t"
+    with pytest.raises(ParameterError, match="differ in suite"):
+        recorded([one, other])

@@ -7,6 +7,7 @@ import json
 import random
 import re
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -14,7 +15,7 @@ from foveate.cli import main
 from foveate.eval_suites.compare import compare, holm, paired
 from foveate.eval_suites.leaderboard import Leaderboard, value_text
 from foveate.eval_suites.page import page, pareto
-from foveate.eval_suites.rows import Row, Status, agreement, mean_sd, share, wilson
+from foveate.eval_suites.rows import Row, Status, agreement, interval, mean_sd, share, wilson
 
 TASKS = ("colour", "count")
 
@@ -35,6 +36,39 @@ def test_wilson_interval_at_the_edges():
     assert wilson(0, 5)[0] == 0.0
     assert wilson(5, 5)[1] == 1.0
     assert wilson(50, 100, confidence=0.99)[1] > wilson(50, 100)[1]
+
+
+def vqa(rng: np.random.Generator, n: int) -> np.ndarray:
+    """Scores as VQA gives them, by how many of ten people agree; their mean is 0.59."""
+    return rng.choice([0.0, 0.3, 0.6, 1.0], n, p=[0.3, 0.1, 0.1, 0.5])
+
+
+def overlap(rng: np.random.Generator, n: int) -> np.ndarray:
+    """Scores that are all different and close to each other, like overlaps of boxes; their mean is 2/3."""
+    return rng.beta(4, 2, n)
+
+
+@pytest.mark.parametrize(("draw", "mean", "draws"), [(vqa, 0.59, 500), (overlap, 2 / 3, 100)])
+@pytest.mark.parametrize("confidence", [0.95, 0.8])
+def test_intervals_of_partial_scores_hold_what_they_promise(draw, mean, draws, confidence):
+    """So often they hold the true mean as they say, and they are narrower than those of right and wrong answers."""
+    rng, n, held, widths = np.random.default_rng(1), 80, 0, []
+    for _ in range(draws):
+        scores = draw(rng, n)
+        low, high = interval(scores, confidence)
+        held += low <= mean <= high
+        coin = wilson(scores.sum(), n, confidence)
+        widths.append((high - low) / (coin[1] - coin[0]))
+    allowed = 3 * (confidence * (1 - confidence) / draws) ** 0.5
+    assert held / draws == pytest.approx(confidence, abs=allowed)
+    assert np.mean(widths) == pytest.approx({vqa: 0.91, overlap: 0.37}[draw], abs=0.02)
+
+
+def test_intervals_of_right_and_wrong_or_equal_scores_are_wilsons():
+    assert interval([1.0] * 3 + [0.0] * 7) == wilson(3, 10)
+    assert interval([0.5] * 8) == wilson(4, 8)  # nothing to resample, and yet not known exactly
+    assert interval([]) == (0.0, 1.0)
+    assert interval([0.2, 0.9, 0.4]) == interval([0.4, 0.2, 0.9])
 
 
 def test_mean_and_sample_standard_deviation():

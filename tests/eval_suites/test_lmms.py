@@ -15,7 +15,7 @@ from foveate.cli import main
 from foveate.errors import FoveateError, ParameterError, UnknownNameError, UnsupportedModelError
 from foveate.eval_suites import models, shapes, suites
 from foveate.eval_suites.lmms import arguments, benchmarks, manifests, tasks
-from foveate.eval_suites.lmms.bench import answers
+from foveate.eval_suites.lmms.bench import answers, bench
 from foveate.eval_suites.lmms.watch import Watch
 from foveate.eval_suites.meter import BudgetMismatch
 from foveate.eval_suites.rows import Row, summarise
@@ -224,6 +224,17 @@ def test_answers_out_of_lmms_evals_cache_are_refused() -> None:
     samples[1]["token_counts"] = [None]
     with pytest.raises(FoveateError, match="document 1 of foveate_shapes comes without its number of visual tokens"):
         answers(samples, benchmarks.find("foveate_shapes"), 4)
+
+
+# ----------------------------------------------------------------------------------------------------- what is refused
+
+
+def test_several_processes_are_told_to_be_several_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lmms-eval would share the documents out, and the file would hold a part of them."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(ParameterError, match=r"this is one of 2 that torchrun.*CUDA_VISIBLE_DEVICES=0 foveate bench"):
+        bench("shapes-llava", "lmms:pope", "grid", [0.5])
 
 
 # ------------------------------------------------------------------------------------------------------------ counting

@@ -9,8 +9,10 @@ import pytest
 from foveate.cli import main
 from foveate.errors import UnknownNameError
 from foveate.eval_suites import recipes as module
+from foveate.eval_suites.leaderboard import Leaderboard
 from foveate.eval_suites.lmms.benchmarks import BENCHMARKS
 from foveate.eval_suites.recipes import ELSEWHERE, Recipe, find, recipes
+from foveate.eval_suites.rows import Row, Status
 from foveate.pruners.base import Layout, ModelInfo
 
 ALL = list(recipes().values())
@@ -126,11 +128,13 @@ def test_without_weights_it_says_what_is_missing(
 def test_ours_stands_beside_theirs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from foveate.eval_suites.lmms import bench
 
-    def measured(model: str, names: str, *, runs: list, quoted: dict, **options: object) -> list:
+    def measured(model: str, names: str, *, runs: list, **options: object) -> list:
         assert [run.label for run in runs] == ["unpruned", "hiprune"]
         assert runs[1].pruner == find("hiprune-llava15-192").pruner
-        quoted[names, "unpruned"], quoted[names, "hiprune"] = 86.0, 43.0
-        return []
+        whole, pruned = (Row(run.method, run.label, accuracy=0.7) for run in runs)
+        whole.quoted, pruned.accuracy = 86.0, 0.43  # F1 is kept beside the scores; what is their mean is not
+        failed = Row("hiprune", "another", status=Status.FAILED)
+        return [Leaderboard([whole, pruned, failed], {"suite": "lmms:pope"})]
 
     monkeypatch.setattr(bench, "bench", measured)
     assert main(["reproduce", "hiprune-llava15-192", "--benchmarks", "pope"]) == 0

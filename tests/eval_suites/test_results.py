@@ -48,6 +48,19 @@ def test_csv_has_a_line_per_row_with_what_is_needed_to_repeat_it(filled, capsys)
     assert (fastv["torch"], fastv["weights_sha256"]) == (FACTS["torch"], FACTS["weights_sha256"])
 
 
+def test_differences_from_random_are_numbers(tmp_path, capsys):
+    with Store(tmp_path / "r.db") as store:
+        drawn = [Row("random", "random", 0.5, 0), Row("fastv", "fastv", 0.5)]
+        for run_, right in zip(store.open_runs(store.open_bench(FACTS, TASKS), drawn), ((0,), (0, 1, 2))):
+            store.add(run_, [answer(n, score=float(n in right)) for n in range(3)])
+    assert run("export", tmp_path / "r.db", "--csv", "-") == 0
+    random, fastv = printed_csv(capsys)
+    assert float(fastv["versus_random"]) == pytest.approx(2 / 3)
+    assert 0 <= float(fastv["versus_random_low"]) <= float(fastv["versus_random_high"]) <= 1
+    assert float(fastv["versus_random_p"]) > 0.05
+    assert random["versus_random"] == ""
+
+
 def test_samples_have_a_line_each(filled, tmp_path):
     assert run("export", filled, "--csv", tmp_path / "s.csv", "--samples") == 0
     lines = list(csv.DictReader((tmp_path / "s.csv").open(encoding="utf-8")))

@@ -107,6 +107,37 @@ def test_unfinished_rows_have_no_accuracy(path):
     assert row.reason.startswith("2 of 3 samples")
 
 
+def test_answers_wait_for_their_scores_and_count_as_missing(path):
+    """As those of lmms-eval do: what was said is safe before the whole run is scored."""
+    with Store(path) as store:
+        bench = store.open_bench(FACTS, TASKS)
+        (run, _) = store.open_runs(bench, rows())
+        store.add(run, [answer(n, text=" as said ", score=None) for n in range(3)])
+        row = store.board(bench).rows[0]
+        assert (row.status, row.accuracy) == (Status.UNFINISHED, None)
+        assert row.reason.startswith("3 of 3 samples without scores")
+        store.add(run, [answer(n, text="cut", score=0.5) for n in range(3)])
+        store.add(run, [answer(n, score=1.0) for n in range(3)])
+        row = store.board(bench).rows[0]
+    assert (row.accuracy, row.answers) == (0.5, ["as said"] * 3)
+
+
+def test_the_quoted_number_is_kept_exported_and_dropped_when_samples_are_done_again(path, tmp_path):
+    with Store(path) as store:
+        bench = store.open_bench(FACTS, TASKS)
+        (run, _) = store.open_runs(bench, rows())
+        store.add(run, [answer(0), answer(1), replace(answer(2), score=None, text=None, error="OSError: gone")])
+        store.quote(run, 85.9)
+        store.quote(run, 12.0)
+        with Store(tmp_path / "copy.db") as copy:
+            copy.merge(store.as_json())
+            (board,) = copy.boards()
+        assert board.rows[0].quoted == 85.9
+        assert "| 85.9 |" in board.markdown()
+        store.retry(bench)
+        assert store.board(bench).rows[0].quoted is None
+
+
 def test_failed_samples_count_as_wrong_and_are_told(path):
     with Store(path) as store:
         bench = store.open_bench(FACTS, TASKS)

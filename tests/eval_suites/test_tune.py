@@ -204,6 +204,50 @@ def test_command_line_says_by_its_exit_code_that_nothing_holds(checkpoint, world
     assert "ends in .yaml" in capsys.readouterr().err
 
 
+def test_the_trained_model_is_tuned_for_real(tmp_path, capsys):
+    """Nothing is made up here: divprune keeps what this model knows, smaller pictures do not, and the preset runs."""
+    out = tmp_path / "p.yaml"
+    argv = ["tune", "--pruners", "divprune,downsample", "--keep", "0.5,0.25", "--positions", "keep", "--target", "0.8"]
+    argv += [
+        "--limit",
+        "120",
+        "--by",
+        "tokens",
+        "--device",
+        "cpu",
+        "--out",
+        str(out),
+        "--json",
+        str(tmp_path / "all.json"),
+    ]
+    assert main(argv) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "divprune keep 0.25, positions keep: at least 80 % of the unpruned accuracy, with 95 % confidence." in said
+    assert "the target is held." in said
+    chains = json.loads((tmp_path / "all.json").read_text())["chains"]
+    certified = {(s["label"], s["keep"]): s["certified"] for chain in chains for s in chain["settings"]}
+    assert certified == {
+        ("divprune", 0.5): True,
+        ("divprune", 0.25): True,
+        ("downsample", 0.5): False,
+        ("downsample", 0.25): False,
+    }
+    loaded = models.load("shapes-llava", device="cpu")
+    suite = suites.find("shapes")
+    (sample,) = suite.samples(1, suite.seed)
+    inputs = loaded.processor(images=sample.image, text=suite.prompt(sample.question), return_tensors="pt")
+    with foveate.attach(loaded.model, out) as session:
+        loaded.model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    assert session.trace.images[0].tokens_per_layer == [36] * 4
+
+
+def test_output_that_cannot_be_written_is_refused_before_the_search(checkpoint, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(tune, "tune", lambda *args, **more: pytest.fail("searched"))
+    for more in (["--out", str(tmp_path / "missing" / "p.yaml")], ["--json", str(tmp_path / "missing" / "all.json")]):
+        assert main(["tune", "--model", str(checkpoint), "--out", str(tmp_path / "p.yaml"), *more]) == 2
+        assert "cannot be written" in capsys.readouterr().err
+
+
 # -------------------------------------------------------------------------------------------------------------- presets
 
 

@@ -10,14 +10,17 @@ import sys
 import pytest
 
 import foveate
+from foveate.cli import main
 from foveate.eval_suites import models, runner
 from foveate.eval_suites.lmms import bench as through
 from foveate.eval_suites.lmms import tasks
 from foveate.eval_suites.meter import BudgetMismatch
+from foveate.eval_suites.rows import Row, Status
 from foveate.eval_suites.store import Store
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed; `make test-lmms` makes an environment with it")
 pytest.importorskip("decord", reason="decord is not installed; lmms-eval's models import it")
+from lmms_eval.utils import load_yaml_config
 
 LIMIT = 12
 SHAPES = models.source("shapes-llava")
@@ -120,6 +123,7 @@ def test_same_samples_same_answers_as_foveates_own_bench(tmp_path: pathlib.Path,
         assert theirs.tokens_per_layer == row.tokens_per_layer, row.label
         assert theirs.kept_requested == row.kept_requested, row.label
         assert theirs.prefill_flops == row.prefill_flops, row.label
+        assert theirs.cache_bytes == row.cache_bytes, row.label
 
 
 def test_bench_goes_on_where_it_was(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,6 +139,103 @@ def test_bench_goes_on_where_it_was(tmp_path: pathlib.Path, monkeypatch: pytest.
     assert [row.as_json() for row in after.rows] == [row.as_json() for row in before.rows]
     with Store(tmp_path / "a.db") as store:
         assert all(len(store.answers(n)) == 4 for n in store.open_runs(1, before.rows))
+
+
+QUICK = {"pruners": "divprune", "keep": [0.25], "limit": 6, "seeds": 1, "batch_size": 2, "device": "cpu"}
+
+
+@pytest.mark.timeout(600)
+def test_an_interrupted_bench_goes_on_behind_the_last_batch(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every batch is in the file before the next; none is asked again, none is scored before all are there."""
+    from foveate.eval_suites.lmms.models import LlavaHfChat
+
+    (whole,) = through.bench("shapes-llava", "foveate_shapes", out=tmp_path / "whole.db", **QUICK)
+    asked, stop, real = [], True, LlavaHfChat._said
+
+    def said(self: LlavaHfChat, requests: list) -> list:
+        asked.append([request.doc_id for request in requests])
+        if stop and len(asked) == 3 * 2 + 2:  # the second batch of the third run
+            raise KeyboardInterrupt
+        return real(self, requests)
+
+    monkeypatch.setattr(LlavaHfChat, "_said", said)
+    path = tmp_path / "cut.db"
+    with pytest.raises(KeyboardInterrupt):
+        through.bench("shapes-llava", "foveate_shapes", out=path, **QUICK)
+    with Store(path) as store:
+        (board,) = store.boards()
+        assert [len(store.answers(n)) for n in (1, 2, 3, 4)] == [6, 6, 2, 0]
+        assert {answer.score for answer in store.answers(3).values()} == {None}
+    assert [row.status for row in board.rows[:3]] == [Status.OK, Status.OK, Status.UNFINISHED]
+    asked.clear()
+    stop = False
+    (resumed,) = through.bench("shapes-llava", "foveate_shapes", out=path, **QUICK)
+    assert asked[:3] == [[2, 3], [4, 5], [0, 1]], "the rest of the third run, then the fourth"
+    assert [timeless(row) for row in resumed.rows] == [timeless(row) for row in whole.rows]
+
+
+def timeless(row: Row) -> dict:
+    return row.as_json() | {"seconds_per_sample": None, "speedup": None, "answers": row.answers}
+
+
+@pytest.mark.timeout(600)
+def test_a_crash_is_no_empty_answer(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """lmms-eval's own loop answers "" where the model crashes; here the document has its error, and the exit code says so."""
+    from foveate.eval_suites.lmms.models import LlavaHfChat
+
+    sick, real = [3], LlavaHfChat._ask
+
+    def ask(self: LlavaHfChat, args: tuple) -> tuple:
+        if args[3] in sick and self.watch.pruner is not None and self.watch.pruner.name == "divprune":
+            raise OSError(f"picture {args[3]} is damaged")
+        return real(self, args)
+
+    monkeypatch.setattr(LlavaHfChat, "_ask", ask)
+    path = tmp_path / "r.db"
+    argv = [
+        "bench",
+        "--suite",
+        "lmms:foveate_shapes",
+        "--pruners",
+        "divprune",
+        "--keep",
+        "0.25",
+        "--limit",
+        "6",
+        "--seeds",
+        "1",
+    ]
+    argv += ["--batch-size", "2", "--device", "cpu", "--out", str(path)]
+    assert main(argv) == 1
+    with Store(path) as store:
+        row = store.boards()[0].rows[-1]
+    assert (row.label, row.status, row.n, row.errors, row.answers[3]) == ("divprune", Status.OK, 6, 1, "")
+    assert "OSError: picture 3 is damaged" in row.reason
+    assert row.tasks["foveate_shapes"] == row.accuracy <= 5 / 6
+    sick.clear()
+    assert main(argv) == 1, "what failed is done again on demand only"
+    assert main([*argv, "--retry"]) == 0
+    with Store(path) as store:
+        assert store.boards()[0].rows[-1].errors == 0
+    sick += range(6)
+    assert main([*argv[:-1], str(tmp_path / "all.db")]) == 1
+    with Store(tmp_path / "all.db") as store:
+        row = store.boards()[0].rows[-1]
+    assert (row.status, row.accuracy) == (Status.FAILED, None)
+
+
+@pytest.mark.timeout(600)
+def test_lmms_evals_own_command_fails_where_a_method_crashes(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """A method that this model cannot serve, and one that fails in the middle, leave no results behind."""
+    version = f"foveate_version={foveate.__version__}"
+    with pytest.raises(RuntimeError, match="k=99: the decoder has 4 layers"):
+        lmms_eval(folder, tmp_path / "a", f"{version},pruner=fastv,k=99")
+    with pytest.raises(RuntimeError, match="num_beams=3: tokens are counted for greedy answers"):
+        lmms_eval(folder, tmp_path / "b", version, "--gen_kwargs", "num_beams=3")
+    assert not list(tmp_path.rglob("*results.json"))
+    assert not list(tmp_path.rglob("*samples*"))
 
 
 def test_budget_that_is_not_kept_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,3 +283,50 @@ def test_qwen_runs_with_a_method() -> None:
     assert not board.failures
     bare, pruned = board.rows
     assert pruned.tokens_per_layer[-1] == pruned.kept_requested < bare.tokens_per_layer[-1]
+
+
+# ----------------------------------------------------------------------------------------------------- public benchmarks
+
+BOX = {"bbox": [0.0, 0.0, 0.5, 0.5]}
+ASKED = {
+    "pope": ({"answer": "yes", "question_id": 1}, "Yes", "no"),
+    "mme": ({"answer": "Yes", "question_id": "1", "category": "existence"}, "yes", "no"),
+    "textvqa": ({"answers": ["stop"] * 10, "question_id": 1}, "stop", "go"),
+    "ocrbench": ({"answer": ["Cafe"], "dataset": "x", "question_type": "y"}, "a cafe", "tea"),
+    "chartqa": ({"answer": "10", "type": "human_test"}, "10.2", "12"),
+    "seedbench": ({"answer": "B", "data_type": "image", "question_id": 1}, "B", "A"),
+    "refcoco": ({"answer": "x", "question_id": 1, **BOX}, "[0.0, 0.0, 0.5, 0.4]", "[0.4, 0.4, 1.0, 1.0]"),
+    "screenspot": (
+        {"instruction": "x", "file_name": "f", "data_type": "icon", "data_source": "web", **BOX}, "[0.0, 0.0, 0.5, 0.4]", "nowhere",
+    ),
+    "videomme": (
+        {"answer": "B", "domain": "d", "sub_category": "s", "task_type": "t", "question_id": 1, "duration": "short", "videoID": "v"},
+        "B.", "A.",
+    ),
+    "mlvu": ({"answer": "B", "question": "?", "task_type": "t"}, "B", "C"),
+    "longvideobench": (
+        {"option0": "a", "option1": "b", "option2": "N/A", "id": 1, "duration_group": 15, "question_category": "T", "correct_choice": 1},
+        "B", "A",
+    ),
+}  # fmt: skip
+"""Documents with the fields that lmms-eval's scoring reads, a right answer and a wrong one."""
+
+
+@pytest.fixture(scope="module")
+def manager() -> object:
+    from lmms_eval.tasks import TaskManager
+
+    return TaskManager("ERROR")
+
+
+@pytest.mark.parametrize("name", through.benchmarks.BENCHMARKS)
+def test_benchmarks_are_tasks_of_lmms_eval_with_the_metrics_that_papers_quote(manager: object, name: str) -> None:
+    benchmark = through.benchmarks.find(name)
+    config = load_yaml_config(manager.task_index[benchmark.task]["yaml_path"])
+    metrics = {entry["metric"] for entry in config["metric_list"]}
+    assert set(benchmark.headline) <= metrics
+    assert config["output_type"].startswith("generate_until")
+    if name in ASKED:
+        document, right, wrong = ASKED[name]
+        scores = [benchmark.read(config["process_results"](dict(document), [said])) for said in (right, wrong, "")]
+        assert scores == [1.0, 0.0, 0.0]
