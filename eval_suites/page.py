@@ -18,7 +18,7 @@ __all__ = ["page", "pareto", "plot"]
 _WIDTH, _HEIGHT = 440, 320
 _LEFT, _RIGHT, _TOP, _BOTTOM = 40, 14, 12, 40
 _COLOURS = 8  # --k0 .. --k7 in page.html
-_LETTER, _LINE = 5.8, 12  # size of a label's letter
+_LETTER, _LINE = 6.3, 13  # size of a label's letter
 
 
 def page(boards: Sequence[Leaderboard]) -> str:
@@ -194,9 +194,9 @@ def plot(board: Leaderboard, cost: Callable[[Line], float | None], unit: str, co
         return '<p class="soft">Nothing to show yet.</p>'
     right = max(dot.x for dot in dots) * 1.06 or 1
     ticks = _ticks(right)
-    lowest = min(
-        80, math.floor(min(dot.low for dot in dots) * 10) * 10
-    )  # percent; dots are not bars, they need no zero
+    low = 100 * min(dot.low for dot in dots)
+    step = 20 if low < 50 else 10
+    lowest = min(80, int(low // step) * step)  # dots are not bars, they need no zero
 
     def place(x: float, y: float) -> tuple[float, float]:
         return (
@@ -205,7 +205,7 @@ def plot(board: Leaderboard, cost: Callable[[Line], float | None], unit: str, co
         )
 
     parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="accuracy over {escape(unit)}">']
-    for percent in range(100, lowest - 1, -20 if lowest < 50 else -10):
+    for percent in range(lowest, 101, step):
         x, y = place(0, percent / 100)
         parts.append(f'<line class="grid" x1="{x}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{x - 6}" y="{y + 4:.1f}" text-anchor="end">{percent}</text>')

@@ -51,7 +51,7 @@ def check_installed() -> None:
     missing = [name for name in ("lmms_eval", "decord") if importlib.util.find_spec(name) is None]
     if missing:
         raise FoveateError(
-            f"suites behind {PREFIX} run through lmms-eval, and {' and '.join(missing)} is not installed here: "
+            f"suites behind {PREFIX} run through lmms-eval, and {' and '.join(missing)} {'are' if missing[1:] else 'is'} not installed here: "
             "run `pip install 'foveate[eval]'`"
         )
 
