@@ -50,20 +50,26 @@ class Suite:
     frame_prompts: FramePrompts | None = None
 
 
+def _suite(name: str, title: str, module: Any, **more: Any) -> Suite:
+    """The suite that a module of this package holds."""
+    return Suite(
+        name=name,
+        title=title,
+        tasks=tuple(module.TASKS),
+        chance=module.CHANCE,
+        seed=module.HELD_OUT_SEED,
+        samples=module.samples,
+        score=module.score,
+        prompt=module.prompt,
+        max_new_tokens=8,
+        **more,
+    )
+
+
 def _shapes() -> Suite:
     from foveate.eval_suites import shapes
 
-    return Suite(
-        name="shapes",
-        title="six tasks on synthetic pictures",
-        tasks=tuple(shapes.TASKS),
-        chance=shapes.CHANCE,
-        seed=shapes.HELD_OUT_SEED,
-        samples=shapes.samples,
-        score=shapes.score,
-        prompt=shapes.prompt,
-        max_new_tokens=8,
-    )
+    return _suite("shapes", "six tasks on synthetic pictures", shapes)
 
 
 def _shapes_wide() -> Suite:
@@ -79,34 +85,14 @@ def _shapes_wide() -> Suite:
 def _screens() -> Suite:
     from foveate.eval_suites import screens
 
-    return Suite(
-        name="screens",
-        title="where to click on synthetic screenshots",
-        tasks=tuple(screens.TASKS),
-        chance=screens.CHANCE,
-        seed=screens.HELD_OUT_SEED,
-        samples=screens.samples,
-        score=screens.score,
-        prompt=screens.prompt,
-        max_new_tokens=8,
-    )
+    return _suite("screens", "where to click on synthetic screenshots", screens)
 
 
 def _clips() -> Suite:
     from foveate.eval_suites import clips
 
-    return Suite(
-        name="clips",
-        title="what a few frames of synthetic videos show",
-        tasks=tuple(clips.TASKS),
-        chance=clips.CHANCE,
-        seed=clips.HELD_OUT_SEED,
-        samples=clips.samples,
-        score=clips.score,
-        prompt=clips.prompt,
-        max_new_tokens=8,
-        frame_prompts=FramePrompts(information="{question}", yes=None),  # shapes-qwen only ever answers
-    )
+    prompts = FramePrompts(information="{question}", yes=None)  # shapes-qwen only ever answers
+    return _suite("clips", "what a few frames of synthetic videos show", clips, frame_prompts=prompts)
 
 
 SUITES: dict[str, Callable[[], Suite]] = {

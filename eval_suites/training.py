@@ -1,8 +1,8 @@
 """What the recipes of the embedded models share: stages with checkpoints, a log and held-out figures.
 
 A recipe subclasses :class:`Run`, says what each stage trains (`trained`), how a batch is drawn (`batch`) and what the
-loss is (`loss`), and calls :meth:`Run.train` for one stage after the other. Every batch is a pure function of (seed,
-stage, step), so that a run can be resumed and repeated.
+loss is (`loss`); its `main` is :meth:`Run.main`. Every batch is a pure function of (seed, stage, step), so that a run can be
+resumed and repeated.
 """
 
 from __future__ import annotations
@@ -15,15 +15,22 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-__all__ = ["CHECK_STREAM", "TRAIN_STREAM", "Run", "Stage", "add_stage_arguments"]
+from .streams import CHECKS, TRAINING
 
-TRAIN_STREAM, CHECK_STREAM = 0, 2  # stream 1 is what a suite's `samples()` draws
+__all__ = ["Run", "Stage", "question_mask", "save_model", "some_places", "stream"]
+
+
+def stream(held_out: bool) -> int:
+    """First number of a recipe's seeds."""
+    return CHECKS if held_out else TRAINING
 
 
 @dataclass(frozen=True)
@@ -43,32 +50,46 @@ class Stage:
     decay: float = 0.0
 
 
-def add_stage_arguments(parser: argparse.ArgumentParser, stages: Sequence[Stage]) -> None:
-    """Arguments that every recipe takes; the defaults made the shipped weights."""
-    names = [stage.name for stage in stages]
-    parser.add_argument("--out", required=True, help="folder for the model, its log and its checkpoints")
-    parser.add_argument("--stages", nargs="+", choices=names, default=names)
-    parser.add_argument("--resume", action="store_true", help="continue from the checkpoints in --out")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads of torch, 0 for its own choice")
-    parser.add_argument("--check-every", type=int, default=200, help="steps between held-out checks")
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 autocast")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="needs a C++ compiler")
-    for stage in stages:
-        parser.add_argument(f"--{stage.name}-steps", type=int, default=stage.steps)
-        parser.add_argument(f"--{stage.name}-batch", type=int, default=stage.batch, help="pictures a step")
-        parser.add_argument(f"--{stage.name}-lr", type=float, default=stage.lr)
-
-
 class Run(ABC):
     """Modules, files and the loop of one run.
 
     Attributes:
-        modules: what checkpoints hold, by name.
+        model: what is trained and exported; modules: what checkpoints hold, by name.
         stages: in the order in which they run.
     """
 
-    stages: Sequence[Stage]
+    stages: ClassVar[Sequence[Stage]]
+    model: nn.Module
+
+    @classmethod
+    def main(cls, description: str) -> None:
+        """Run the stages that the command line chooses; write the model folder after the last one."""
+        parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        cls.add_arguments(parser)
+        run = cls(parser.parse_args())
+        for stage in run.options.stages:
+            run.train(stage)
+        if stage == cls.stages[-1].name:
+            run.export()
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        """Arguments that every recipe takes; the defaults made the shipped weights."""
+        names = [stage.name for stage in cls.stages]
+        parser.add_argument("--out", required=True, help="folder for the model, its log and its checkpoints")
+        parser.add_argument("--stages", nargs="+", choices=names, default=names)
+        parser.add_argument("--resume", action="store_true", help="continue from the checkpoints in --out")
+        parser.add_argument("--seed", type=int, default=0)
+        parser.add_argument("--threads", type=int, default=0, help="CPU threads of torch, 0 for its own choice")
+        parser.add_argument("--check-every", type=int, default=200, help="steps between held-out checks")
+        parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 autocast")
+        parser.add_argument(
+            "--compile", action=argparse.BooleanOptionalAction, default=True, help="needs a C++ compiler"
+        )
+        for stage in cls.stages:
+            parser.add_argument(f"--{stage.name}-steps", type=int, default=stage.steps)
+            parser.add_argument(f"--{stage.name}-batch", type=int, default=stage.batch, help="pictures a step")
+            parser.add_argument(f"--{stage.name}-lr", type=float, default=stage.lr)
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -97,13 +118,35 @@ class Run(ABC):
     def start_from(self, stage: str) -> None:
         """Bring in the weights of the stages before."""
 
+    @abstractmethod
+    def export(self) -> None:
+        """Write the model folder."""
+
+    def size(self, stage: str) -> int:
+        """Pictures a step."""
+        return getattr(self.options, f"{stage}_batch")
+
+    def number(self, stage: str) -> int:
+        """Which of the stages it is, from 0; seeds what it draws."""
+        return [known.name for known in self.stages].index(stage)
+
+    def generator(self, held_out: bool, *key: int) -> np.random.Generator:
+        """Draws of this run's training or held-out checks, for one of many purposes."""
+        return np.random.default_rng((stream(held_out), self.options.seed, *key))
+
     def autocast(self) -> contextlib.AbstractContextManager:
         """bfloat16 matrix products, float32 weights."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.bf16)
 
     def compiled(self, function: Callable) -> Callable:
-        """`function`, compiled for fixed shapes if the options say so."""
-        return torch.compile(function, dynamic=False) if self.options.compile else function
+        """`function`, in training steps compiled for fixed shapes if the options say so.
+
+        The few held-out checks are not worth a second compilation.
+        """
+        if not self.options.compile:
+            return function
+        fast = torch.compile(function, dynamic=False)
+        return lambda *args, **kwargs: (fast if self.model.training else function)(*args, **kwargs)
 
     def parameters(self, stage: str) -> list[dict]:
         """Parameter groups for the optimiser: weight decay on matrices only."""
@@ -164,9 +207,8 @@ class Run(ABC):
 
     def train(self, name: str) -> None:
         """Train one stage: warm-up, a constant rate, then a linear fall to zero where the stage has one."""
-        stage = next(stage for stage in self.stages if stage.name == name)
+        stage = self.stages[self.number(name)]
         total, peak = getattr(self.options, f"{name}_steps"), getattr(self.options, f"{name}_lr")
-        size = getattr(self.options, f"{name}_batch")
         self.start_from(name)
         optimizer = torch.optim.AdamW(self.parameters(name), lr=peak, betas=(0.9, 0.98), weight_decay=0.02)
         state = self.load(name) if self.options.resume else None
@@ -195,7 +237,7 @@ class Run(ABC):
             minutes = before + (now - start) / 60
             if done % self.options.check_every == 0 or done == total:
                 record = {"stage": name, "step": done, "minutes": round(minutes, 2), "lr": round(rate, 6)}
-                record |= {"pictures": done * size, "train_loss": round(float(np.mean(running)), 4)}
+                record |= {"pictures": done * self.size(name), "train_loss": round(float(np.mean(running)), 4)}
                 self.log(record | {f"held_out_{k}": v for k, v in self.check(name).items()})
                 running.clear()
             if now - saved > 180 or done == total:
@@ -212,3 +254,36 @@ class _Batches(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for step in range(self.start, self.total):
             yield self.draw(self.stage, step)
+
+
+def save_model(model: nn.Module, processor: Any, folder: Path, without: Sequence[str] = ()) -> None:
+    """Write a model folder: float16 safetensors that load as float32, and the processor.
+
+    ``without``: weights that are tied to others and need not be written.
+    """
+    config = model.config
+    config.dtype = config.text_config.dtype = config.vision_config.dtype = "float32"
+    weights = {name: value.half() for name, value in model.state_dict().items() if name not in without}
+    model.save_pretrained(folder, state_dict=weights)
+    processor.save_pretrained(folder)
+
+
+def question_mask(block: Tensor, prefix: int) -> Tensor:
+    """Attention mask of several questions in one sequence behind a prefix of ``prefix`` places, which all of them see.
+
+    Args:
+        block: ``(B, L)`` which question each further place belongs to, -1 for padding.
+
+    Returns:
+        ``(B, 1, prefix + L, prefix + L)`` float32 to be added to logits: questions do not see each other.
+    """
+    block = F.pad(block, (prefix, 0), value=-2)
+    causal = torch.ones(block.shape[1], block.shape[1], dtype=torch.bool, device=block.device).tril()
+    seen = causal & ((block[:, :, None] == block[:, None, :]) | (block[:, None, :] == -2))
+    return torch.zeros(seen.shape, device=block.device).masked_fill(~seen, -1e4)[:, None]
+
+
+def some_places(size: int, count: int, keep: float, seed: int) -> Tensor:
+    """Ascending random places (B, K), K a share `keep` of `count`."""
+    noise = torch.rand(size, count, generator=torch.Generator().manual_seed(seed))
+    return noise.argsort(1)[:, : max(1, round(keep * count))].sort(1).values

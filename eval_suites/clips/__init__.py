@@ -12,6 +12,7 @@ import numpy as np
 
 from ..screens import MODEL_PATH
 from ..shapes import normalise
+from ..streams import SAMPLES
 from . import scenes
 from .scenes import FPS, TASKS
 
@@ -50,15 +51,12 @@ def samples(limit: int | None = None, seed: int = HELD_OUT_SEED) -> Iterator[Sam
     """
     index = 0
     while limit is None or index < limit:
-        rng = np.random.default_rng((_HELD_OUT_STREAM, seed, index))
+        rng = np.random.default_rng((SAMPLES, seed, index))
         clip = scenes.draw_clip(rng, held_out=True)
         question = scenes.ask(clip, TASKS[index % len(TASKS)], rng)
         video = scenes.render(clip, rng)
         yield Sample(f"{seed}-{index}", question.task, video, question.text, question.answer, question.frames)
         index += 1
-
-
-_HELD_OUT_STREAM = 1  # the recipe uses streams 0 and 2
 
 
 def score(sample: Sample, prediction: str) -> bool:

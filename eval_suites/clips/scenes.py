@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 
 from ..shapes import scenes as shapes
-from ..shapes.scenes import ALPHABET, COLOURS, glyph_mask, shape_mask
+from ..shapes.scenes import ALPHABET, COLOURS, glyph_mask, shape_mask, stretch
 
 SIZE, FRAMES, FPS = 64, 16, 24
 TASKS: tuple[str, ...] = ("colour", "shape", "letter")
@@ -133,16 +132,9 @@ def ask(clip: Clip, task: str, rng: np.random.Generator) -> Question:
     return Question(task, text, answer, tuple(event.frames()))
 
 
-@cache
-def _stretch(cells: int) -> np.ndarray:
-    """(64, cells) matrix of linear interpolation from a coarse grid to pixels."""
-    position = np.linspace(0, cells - 1, SIZE)
-    return np.maximum(0, 1 - np.abs(position[:, None] - np.arange(cells)[None])).astype(np.float32)
-
-
 def render(clip: Clip, rng: np.random.Generator) -> np.ndarray:
     """Draw a clip: (16, 64, 64, 3) uint8; background, tones, specks and noise are drawn from `rng`."""
-    wave = _stretch(4)
+    wave = stretch(4, SIZE)
     base = rng.uniform(60, 130) + rng.uniform(-15, 15, 3)
     ends = [wave @ (rng.standard_normal((4, 4), np.float32) * 16) @ wave.T for _ in range(2)]
     share = np.linspace(0, 1, FRAMES, dtype=np.float32)[:, None, None]

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from ..streams import SAMPLES
 from . import scenes
 from .scenes import TASKS, Element
 
@@ -49,7 +50,7 @@ def samples(limit: int | None = None, seed: int = HELD_OUT_SEED) -> Iterator[Sam
     """
     index = 0
     while limit is None or index < limit:
-        rng = np.random.default_rng((_HELD_OUT_STREAM, seed, index))
+        rng = np.random.default_rng((SAMPLES, seed, index))
         task = TASKS[index % len(TASKS)]
         there: list[Element] = []
         while not there:
@@ -61,9 +62,6 @@ def samples(limit: int | None = None, seed: int = HELD_OUT_SEED) -> Iterator[Sam
         answer = f"({(left + right) // 2}, {(top + bottom) // 2})"
         yield Sample(f"{seed}-{index}", task, image, scenes.instruction(target), answer, target)
         index += 1
-
-
-_HELD_OUT_STREAM = 1  # train.py uses streams 0 and 2
 
 
 def point(text: str) -> tuple[float, float] | None:

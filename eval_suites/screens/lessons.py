@@ -175,12 +175,6 @@ def clip_places() -> Tensor:
     return torch.stack(torch.meshgrid(torch.arange(clips.FRAMES // 2), side, side, indexing="ij")).flatten(1)
 
 
-def some_places(size: int, count: int, keep: float, seed: int) -> Tensor:
-    """Ascending random places (B, K), K a share `keep` of `count`."""
-    noise = torch.rand(size, count, generator=torch.Generator().manual_seed(seed))
-    return noise.argsort(1)[:, : max(1, round(keep * count))].sort(1).values
-
-
 def some_frame(size: int, seed: int) -> Tensor:
     """The places (B, 16) of a random pair of frames of each clip: what a model sees that judges frame by frame."""
     inside = (clips.SIZE // TOKEN) ** 2

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from ..clips import scenes as clips
-from ..training import CHECK_STREAM, TRAIN_STREAM, Run, Stage, add_stage_arguments
+from ..training import Run, Stage, question_mask, save_model, some_places, stream
 from . import scenes as screens
 from .lessons import (
     BLOCK_LENGTH,
@@ -41,7 +41,6 @@ from .lessons import (
     question_batch,
     screen_places,
     some_frame,
-    some_places,
     tower_batch,
 )
 from .model import (
@@ -244,11 +243,7 @@ def answer_loss(
         [embed(opening), kept.to(embed.weight.dtype), embed(torch.cat([closing, of("ids")], dim=1))], dim=1
     )
     prefix = hidden.shape[1] - BLOCK_LENGTH
-    block = F.pad(of("block"), (prefix, 0), value=-2)  # -2 the shared prefix, -1 padding
-    length = block.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    allowed = causal & ((block[:, :, None] == block[:, None, :]) | (block[:, None, :] == -2))
-    mask = torch.zeros(allowed.shape, device=device).masked_fill(~allowed, -1e4)[:, None]
+    mask = question_mask(of("block"), prefix)
     language = model.model.language_model
     turn = language.rotary_emb(hidden, positions)
     out, middle = decode(language, hidden, turn, mask)
@@ -290,6 +285,12 @@ class Training(Run):
 
     stages = STAGES
 
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        super().add_arguments(parser)
+        for name, value in vars(Sizes()).items():
+            parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
+
     def __init__(self, options: argparse.Namespace) -> None:
         super().__init__(options)
         sizes = Sizes(**{name: getattr(options, name) for name in vars(Sizes())})
@@ -298,15 +299,13 @@ class Training(Run):
         self.heads = TowerHeads(sizes).to(self.device)
         self.place = PlaceHead(sizes.text_width).to(self.device)
         self.modules = {"model": self.model, "heads": self.heads, "place": self.place}
-        self.compiled_see = self.compiled(see)
+        self.see = self.compiled(see)
         self.caches: dict[bool, Cache] = {}
 
     def batch(self, stage: str, step: int) -> dict[str, Tensor]:
-        """See :class:`Run`."""
         held_out = step < 0
-        stream = CHECK_STREAM if held_out else TRAIN_STREAM
-        seed = (stream, self.options.seed, [known.name for known in STAGES].index(stage), abs(step))
-        size = getattr(self.options, f"{stage}_batch")
+        seed = (stream(held_out), self.options.seed, self.number(stage), abs(step))
+        size = self.size(stage)
         if stage == "tower":
             return tower_batch(seed, size, held_out, 0.0 if held_out else CROWDED)
         if stage == "joint":
@@ -318,16 +317,11 @@ class Training(Run):
             batch[f"{kind}_tokens"] = cache.tokens[kind][chosen]
         return batch
 
-    def look(self, pixels: Tensor) -> Tensor:
-        """The tower, compiled while training only: the few held-out checks are not worth a second compilation."""
-        return (self.compiled_see if self.model.training else see)(self.model.model.visual, pixels)
-
     def loss(self, stage: str, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :class:`Run`."""
         total, figures, tokens = torch.zeros((), device=self.device), {}, {}
         if stage in ("tower", "joint"):
             for name, weight in (("screen", 1.0), ("pair", 1.0)):
-                tokens[name] = self.look(batch[f"{name}s"])
+                tokens[name] = self.see(self.model.model.visual, batch[f"{name}s"])
                 loss, found = self.heads(tokens[name], batch, name)
                 total, figures = total + weight * loss, figures | found
             if stage == "tower":
@@ -349,13 +343,11 @@ class Training(Run):
         return total, figures
 
     def trained(self, stage: str) -> list[tuple[nn.Module, float]]:
-        """See :class:`Run`."""
         tower = [(self.model.model.visual, 1.0), (self.heads, 1.0)]
         decoder = [(self.model.model.language_model, 1.0), (self.place, 1.0)]
         return {"tower": tower, "decoder": decoder, "joint": tower + decoder}[stage]
 
     def start_from(self, stage: str) -> None:
-        """See :class:`Run`."""
         if stage == "tower":
             return
         self.restore(self.needed({"decoder": "tower", "joint": "decoder"}[stage]))
@@ -373,7 +365,7 @@ class Training(Run):
         for names, head in ((KINDS, self.heads.kind), (COLOURS, self.heads.colour), (WORDS, self.heads.word)):
             for name, row in zip(names[1:], head.weight[1:]):
                 embedding[TOKENS[name]] = 0.1 * F.rms_norm(row, row.shape)
-        pixels = tower_batch((TRAIN_STREAM, self.options.seed, 0, 0), 4, False)["screens"]
+        pixels = tower_batch((stream(False), self.options.seed, 0, 0), 4, False)["screens"]
         last = self.model.model.visual.merger.mlp[-1]
         scale = 0.2 / see(self.model.model.visual, pixels).square().mean().sqrt()
         last.weight *= scale
@@ -382,7 +374,7 @@ class Training(Run):
     @torch.no_grad()
     def cache(self, held_out: bool) -> Cache:
         """Draw the decoder stage's pictures and look at them once."""
-        rng = np.random.default_rng((CHECK_STREAM if held_out else TRAIN_STREAM, self.options.seed, 99))
+        rng = self.generator(held_out, 99)
         cache = Cache({}, {})
         for kind, total in CACHED.items():
             total = total // 16 if held_out else total
@@ -400,34 +392,10 @@ class Training(Run):
         return cache
 
     def export(self) -> None:
-        """Write the model folder: float16 safetensors that load as float32, and the processor."""
-        config = self.model.config
-        config.dtype = config.text_config.dtype = config.vision_config.dtype = "float32"
-        weights = {name: value.half() for name, value in self.model.state_dict().items() if name != "lm_head.weight"}
         self.model.generation_config.pad_token_id = TOKENS["<|endoftext|>"]
         self.model.generation_config.eos_token_id = TOKENS["<|im_end|>"]
-        self.model.save_pretrained(self.out, state_dict=weights)
-        build_processor().save_pretrained(self.out)
-
-
-def parse() -> argparse.Namespace:
-    """Command line; the defaults made the shipped weights."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_stage_arguments(parser, STAGES)
-    for name, value in vars(Sizes()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
-    return parser.parse_args()
-
-
-def main() -> None:
-    """Run the chosen stages."""
-    options = parse()
-    training = Training(options)
-    for stage in options.stages:
-        training.train(stage)
-    if stage == STAGES[-1].name:
-        training.export()
+        save_model(self.model, build_processor(), self.out, without=("lm_head.weight",))
 
 
 if __name__ == "__main__":
-    main()
+    Training.main(__doc__)

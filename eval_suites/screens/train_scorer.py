@@ -22,7 +22,7 @@ from foveate.eval_suites import models
 from foveate.pruners.patch_scorer import PatchScorer, save_scorer, scorer_loss
 from foveate.pruners.ui_graph import box_coverage, fused_label, image_blocks, ui_graph
 
-from ..training import CHECK_STREAM, TRAIN_STREAM
+from ..training import stream
 from . import scenes
 from .lessons import hit
 from .model import PATCH, TOKEN, TOKENS, encode
@@ -36,7 +36,7 @@ class Pictures:
 
     @torch.no_grad()
     def __init__(self, model: nn.Module, number: int, seed: int, held_out: bool) -> None:
-        rng = np.random.default_rng((CHECK_STREAM if held_out else TRAIN_STREAM, seed, 77))
+        rng = np.random.default_rng((stream(held_out), seed, 77))
         self.embedding = model.get_input_embeddings()
         self.screens = [scenes.draw_screen(rng, held_out) for _ in range(number)]
         tokens, graphs = [], []
@@ -95,7 +95,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(scorer.parameters(), lr=options.lr)
     start, running = time.monotonic(), []
     for step in range(options.steps):
-        rng = np.random.default_rng((TRAIN_STREAM, options.seed, 78, step))
+        rng = np.random.default_rng((stream(False), options.seed, 78, step))
         read, labels, _ = training.ask(rng.integers(options.pictures, size=options.batch), rng)
         for group in optimizer.param_groups:
             group["lr"] = options.lr * min(1.0, (step + 1) / 50, (options.steps - step) / (options.steps / 2))

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from ..streams import SAMPLES
 from . import scenes
 from .scenes import TASKS
 
@@ -53,7 +54,7 @@ def samples(limit: int | None = None, seed: int = HELD_OUT_SEED, width: int = sc
     """
     index = 0
     while limit is None or index < limit:
-        rng = np.random.default_rng((_HELD_OUT_STREAM, seed, index))
+        rng = np.random.default_rng((SAMPLES, seed, index))
         task = TASKS[index % len(TASKS)]
         question = None
         while question is None:
@@ -62,9 +63,6 @@ def samples(limit: int | None = None, seed: int = HELD_OUT_SEED, width: int = sc
         image = Image.fromarray(scenes.render(scene, rng, width).pixels)
         yield Sample(f"{seed}-{index}", task, image, question.text, question.answer)
         index += 1
-
-
-_HELD_OUT_STREAM = 1  # train.py uses stream 0
 
 
 def normalise(text: str) -> str:

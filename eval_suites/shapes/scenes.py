@@ -234,7 +234,7 @@ def glyph_mask(letter: str, width: int, height: int) -> np.ndarray:
 
 
 @cache
-def _stretch(cells: int, length: int) -> np.ndarray:
+def stretch(cells: int, length: int) -> np.ndarray:
     """(length, cells) matrix of linear interpolation from a coarse grid to pixels."""
     position = np.linspace(0, cells - 1, length)
     return np.maximum(0, 1 - np.abs(position[:, None] - np.arange(cells)[None])).astype(np.float32)
@@ -249,7 +249,7 @@ def render(scene: Scene, rng: np.random.Generator, width: int = IMAGE_SIZE) -> P
     canvas[:] = rng.uniform(60, 130) + rng.uniform(-15, 15, 3)
     for cells, strength in ((4, 18.0), (13, 12.0)):
         texture = rng.standard_normal((cells, cells), np.float32) * strength
-        canvas += (_stretch(cells, IMAGE_SIZE) @ texture @ _stretch(cells, width).T)[..., None]
+        canvas += (stretch(cells, IMAGE_SIZE) @ texture @ stretch(cells, width).T)[..., None]
     owner = np.full(canvas.shape[:2], -1, np.int8)
     for index, thing in enumerate(scene.things):
         size = int(rng.choice(_SIZES))

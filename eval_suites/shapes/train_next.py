@@ -23,9 +23,11 @@ from transformers import (
     LlavaNextProcessor,
 )
 
-from ..training import CHECK_STREAM, TRAIN_STREAM, Run, Stage, add_stage_arguments
+from ..training import Run, Stage, save_model, some_places
 from . import MODEL_PATH, WIDE, scenes
-from .train import GRID, IMAGE_TOKENS, PATCH, TOKENS, answer_loss, question_fields
+from .lessons import question_blocks
+from .model import GRID, IMAGE_TOKENS, PATCH, TOKENS
+from .train import answer_loss
 
 STAGES = (Stage("next", 300, 16, 5e-4, warmup=20, decay=0.5),)
 COLUMNS = WIDE // PATCH
@@ -83,30 +85,26 @@ class Training(Run):
         self.caches: dict[bool, tuple[list[scenes.Scene], Tensor]] = {}
 
     def batch(self, stage: str, step: int) -> dict[str, Tensor]:
-        """See :class:`Run`."""
         held_out = step < 0
-        rng = np.random.default_rng((CHECK_STREAM if held_out else TRAIN_STREAM, self.options.seed, 50, abs(step)))
+        rng = self.generator(held_out, 50, abs(step))
         drawn, tokens = self.caches[held_out]
-        chosen = rng.integers(len(drawn), size=getattr(self.options, f"{stage}_batch"))
-        rows = [question_fields(scenes.ask_all(drawn[i], rng)) for i in chosen]
+        chosen = rng.integers(len(drawn), size=self.size(stage))
+        rows = [question_blocks(scenes.ask_all(drawn[i], rng)) for i in chosen]
         batch = {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
         return batch | {"patches": tokens[chosen]}
 
     def loss(self, stage: str, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :class:`Run`."""
         patches = batch["patches"].float()  # (B, 432, D), without the ends of rows
         size, width = len(patches), patches.shape[-1]
         rows = patches[:, IMAGE_TOKENS:].view(size, GRID, COLUMNS, width)
         ends = self.model.model.image_newline.expand(size, GRID, 1, width)
         tokens = torch.cat([patches[:, :IMAGE_TOKENS], torch.cat([rows, ends], dim=2).flatten(1, 2)], dim=1)
         keep = KEEPS[step % len(KEEPS)] if step >= 0 else 1.0
-        noise = torch.rand(size, LENGTH, generator=torch.Generator().manual_seed(abs(step)))
-        where = noise.argsort(1)[:, : round(keep * LENGTH)].sort(1).values
+        where = some_places(size, LENGTH, keep, abs(step))
         tokens = tokens.gather(1, where[..., None].expand(-1, -1, width))
         return answer_loss(self.model.model.language_model, self.model, tokens, batch, where, LENGTH)
 
     def trained(self, stage: str) -> list[tuple[nn.Module, float]]:
-        """See :class:`Run`."""
         ends = nn.Module()
         ends.newline = self.model.model.image_newline
         return [(self.model.model.language_model, 1.0), (ends, 1.0)]
@@ -115,7 +113,7 @@ class Training(Run):
     def start_from(self, stage: str) -> None:
         """Draw the pictures and look at them."""
         for held_out in (False, True):
-            rng = np.random.default_rng((CHECK_STREAM if held_out else TRAIN_STREAM, self.options.seed, 51))
+            rng = self.generator(held_out, 51)
             drawn = [scenes.draw_scene(rng, held_out) for _ in range(CACHED // 8 if held_out else CACHED)]
             found = []
             for scene in drawn:
@@ -128,23 +126,10 @@ class Training(Run):
             self.caches[held_out] = (drawn, torch.stack(found))
 
     def export(self) -> None:
-        """Write the model folder: float16 safetensors that load as float32, and the processor."""
-        config = self.model.config
-        config.dtype = config.text_config.dtype = config.vision_config.dtype = "float32"
         self.model.generation_config.pad_token_id = TOKENS["<pad>"]
         self.model.generation_config.max_new_tokens = 40
-        self.model.save_pretrained(self.out, state_dict={k: v.half() for k, v in self.model.state_dict().items()})
-        self.processor.save_pretrained(self.out)
-
-
-def main() -> None:
-    """Train and write the model folder."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_stage_arguments(parser, STAGES)
-    training = Training(parser.parse_args())
-    training.train("next")
-    training.export()
+        save_model(self.model, self.processor, self.out)
 
 
 if __name__ == "__main__":
-    main()
+    Training.main(__doc__)

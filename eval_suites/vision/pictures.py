@@ -12,11 +12,11 @@ from PIL import Image
 
 from foveate.errors import InputError
 from foveate.eval_suites.shapes import scenes
+from foveate.eval_suites.streams import SAMPLES
 from foveate.eval_suites.vision import HELD_OUT_SEED
 from foveate.eval_suites.vision.scenes import CLASSES, PROMPT, caption, draw, objects
 
 _ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-_HELD_OUT_STREAM = 1  # training draws from streams 0 and 2
 _FOLDER_PROMPT = "a photo of a {}"
 
 
@@ -46,7 +46,7 @@ def held_out_scenes(limit: int, seed: int | None = None) -> Pictures:
     seed = HELD_OUT_SEED if seed is None else seed
     drawn = []
     for i in range(limit):
-        rng = np.random.default_rng((_HELD_OUT_STREAM, seed, i))
+        rng = np.random.default_rng((SAMPLES, seed, i))
         scene = draw(rng, held_out=True)
         drawn.append((scene, scenes.render(scene, rng).pixels))
     return Pictures(

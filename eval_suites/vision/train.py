@@ -29,14 +29,14 @@ from transformers import (
 
 from ..shapes import MODEL_PATH as SHAPES_LLAVA
 from ..shapes import scenes
-from ..training import CHECK_STREAM, TRAIN_STREAM, Run, Stage, add_stage_arguments
+from ..shapes.model import MEAN, STD
+from ..training import Run, Stage, save_model
 from .scenes import caption, draw
 
 STAGES = (Stage("clip", 2400, 96, 1.5e-3, warmup=100, decay=0.6),)
 PICTURES, HELD_OUT = 12_000, 600
 PLACED = 0.5  # share of batches whose captions say where things are
 LENGTH = 24  # tokens of a caption, at most
-MEAN, STD = [0.4, 0.4, 0.4], [0.25, 0.25, 0.25]  # of shapes-llava
 
 
 def build_processor() -> CLIPProcessor:
@@ -119,11 +119,11 @@ class Training(Run):
         self.seen: dict[bool, tuple[list[scenes.Scene], Tensor]] = {}
 
     def batch(self, stage: str, step: int) -> dict[str, Tensor]:
-        """See :class:`Run`; a check's batch holds all held-out pictures."""
+        """The training batch of a step; a check's holds all held-out pictures."""
         held_out = step < 0
         drawn, rows = self.seen[held_out]
-        rng = np.random.default_rng((CHECK_STREAM if held_out else TRAIN_STREAM, self.options.seed, 60, abs(step)))
-        chosen = np.arange(len(drawn)) if held_out else rng.integers(len(drawn), size=self.options.clip_batch)
+        rng = self.generator(held_out, 60, abs(step))
+        chosen = np.arange(len(drawn)) if held_out else rng.integers(len(drawn), size=self.size(stage))
         placed = held_out or rng.random() < PLACED
         captions = [caption(drawn[i], placed) for i in chosen]
         tokens = self.processor.tokenizer(captions, padding=True, return_tensors="pt")
@@ -131,7 +131,6 @@ class Training(Run):
         return {"rows": rows[chosen], "same": same, **tokens}
 
     def loss(self, stage: str, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :class:`Run`."""
         image = F.normalize(image_embeds(self.model, batch["rows"].float()), dim=-1)
         encoded = self.model.text_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         text = F.normalize(self.model.text_projection(encoded.pooler_output), dim=-1)
@@ -147,7 +146,6 @@ class Training(Run):
         return super().check(stage, batches)
 
     def trained(self, stage: str) -> list[tuple[nn.Module, float]]:
-        """See :class:`Run`."""
         model, scale = self.model, nn.Module()
         scale.logit = model.logit_scale
         tower = model.vision_model
@@ -158,7 +156,7 @@ class Training(Run):
     def start_from(self, stage: str) -> None:
         """Draw the pictures and look at them: rows that enter the last block."""
         for held_out, count in ((False, PICTURES), (True, HELD_OUT)):
-            rng = np.random.default_rng((CHECK_STREAM if held_out else TRAIN_STREAM, self.options.seed, 61))
+            rng = self.generator(held_out, 61)
             drawn, found = [], []
             for _ in range(0, count, 50):
                 scenes_ = [draw(rng, held_out) for _ in range(50)]
@@ -168,21 +166,8 @@ class Training(Run):
             self.seen[held_out] = (drawn, torch.cat(found))
 
     def export(self) -> None:
-        """Write the model folder: float16 safetensors that load as float32, and the processor."""
-        config = self.model.config
-        config.dtype = config.text_config.dtype = config.vision_config.dtype = "float32"
-        self.model.save_pretrained(self.out, state_dict={k: v.half() for k, v in self.model.state_dict().items()})
-        self.processor.save_pretrained(self.out)
-
-
-def main() -> None:
-    """Train and write the model folder."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_stage_arguments(parser, STAGES)
-    training = Training(parser.parse_args())
-    training.train("clip")
-    training.export()
+        save_model(self.model, self.processor, self.out)
 
 
 if __name__ == "__main__":
-    main()
+    Training.main(__doc__)

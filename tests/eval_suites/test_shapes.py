@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from foveate.eval_suites import evaluate, models, shapes, suites
-from foveate.eval_suites.shapes import scenes
+from foveate.eval_suites.shapes import lessons, model, scenes, train
 
 FLOOR = 0.92  # 0.977 on 2,000 questions
 NEXT_FLOOR = 0.60
@@ -162,13 +162,11 @@ def test_the_processor_expands_the_image_marker(shipped):
 
 
 def test_training_tokens_are_the_tokenizers(shipped):
-    from foveate.eval_suites.shapes import train
-
     _, processor = shipped
     rng = np.random.default_rng(4)
     for scene in drawn(30, held_out=False):
         for text in [scenes.caption(scene), *(question.text for question in scenes.ask_all(scene, rng))]:
-            assert [train.TOKENS["<s>"], *train.encode(text)] == processor.tokenizer(text)["input_ids"]
+            assert [model.TOKENS["<s>"], *model.encode(text)] == processor.tokenizer(text)["input_ids"]
 
 
 def test_the_model_sees(shipped):
@@ -185,16 +183,12 @@ def test_the_model_sees(shipped):
 
 def test_packed_training_gives_the_served_logits(shipped):
     """Several questions in one sequence train each exactly as `generate` serves it alone."""
-    from foveate.eval_suites.shapes import train
-
-    model, processor = shipped
+    llava, processor = shipped
     rng = np.random.default_rng(7)
     scene = next(s for s in drawn(50, held_out=True) if s.code)
     picture = scenes.render(scene, rng)
     questions = list(islice(scenes.ask_all(scene, rng), 4))
-    ids, targets, block, offset = (torch.from_numpy(a)[None] for a in train.question_blocks(questions))
-    batch = {"ids": ids, "targets": targets, "block": block, "offset": offset}
-    batch["tasks"] = torch.tensor([[scenes.TASKS.index(q.task) for q in questions]])
+    batch = {name: torch.from_numpy(x)[None] for name, x in lessons.question_blocks(questions).items()}
     alone = []
     for question in questions:
         inputs = processor(
@@ -204,16 +198,17 @@ def test_packed_training_gives_the_served_logits(shipped):
             input_data_format="channels_last",
         )
         with torch.no_grad():
-            alone.append(model(**inputs).logits[0, -1])
+            alone.append(llava(**inputs).logits[0, -1])
     packed = {}
-    head = model.lm_head.register_forward_hook(lambda _m, _i, out: packed.update(logits=out[0]))
+    head = llava.lm_head.register_forward_hook(lambda _m, _i, out: packed.update(logits=out[0]))
     try:
         with torch.no_grad():
-            patches = torch.stack(list(model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output))
-            train.answer_loss(model.model.language_model, model, patches, batch)
+            patches = torch.stack(list(llava.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output))
+            train.answer_loss(llava.model.language_model, llava, patches, batch)
     finally:
         head.remove()
-    first = [int(((block[0] == k) & (targets[0] != -100)).nonzero()[0]) for k in range(len(questions))]
+    block, said = batch["block"][0], batch["targets"][0] != -100
+    first = [int(((block == k) & said).nonzero()[0]) for k in range(len(questions))]
     torch.testing.assert_close(packed["logits"][first], torch.stack(alone), rtol=1e-3, atol=1e-3)
 
 
