@@ -1,0 +1,188 @@
+"""Visual tokens, how they lie on a picture and in the sequence, and what is selected of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from foveate.errors import ParameterError
+
+
+@dataclass(frozen=True)
+class View:
+    """A rectangle of visual tokens: an image, a thumbnail, one AnyRes crop or one video frame.
+
+    Token (r, c) has number ``start + r * stride + c`` among the tokens of its image.
+    """
+
+    rows: int
+    cols: int
+    start: int = 0
+    stride: int = 0
+    kind: str = "image"  # "image" | "thumbnail" | "crop" | "frame"
+
+    @property
+    def size(self) -> int:
+        return self.rows * self.cols
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.rows, self.cols
+
+    def tokens(self, device: torch.device | str | None = None) -> Tensor:
+        """Numbers of the view's tokens in raster order, ``(rows * cols,)`` int64."""
+        rows = torch.arange(self.rows, device=device) * (self.stride or self.cols)
+        return (self.start + rows[:, None] + torch.arange(self.cols, device=device)).flatten()
+
+
+@dataclass(frozen=True)
+class Newline:
+    """A separator embedding behind tokens ``first .. last - 1``; it occupies a place in the sequence, not a token number."""
+
+    place: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the visual tokens of one image or video lie on the picture and in the sequence.
+
+    Tokens are numbered 0 .. N-1 in sequence order without separators; equal layouts are processed as one dense batch.
+    """
+
+    views: tuple[View, ...]
+    newlines: tuple[Newline, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Number of visual tokens N, separators not counted."""
+        return sum(view.size for view in self.views)
+
+    @property
+    def length(self) -> int:
+        """Places taken in the unpruned sequence, separators counted."""
+        return self.size + len(self.newlines)
+
+    def places(self, device: torch.device | str | None = None) -> Tensor:
+        """Place of every token among the image's places, ``(N,)`` int64."""
+        return _places(self, str(device or "cpu"))
+
+    @classmethod
+    def joined(cls, layouts: Sequence[Layout]) -> Layout:
+        """The layout of several pictures one after the other, as one."""
+        views: list[View] = []
+        newlines: list[Newline] = []
+        size = length = 0
+        for layout in layouts:
+            views += [dataclasses.replace(view, start=view.start + size) for view in layout.views]
+            newlines += [Newline(n.place + length, n.first + size, n.last + size) for n in layout.newlines]
+            size, length = size + layout.size, length + layout.length
+        return cls(tuple(views), tuple(newlines))
+
+    @classmethod
+    def grid(cls, rows: int, cols: int) -> Layout:
+        """The layout of a single picture of ``rows x cols`` tokens."""
+        return cls((View(rows, cols),))
+
+    @classmethod
+    def video(cls, frames: int, rows: int, cols: int) -> Layout:
+        """The layout of a video: one view per (merged) frame."""
+        return cls(tuple(View(rows, cols, start=t * rows * cols, kind="frame") for t in range(frames)))
+
+
+@lru_cache(maxsize=256)
+def _places(layout: Layout, device: str) -> Tensor:
+    token = torch.ones(layout.length, dtype=torch.bool)
+    token[torch.tensor([n.place for n in layout.newlines], dtype=torch.long)] = False
+    return token.nonzero().squeeze(1).to(device)
+
+
+@dataclass
+class Tokens:
+    """The visual tokens of B images of equal layout at one hook point.
+
+    Attributes:
+        embeds: ``(B, N, D)`` what the decoder would see (projected embeddings, or hidden states at ``llm_layer``).
+        layout: the tokens' layout; at ``llm_layer`` that of the *unpruned* image.
+        sample_ids: one number per image, stable under batching; seeds everything random.
+        instruction: ``(B, T, D)`` embeddings of the text behind the first picture, zero where ``instruction_mask`` is False;
+            None unless the stage says that it reads text, or where there is none.
+        instruction_mask: ``(B, T)`` bool.
+        instruction_ids: ``(B, T)`` token ids, -1 where masked.
+        embed: the decoder's input embedding, token ids ``(…)`` to ``(…, D)``; None without a model.
+        project: maps encoder features ``(..., C)`` to decoder embeddings ``(..., D)``; None where there is no projector.
+        frame_scores: ``B`` sequences, one score per sampled frame of each video; None for pictures, where nobody gave any,
+            and unless the stage reads them.
+        entered: at ``llm_layer``: how many of the tokens entered the decoder; None elsewhere.
+    """
+
+    embeds: Tensor
+    layout: Layout
+    sample_ids: tuple[int, ...] = ()
+    instruction: Tensor | None = None
+    instruction_mask: Tensor | None = None
+    instruction_ids: Tensor | None = None
+    embed: nn.Module | None = None
+    project: Callable[[Tensor], Tensor] | None = None
+    frame_scores: Sequence[Sequence[float]] | None = None
+    entered: int | None = None
+
+    @property
+    def count(self) -> int:
+        return self.embeds.shape[1]
+
+
+@dataclass
+class Selection:
+    """Which visual tokens survive a stage, and what they carry.
+
+    Attributes:
+        index: ``(B, K)`` int64, surviving tokens, ascending and unique; methods with a content-dependent count pad
+            rows on the right with -1.
+        values: ``(B, K, D)`` new embeddings of the survivors (mergers), or None: they keep their own.
+        owner: ``(B, N)`` the surviving token that speaks for each token, -1 if none does; None for pure pruners.
+        scores: ``(B, N)`` float, higher is more worth keeping; only for people to look at.
+        order: ``(B, K)`` permutation of 0 .. K-1: column ``order[b, j]`` of ``index`` enters the decoder as j-th; None = ascending.
+        resample: B functions ``(N, C) -> (K, C)``, how other features of the tokens (DeepStack levels) become those of the
+            survivors where ``values`` are mixtures; None: each survivor keeps its own.
+        markers: ``(B, N)`` bool: survivors that only stand for dropped tokens; for people to look at.
+        breaks: ``(B, S)`` ascending: separator s enters behind ``breaks[b, s]`` tokens; where the picture has fewer than S, places
+            of dropped tokens carry the rest. None: the stage's policy.
+    """
+
+    index: Tensor
+    values: Tensor | None = None
+    owner: Tensor | None = None
+    scores: Tensor | None = None
+    order: Tensor | None = None
+    resample: Sequence[Callable[[Tensor], Tensor]] | None = None
+    breaks: Tensor | None = None
+    markers: Tensor | None = None
+
+    def check(self, method: str, batch: int, count: int, padded: bool) -> None:
+        """Hold ``index`` to what is said above, for ``batch`` pictures of ``count`` tokens; ``padded``: -1 may stand there.
+
+        Raises:
+            ParameterError: it is something else; the message names the ``method``.
+        """
+        index = self.index
+        if index.ndim != 2 or len(index) != batch or index.dtype is not torch.int64:
+            raise ParameterError(
+                f"{method} returned an index {tuple(index.shape)} of {index.dtype}; give (B, K) int64 with B = {batch}"
+            )
+        token = (index >= 0) & (index < count)
+        rising = index[:, 1:] > index[:, :-1]
+        if padded:
+            gone = index == -1
+            token, rising = token | gone, (rising & ~gone[:, :-1]) | gone[:, 1:]
+        if not bool(token.all() & rising.all()):
+            wrong = (~token.all(dim=1) | ~rising.all(dim=1)).nonzero()[0, 0]
+            raise ParameterError(
+                f"{method} chose {index[wrong].tolist()}; give unique, ascending token numbers 0 .. {count - 1}"
+            )
