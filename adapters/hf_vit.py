@@ -140,17 +140,4 @@ class HFTower(Tower):
     def pooled(self, merger: BlockMerger) -> None:
         head = getattr(self.trunk, "head", None)  # SigLIP's attention pooling
         if head is not None:
-            merger.hook(head.attention.register_forward_pre_hook(_biased(merger), with_kwargs=True))
-
-
-def _biased(merger: BlockMerger) -> Callable[..., Any]:
-    """A pre-hook for ``nn.MultiheadAttention(query, rows, rows)`` that counts rows by size."""
-
-    def before(module: nn.MultiheadAttention, args: Any, kwargs: dict[str, Any]) -> Any:
-        bias = merger.key_bias(args[0].dtype)
-        if bias is None:
-            return None
-        shape = (len(args[1]), module.num_heads, args[0].shape[1], args[1].shape[1])
-        return args, {**kwargs, "attn_mask": bias.expand(shape).flatten(0, 1)}
-
-    return before
+            merger.weigh_attention(head.attention)

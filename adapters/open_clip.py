@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 
-from foveate.adapters.hf_vit import _biased
 from foveate.adapters.timm_vit import TimmTower
 from foveate.adapters.vit import BlockMerger, Halves, Tower, lineage
 from foveate.errors import AttachError, UnsupportedModelError
@@ -105,27 +104,7 @@ class OpenClipTower(Tower):
             if trunk.attn_pool_contrastive is not None and trunk.attn_pool_type == "parallel":
                 pools.append(trunk.attn_pool_contrastive)
             for pool in pools:
-                merger.hook(pool.attn.register_forward_pre_hook(_biased(merger), with_kwargs=True))
+                merger.weigh_attention(pool.attn)
         elif trunk.pool_type == "avg":
-            merger.replace(trunk, "_global_pool", self._weighted(merger))
-        merger.replace(trunk, "forward_intermediates", self._refused(merger))
-
-    @staticmethod
-    def _weighted(merger: BlockMerger) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        def pool(x: Tensor) -> tuple[Tensor, Tensor]:
-            patches = x[:, 1:]
-            if merger.sizes is None:
-                return patches.mean(dim=1), patches
-            sizes = merger.sizes[:, 1:, None]
-            return ((patches * sizes).sum(dim=1) / sizes.sum(dim=1)).to(x.dtype), patches
-
-        return pool
-
-    def _refused(self, merger: BlockMerger) -> Callable[..., Any]:
-        def refused(*args: Any, **kwargs: Any) -> Any:
-            raise AttachError(
-                f"forward_intermediates of {type(self.model).__name__} lays rows out on the grid, and {merger.pruner.name} "
-                "merges them; detach, or use session.unmerge"
-            )
-
-        return refused
+            merger.replace(trunk, "_global_pool", lambda x: (merger.mean(x, 1), x[:, 1:]))
+        merger.refuse_intermediates("session.unmerge")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.adapters.vit import BlockMerger, Halves, Tower, lineage
-from foveate.errors import AttachError, UnsupportedModelError
+from foveate.errors import UnsupportedModelError
 from foveate.pruners.merging import BlockStage
 
 _ATTENTION = ("Attention", "EvaAttention", "AttentionRope")
@@ -89,7 +89,7 @@ class EvaHalves(_TimmHalves):
         return x + block.drop_path2(branch if block.gamma_2 is None else block.gamma_2 * branch)
 
 
-class EvaPostNormHalves(_TimmHalves):
+class EvaPostNormHalves(ResPostHalves):
     """EVA blocks that normalise each branch's output."""
 
     classes = ("EvaBlockPostNorm",)
@@ -105,9 +105,6 @@ class EvaPostNormHalves(_TimmHalves):
         block = self.block
         branch = block.attn(x, rope=rope, attn_mask=_added(bias, attn_mask), is_causal=is_causal)
         return x + block.drop_path1(block.norm1(branch))
-
-    def feed(self, x: Tensor) -> Tensor:
-        return x + self.block.drop_path2(self.block.norm2(self.block.mlp(x)))
 
 
 _HALVES = {
@@ -170,20 +167,13 @@ class TimmTower(Tower):
             kind = trunk.global_pool if pool_type is None else pool_type
             if merger.sizes is None or pool is not None or kind not in ("avg", "avgmax"):
                 return original(x, pool_type)
-            patches, sizes = x[:, first:], merger.sizes[:, first:, None]
-            mean = ((patches * sizes).sum(dim=1) / sizes.sum(dim=1)).to(x.dtype)
-            return mean if kind == "avg" else 0.5 * (patches.amax(dim=1) + mean)
+            mean = merger.mean(x, first)
+            return mean if kind == "avg" else 0.5 * (x[:, first:].amax(dim=1) + mean)
 
         def biased(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
             return args, {**kwargs, "attn_mask": _added(merger.key_bias(args[0].dtype, first), kwargs.get("attn_mask"))}
 
-        def refused(*args: Any, **kwargs: Any) -> Any:
-            raise AttachError(
-                f"{type(self.model).__name__}.forward_intermediates lays rows out on the grid, and {merger.pruner.name} merges "
-                "them; detach, or use session.unmerge(model.forward_features(x))"
-            )
-
         merger.replace(trunk, "pool", weighted)
-        merger.replace(trunk, "forward_intermediates", refused)
+        merger.refuse_intermediates("session.unmerge(model.forward_features(x))")
         if pool is not None:
             merger.hook(pool.register_forward_pre_hook(biased, with_kwargs=True))

@@ -247,6 +247,36 @@ class BlockMerger:
             self._bias = size_bias(self.sizes)
         return self._bias[..., first:].to(dtype)
 
+    def mean(self, x: Tensor, first: int) -> Tensor:
+        """Mean over patches of the rows ``x (B, N, C)`` from number ``first`` on, each counted by its size: ``(B, C)``."""
+        if self.sizes is None:
+            return x[:, first:].mean(dim=1)
+        sizes = self.sizes[:, first:, None]
+        return ((x[:, first:] * sizes).sum(dim=1) / sizes.sum(dim=1)).to(x.dtype)
+
+    def weigh_attention(self, pool: nn.MultiheadAttention) -> None:
+        """Let an attention pooling ``pool(query, rows, rows)`` count rows by size."""
+
+        def before(module: nn.MultiheadAttention, args: Any, kwargs: dict[str, Any]) -> Any:
+            bias = self.key_bias(args[0].dtype)
+            if bias is None:
+                return None
+            shape = (len(args[1]), module.num_heads, args[0].shape[1], args[1].shape[1])
+            return args, {**kwargs, "attn_mask": bias.expand(shape).flatten(0, 1)}
+
+        self.hook(pool.register_forward_pre_hook(before, with_kwargs=True))
+
+    def refuse_intermediates(self, instead: str) -> None:
+        """Make the trunk's ``forward_intermediates`` fail, which lays rows out on the grid; ``instead``: what to use."""
+
+        def refused(*args: Any, **kwargs: Any) -> Any:
+            raise AttachError(
+                f"{type(self.tower.model).__name__}.forward_intermediates lays rows out on the grid, and {self.pruner.name} "
+                f"merges them; detach, or use {instead}"
+            )
+
+        self.replace(self.tower.trunk, "forward_intermediates", refused)
+
     # ------------------------------------------------------------------------------------------------------ the blocks
 
     def _open(self, stage: BlockStage, halves: Halves, first: bool) -> None:
