@@ -34,6 +34,11 @@ SUITES = {
 }
 """Which suites a method's page shows, where it is not ``shapes`` alone: those that its paper is about come first."""
 
+CAVEATS = {
+    "shapes": " The scenes stand on a 3 × 3 grid, which flatters `grid` where its lattice fits them (9 and 36 tokens)."
+}
+"""What a reader of a suite's numbers has to know."""
+
 BESIDE = {"pospad": "focusui", "quota": "avgpool"}
 """What stands beside a method apart from random choice and the grid, where it is not the control with its own schedule."""
 
@@ -214,7 +219,7 @@ def results(bench: Bench, method: str) -> str:
             f"{whole.tokens:.0f} tokens {whole.text} % are right. Tokens are those that a decoder layer sees, mean over layers and questions. "
             f"Band, bars and brackets: 95 % intervals; of random choice, ± is the standard deviation over {draws} draws. *Against random*: "
             "percentage points beyond a random choice of as many tokens, on the same questions (\\*: p < 0.05, corrected for the number of "
-            "methods).",
+            f"methods).{CAVEATS.get(facts['suite'], '')}",
             number_table(bench, method),
         ]
     )
