@@ -270,10 +270,10 @@ class DecoderTap(Tap):
     def __init__(self, layers: nn.ModuleList, signals: Iterable[Signal], asked: Callable[[], Places]) -> None:
         super().__init__()
         self.layers, self.asked = layers, asked
-        self._keys: dict[int, Tensor] = {}  # projected in front of a layer, for that layer
+        self._lent: dict[nn.Module, Tensor] = {}  # computed in front of a layer, for that layer's own modules
         signals = set(signals)
         for i in {s.layer for s in signals if isinstance(s, InstructionAttention)}:
-            self._lend_keys(i)
+            self._lend(i)
         for i in {s.layer for s in signals}:
             mine = [s for s in signals if s.layer == i]
             attention = [s for s in mine if isinstance(s, (LastTokenAttention, CrossModalAttention))]
@@ -287,7 +287,7 @@ class DecoderTap(Tap):
                 self._tap_neurons(layers[i].mlp.down_proj, neurons)
 
     def close(self) -> dict[Signal, Tensor]:
-        self._keys.clear()
+        self._lent.clear()
         return super().close()
 
     # --------------------------------------------------------------------------------------- attention of a layer
@@ -392,15 +392,16 @@ class DecoderTap(Tap):
         present = self.asked().present(normed.device)
         rows, counted = _few(present.only(self.asked().instruction.to(normed.device)))
         queries = attention.q_proj(normed.gather(1, rows[..., None].expand(-1, -1, normed.shape[-1])))
-        keys = self._keys[signal.layer] = attention.k_proj(normed)
+        keys = attention.k_proj(normed)
+        self._lent |= zip(self._lenders(signal.layer), (normed, keys))
         q, k = (_heads(x, attention) for x in (queries, keys))
         if hasattr(attention, "q_norm"):
             q, k = attention.q_norm(q), attention.k_norm(k)
         q, k = q.transpose(1, 2), k.transpose(1, 2)
         rotate = _rotation(attention)
         here = (x.gather(-2, rows[..., None].expand(*x.shape[:-2], -1, x.shape[-1])) for x in rotary)
-        q = rotate(q, q[:, :1], *here)[0]  # models rotate both at once; of the other one head will do
-        k = rotate(k[:, :1], k, *rotary)[1]
+        q = rotate(q, q[:, :0], *here)[0]  # models rotate both at once; here the other has no heads
+        k = rotate(k[:, :0], k, *rotary)[1]
         k = _with_past(k, cache, signal.layer, stored=False)
         return self._ahead(q, k, rows, counted, present, _scale(attention))
 
@@ -414,31 +415,37 @@ class DecoderTap(Tap):
 
     def follow(self, layer: int, columns: Tensor) -> None:
         """Of what :meth:`ahead` saw, ``columns (B, K')`` go on into ``layer``."""
-        keys = self._keys.get(layer)
-        if keys is not None:
-            self._keys[layer] = keys.gather(1, columns.to(keys.device)[..., None].expand(-1, -1, keys.shape[-1]))
+        for module in self._lenders(layer):
+            if module in self._lent:
+                lent = self._lent[module]
+                self._lent[module] = lent.gather(1, columns.to(lent.device)[..., None].expand(-1, -1, lent.shape[-1]))
 
     def forsake(self, layer: int) -> None:
         """What :meth:`ahead` saw is not what enters ``layer``."""
-        self._keys.pop(layer, None)
+        for module in self._lenders(layer):
+            self._lent.pop(module, None)
 
-    def _lend_keys(self, i: int) -> None:
-        """Let layer ``i`` use the keys that :meth:`ahead` has projected: its own projection gets nothing to do."""
-        project = self.layers[i].self_attn.k_proj
+    def _lenders(self, i: int) -> tuple[nn.Module, ...]:
+        norm, project = self.layers[i].input_layernorm, self.layers[i].self_attn.k_proj
         if type(project) is not nn.Linear:
-            return  # quantised or wrapped: it may need its whole input
+            return ()  # quantised or wrapped: it may need its whole input
+        return norm, project
+
+    def _lend(self, i: int) -> None:
+        """Let layer ``i`` use what :meth:`ahead` has normalised and projected: its own norm and projection get nothing to do."""
 
         def nothing(module: nn.Module, args: Any) -> Any:
-            return (args[0][:, :0],) if self._lends(i) else None
+            return (args[0][:, :0],) if self._lends(module) else None
 
         def lent(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-            return self._keys.pop(i) if self._lends(i) else None
+            return self._lent.pop(module) if self._lends(module) else None
 
-        self._handles += [project.register_forward_pre_hook(nothing), project.register_forward_hook(lent)]
+        for module in self._lenders(i):
+            self._handles += [module.register_forward_pre_hook(nothing), module.register_forward_hook(lent)]
 
-    def _lends(self, i: int) -> bool:
-        # while ahead() itself projects there are no keys yet; gradients need the layer's own projection
-        return i in self._keys and not torch.is_grad_enabled()
+    def _lends(self, module: nn.Module) -> bool:
+        # while ahead() itself runs there is nothing to lend yet; gradients need the layer's own results
+        return module in self._lent and not torch.is_grad_enabled()
 
 
 @_exact
