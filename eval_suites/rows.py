@@ -9,15 +9,13 @@ from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from foveate.eval_suites.compare import Difference
+from foveate.eval_suites.compare import Difference, resampled_means
 from foveate.eval_suites.cost import DecoderShape
 
 if TYPE_CHECKING:
     from foveate.pruners.base import Keep
 
 __all__ = ["Answer", "Row", "Status", "Timing", "agreement", "interval", "mean_sd", "share", "summarise", "wilson"]
-
-_RESAMPLES = 2000
 
 
 # -------------------------------------------------------------------------------------------------------- statistics
@@ -49,10 +47,9 @@ def interval(scores: Sequence[float], confidence: float = 0.95) -> tuple[float, 
         return wilson(math.fsum(scores), len(scores), confidence)
     import numpy as np
 
-    values, counts = np.unique(np.asarray(scores, float), return_counts=True)
-    drawn = np.random.default_rng(0).multinomial(len(scores), counts / len(scores), size=_RESAMPLES)
     tail = 50 * (1 - confidence)
-    low, high = np.percentile(drawn @ values / len(scores), (tail, 100 - tail))
+    means = resampled_means(np.asarray(scores, float), np.random.default_rng(0))
+    low, high = np.percentile(means, (tail, 100 - tail))
     return float(low), float(high)
 
 
