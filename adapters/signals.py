@@ -372,7 +372,7 @@ class DecoderTap(Tap):
                 counts[key] = neuron_counts(hidden, signal.rho, valid=present.valid, topk=signal.topk)
             if isinstance(signal, CoreMatches):
                 core = core_neurons(counts[key], signal.beta)
-                self.values[signal] = present.by_place(match_counts(hidden > 0, core))
+                self.values[signal] = present.by_place(match_counts(hidden, core))
             elif signal.shared:
                 self.values[signal] = core_neurons(counts[key].sum(0, True), signal.beta).expand(len(hidden), -1)
             else:
@@ -461,8 +461,7 @@ def row_matches(hidden: Tensor, valid: Tensor, row: int) -> Tensor:
     behind = valid.flip(1).long().cumsum(1).flip(1)  # valid columns from here to the end
     wanted = behind.amax(dim=1).clamp(max=-row)
     place = ((behind == wanted[:, None]) & valid).long().argmax(dim=1)
-    active = hidden > 0
-    return match_counts(active, active[torch.arange(len(active), device=active.device), place])
+    return match_counts(hidden, hidden[torch.arange(len(hidden), device=hidden.device), place] > 0)
 
 
 def _heads(x: Tensor, attention: nn.Module) -> Tensor:

@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, gelu, normalize, scaled_dot_product_attention, silu
 
 from foveate import cuda
+from foveate.cuda.hardware import processor
 from foveate.cuda.launch import launched
 
 HEADS, HEAD_DIM, WIDTH, NEURONS = 16, 64, 1024, 11008
@@ -39,6 +40,7 @@ SIZES = {"cuda": tuple((b, n) for n in (576, 2880, 16384) for b in (1, 8, 32)), 
 KEEP = 0.1  # share of tokens that greedy selection picks
 MARGIN = 0.5
 ROWS = 32  # instruction tokens that look at the image
+_SECONDS = 5.0  # that repeating one call may take, if it is not longer itself
 MEASURED = {  # by: did kernels run in all rows, in any?
     (True, True): "CuPy kernels",
     (False, True): "CuPy kernels where the table says so, torch references elsewhere",
@@ -78,8 +80,8 @@ def heads(b: int, n: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tens
 
 def heads_and_lse(b: int, n: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
     q, k = heads(b, n, dtype, device)
-    step = max(1, (1 << 26) // (b * HEADS * n))
-    parts = [(q[:, :, s : s + step].float() @ k.float().mT * HEAD_DIM**-0.5).logsumexp(-1) for s in range(0, n, step)]
+    step, keys = max(1, (1 << 26) // (b * HEADS * n)), k.float().mT
+    parts = [(q[:, :, s : s + step].float() @ keys * HEAD_DIM**-0.5).logsumexp(-1) for s in range(0, n, step)]
     return q, k, torch.cat(parts, dim=-1)
 
 
@@ -240,12 +242,12 @@ CASES = (
     Case(
         "match_counts",
         lambda b, n, dtype, device: (
-            torch.rand(b, n, NEURONS, device=device) < 0.3,
+            torch.randn(b, n, NEURONS, dtype=dtype, device=device),
             torch.rand(b, NEURONS, device=device) < 0.3,
         ),
         cuda.match_counts,
-        lambda active, core: (active & core[:, None]).sum(dim=-1),
-        lambda b, n, e: Work(b * n * NEURONS),
+        lambda hidden, core: ((hidden > 0) & core[:, None]).sum(dim=-1),
+        lambda b, n, e: Work(b * n * NEURONS * e),
         lambda b, n: 5.0 * b * n * NEURONS,
     ),
 )
@@ -303,12 +305,13 @@ def selection_shares(clock: Clock, dtype: torch.dtype, geometry: Geometry) -> di
 
 
 def start_seconds() -> dict[str, float | str]:
-    """What loading all kernels takes in a process with an empty cache on disk, and in one with a full: CuPy's import, then
-    `foveate.cuda.warmup`. ``error`` if they do not load.
+    """What the first use takes in a process with an empty cache on disk, and in one with a full: CuPy's import, one operation,
+    then all kernels by `foveate.cuda.warmup`. ``error`` if they do not load.
     """
     program = (
-        "import time, torch; from foveate import cuda; torch.zeros(1, device='cuda'); start = time.perf_counter(); import cupy;"
-        "middle = time.perf_counter(); cuda.warmup(); torch.cuda.synchronize(); print(middle - start, time.perf_counter() - middle)"
+        "import time, torch; from foveate import cuda; q = torch.zeros(1, 1, 8, 64, dtype=torch.bfloat16, device='cuda')\n"
+        "def took(call): start = time.perf_counter(); call(); torch.cuda.synchronize(); return time.perf_counter() - start\n"
+        "print(took(lambda: __import__('cupy')), took(lambda: cuda.received_attention(q, q)), took(cuda.warmup))"
     )
     found: dict[str, float | str] = {}
     with tempfile.TemporaryDirectory() as cache:
@@ -317,7 +320,8 @@ def start_seconds() -> dict[str, float | str]:
             done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
             if done.returncode:
                 return found | {"error": done.stderr.strip().splitlines()[-1]}
-            found["import_s"], found[f"{when}_s"] = map(float, done.stdout.split())
+            keys = "import_s", f"one_operation_{when}_s", f"all_kernels_{when}_s"
+            found.update(zip(keys, map(float, done.stdout.split())))
     return found
 
 
@@ -331,12 +335,13 @@ class Clock:
             self.flush = torch.empty(2 * l2, dtype=torch.uint8, device=device)
 
     def __call__(self, call: Callable[[], Any]) -> float:
-        start = time.perf_counter()
-        for _ in range(2):  # compiles, allocates
-            call()
+        call()  # compiles, allocates
         self._wait()
-        repeats = self.repeats if time.perf_counter() - start < 10.0 else 2
-        return statistics.median(self._once(call) for _ in range(repeats))
+        start = time.perf_counter()
+        call()
+        self._wait()
+        in_time = max(2, int(_SECONDS / (time.perf_counter() - start)))
+        return statistics.median(self._once(call) for _ in range(min(self.repeats, in_time)))
 
     def _wait(self) -> None:
         if self.device == "cuda":
@@ -367,7 +372,10 @@ def rates(clock: Clock, dtype: torch.dtype) -> dict[str, float]:
     found = {"bytes": 2e3 * source.nbytes / copied, "flops": 2e3 * side**3 / multiplied}
     if large:  # 16 per clock and multiprocessor, all architectures; the clock that the device may run at
         properties = torch.cuda.get_device_properties(0)
-        found["exps"] = 16e3 * properties.multi_processor_count * properties.clock_rate
+        clock_rate = getattr(
+            properties, "clock_rate", math.inf
+        )  # an older torch does not tell: exponentials set no floor
+        found["exps"] = 16e3 * properties.multi_processor_count * clock_rate
     else:
         small = source[: 1 << 20]  # stays in cache
         found["exps"] = 1e3 * small.numel() / clock(lambda: torch.exp(small, out=target[: 1 << 20]))
@@ -428,6 +436,7 @@ def _agreement(ours: Tensor, plain: Tensor) -> float:
 
 def _free_bytes(device: str) -> float:
     if device == "cuda":
+        torch.cuda.empty_cache()  # what torch keeps for later counts as taken
         return torch.cuda.mem_get_info()[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
@@ -440,7 +449,8 @@ def environment(device: str) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
+        "threads": torch.get_num_threads(),
         "kernels": os.environ.get("FOVEATE_KERNELS", "auto"),
         "versions": installed,
         "cuda": torch.version.cuda,
@@ -501,39 +511,36 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(
             f"no operation is called {' or '.join(chosen.operations)}; there are: {', '.join(c.name for c in CASES)}"
         )
-    clock = Clock(device, chosen.repeats)
+    clock, facts, rows = Clock(device, chosen.repeats), environment(device), []
+    result: dict[str, Any] = {"environment": facts, "results": rows}
     with torch.inference_mode():
         torch.manual_seed(0)
-        rate = rates(clock, dtype)
-        rows = [
-            measure(case, b, n, dtype, clock, rate, not chosen.no_compile)
-            for case in cases
-            for b, n in chosen.sizes or SIZES[device]
-        ]
-        shares = selection_shares(clock, dtype, Geometry()) if chosen.prefill or device == "cuda" else {}
-    facts = environment(device)
-    facts["measured"] = MEASURED[
-        {row["body"] for row in rows} == {"kernel"}, any(row["body"] == "kernel" for row in rows)
-    ]
+        result["rates_per_second"] = rate = rates(clock, dtype)
+        for case in cases:
+            for b, n in chosen.sizes or SIZES[device]:
+                rows.append(measure(case, b, n, dtype, clock, rate, not chosen.no_compile))
+            bodies = {row["body"] for row in rows}
+            facts["measured"] = MEASURED[bodies == {"kernel"}, "kernel" in bodies]
+            _write(chosen.output, result)  # what was measured so far is safe whatever comes
+        if chosen.prefill or device == "cuda":
+            result["prefill_shares"] = selection_shares(clock, dtype, Geometry())
     show(f"{facts['device']}: {facts['measured']}", rows)
     print(
         "; ".join(f"{1e-12 * value:.3g} T{kind}/s" for kind, value in rate.items() if math.isfinite(value)),
         "reached by plain torch",
     )
-    for name, share in shares.items():
+    for name, share in result.get("prefill_shares", {}).items():
         print(f"prefill: {share:.4g} ms" if name == "prefill_ms" else f"{name}: {share:.2%} of it")
-    result = {"environment": facts, "rates_per_second": rate, "results": rows, "prefill_shares": shares}
+    _write(chosen.output, result)
     if device == "cuda":
-        if chosen.output:  # what was measured so far is safe whatever comes
-            _write(chosen.output, result)
         result["start_seconds"] = start_seconds()
         print("; ".join(f"{name}: {value}" for name, value in result["start_seconds"].items()))
-    if chosen.output:
         _write(chosen.output, result)
 
 
-def _write(path: pathlib.Path, result: dict[str, Any]) -> None:
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+def _write(path: pathlib.Path | None, result: dict[str, Any]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -66,6 +66,13 @@ __device__ __forceinline__ float quad_max(float x) {
     return fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2));
 }
 
+// `index`, if there is such a row of n; else the launch fails, as torch's would.
+__device__ __forceinline__ i64 existing(i64 index, int n) {
+    const bool exists = index >= 0 && index < n;
+    if (!exists) __trap();
+    return exists ? index : 0;
+}
+
 // 16 bytes of values, read at once. From a multiple of 16.
 template <class T>
 struct Piece {
@@ -93,10 +100,13 @@ __device__ __forceinline__ unsigned ordered(float x) {
     const unsigned bits = __float_as_uint(x + 0.0f);
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
+__device__ __forceinline__ float from_ordered(unsigned bits) {
+    return __uint_as_float(bits & 0x80000000u ? bits & 0x7fffffffu : ~bits);
+}
 
-// The lowest (score, index) of a block of whole warps, the lower index among equal scores; all threads get the index.
+// The lowest (score, index) of a block of whole warps, the lower index among equal scores; all threads get both.
 // `best` is 128 words of shared memory, one half for odd turns: a call may still read the half of the turn before.
-__device__ __forceinline__ int block_lowest(unsigned score, int index, unsigned* best, int turn) {
+__device__ __forceinline__ int block_lowest(unsigned& score, int index, unsigned* best, int turn) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
     unsigned* const scores = best + turn % 2 * 64;
     unsigned* const indices = scores + 32;

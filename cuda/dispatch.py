@@ -56,9 +56,12 @@ def operation(
         reference = full_precision(reference)
 
         def run(*args: Any) -> Any:
-            forced = _wanted(next(arg.device for arg in args if isinstance(arg, Tensor)))
+            device, *others = (arg.device for arg in args if isinstance(arg, Tensor))
+            forced = _wanted(device)
             if forced is None:
                 return reference(*args)
+            if any(other != device for other in others):  # a kernel would read there what is here
+                raise ParameterError(f"{name} got tensors on {device} and {others}; move them to one device")
             try:
                 return kernel(*args)
             except KernelUnavailable as reason:

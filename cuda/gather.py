@@ -45,7 +45,7 @@ def _gather_kernel(x: Tensor, index: Tensor, marked: Tensor | None, marker: Tens
     taken = x.new_empty(*index.shape, *x.shape[2:])
     sources = [_with_whole_rows(x)]
     if marked is not None:
-        marked = marked.contiguous()
+        marked = marked.bool().contiguous()
         sources.append(_with_whole_rows(marker.to(x.dtype).expand(taken.shape)))
     width = sources[0].shape[2] * x.itemsize
     strides = [stride * x.itemsize for source in sources for stride in source.stride()[:2]]
@@ -55,7 +55,7 @@ def _gather_kernel(x: Tensor, index: Tensor, marked: Tensor | None, marker: Tens
     steps = [np.int64(stride // word) for stride in (*strides, 0, 0)[:4]]
     numbers = map(np.int32, (x.shape[1], width // word, index.shape[1]))
     marker = sources[1] if marked is not None else None
-    args = (sources[0], *steps[:2], index.contiguous(), marked, marker, *steps[2:], *numbers, taken)
+    args = (sources[0], *steps[:2], index.long().contiguous(), marked, marker, *steps[2:], *numbers, taken)
     grid = (-(-index.shape[1] // 8), len(x), 1)
     launch("tokens.cu", f"gather<{_WORDS[word]}>", grid, 256, args, device=x.device)
     return taken

@@ -56,12 +56,15 @@ def launch(
 
 
 def rows(x: Tensor) -> Tensor:
-    """``x`` as kernels read it: float32, float16 or bfloat16, rows contiguous and starting at multiples of 16 bytes.
+    """``x`` as kernels read it: float32, float16 or bfloat16, and :func:`aligned`."""
+    return aligned(x if x.dtype in TYPES else x.float())
+
+
+def aligned(x: Tensor) -> Tensor:
+    """``x`` with rows contiguous and starting at multiples of 16 bytes.
 
     A copy only where it is not so. The rows of a copy are as long as before, but padded in memory.
     """
-    if x.dtype not in TYPES:
-        x = x.float()
     step = _ALIGNMENT // x.itemsize
     if x.stride(-1) == 1 and x.data_ptr() % _ALIGNMENT == 0 and all(s % step == 0 for s in x.stride()[:-1]):
         return x

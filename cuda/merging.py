@@ -103,7 +103,7 @@ def _merge_kernel(
         raise KernelUnavailable(f"the kernel of merge_tokens was not written for {x.dtype}")
     x = rows(x)
     out, after = x.new_empty(batch, kept, depth), x.new_empty(batch, kept, dtype=torch.float32)
-    lists = (keep.contiguous(), source.contiguous(), target.contiguous())
+    lists = (index.long().contiguous() for index in (keep, source, target))
     sizes = None if sizes is None else sizes.float().contiguous()
     numbers = map(np.int32, (n, depth, kept, merged))
     args = (x, np.int64(x.stride(0)), np.int64(x.stride(1)), *lists, sizes, *numbers, out, after)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from foveate.cuda.blocks import rows_at_once
 from foveate.cuda.dispatch import operation
-from foveate.cuda.launch import launch
+from foveate.cuda.launch import aligned, launch
 from foveate.errors import ParameterError
 
 _BLOCK_ELEMENTS = 1 << 22  # activations looked at together
@@ -101,16 +102,36 @@ def core_neurons(counts: Tensor, beta: float) -> Tensor:
 
 
 def match_counts(active: Tensor, core: Tensor) -> Tensor:
-    """Neurons that each token shares with a set: ``active (B, N, F)`` bool, ``core (B, F)`` bool -> ``(B, N)`` int64."""
+    """Neurons that each token shares with a set: the bits set in both, counted.
+
+    Args:
+        active: ``(B, N, F)`` bool, or activations of any float dtype, where the positive ones count.
+        core: ``(B, F)`` bool.
+
+    Returns:
+        ``(B, N)`` int64. Reads ``active`` once; on CUDA activations become bits in registers, so hand them over as they are:
+        ``hidden > 0`` would write them once and read them once more.
+    """
     return _matches(active, core)
 
 
+# the unsigned integer of each dtype's size, and the bits of its infinity
+_BITS = {
+    torch.bool: "unsigned char, 1",
+    torch.float16: "unsigned short, 0x7c00",
+    torch.bfloat16: "unsigned short, 0x7f80",
+    torch.float32: "unsigned, 0x7f800000",
+}
+
+
 def _matches_kernel(active: Tensor, core: Tensor) -> Tensor:
-    active, core = (pad(x, (0, -x.shape[-1] % 16)).contiguous() for x in (active, core))
+    active = aligned(active if active.dtype in _BITS else active > 0)
+    core = pad(core.bool(), (0, -core.shape[-1] % 16)).contiguous()
     batch, n, width = active.shape
     counts = torch.empty(batch, n, dtype=torch.int64, device=active.device)
-    args = (active, core, np.int32(n), np.int32(width), counts)
-    launch("tokens.cu", "matches", (-(-n // 8), batch, 1), 256, args, device=active.device)
+    args = (active, *map(np.int64, active.stride()[:2]), core, np.int32(n), np.int32(width), counts)
+    kernel, shared = f"matches<{_BITS[active.dtype]}>", core.shape[-1] // 8
+    launch("tokens.cu", kernel, (-(-n // 8), batch, 1), 256, args, shared=shared, device=active.device)
     return counts
 
 
@@ -120,4 +141,8 @@ def _matches_kernel(active: Tensor, core: Tensor) -> Tensor:
     fake=lambda active, core: active.new_empty(active.shape[:2], dtype=torch.int64),
 )
 def _matches(active: Tensor, core: Tensor) -> Tensor:
-    return _trues(active & core[:, None])
+    counts = []
+    for block in active.split(rows_at_once(core.numel()), dim=1):
+        bits = block if block.dtype == torch.bool else block > 0
+        counts.append(_trues(bits & core[:, None]))
+    return torch.cat(counts, dim=1)

@@ -44,6 +44,7 @@ def warmup(
         diverse_subset(x, 2)
         many = torch.zeros(1, most_with_gram(x.device) + 1, 8, dtype=dtype, device=device)
         diverse_subset(many, 2, torch.zeros(1, dtype=torch.int64, device=device))
+        conditional_dpp(many, torch.ones(1, many.shape[1], device=device), 2)
         conditional_dpp(x, torch.ones(1, 8, device=device), 2)
         similarity_energy(x, 0.5)
         best_match(x, x)
@@ -51,4 +52,6 @@ def warmup(
         transition_score(x, x)
         for width in (64, 2, 1):  # rows move in words of 16 bytes or fewer
             gather_tokens(x[..., :width].contiguous(), torch.zeros(1, 2, dtype=torch.int64, device=device))
-        match_counts(x > 0, x[:, 0] > 0)
+        match_counts(x, x[:, 0] > 0)
+    active = torch.zeros(1, 8, 64, dtype=torch.bool, device=device)
+    match_counts(active, active[:, 0])

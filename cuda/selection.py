@@ -1,8 +1,9 @@
 """Greedy subset selection. Inputs may have any float dtype; arithmetic is float32, ties go to the lower index.
 
 Every pick depends on those before it, so what counts is the time of one pick. On CUDA the kernels of ``greedy.cu`` make all
-picks of an image in one launch, from similarities that tensor cores computed before. Similarities are never rounded below
-float32, but their last bits depend on the device, and a pick between two tokens that are equal but for these may too.
+picks of an image in one launch, from similarities that tensor cores computed before; of images with more than 11,585 tokens
+one launch makes one pick, on all multiprocessors. Similarities are never rounded below float32, but their last bits depend on
+the device, and a pick between two tokens that are equal but for these may too.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foveate.cuda.dispatch import KernelUnavailable, operation
+from foveate.cuda.dispatch import operation
 from foveate.cuda.launch import TYPES, launch, rows
 from foveate.cuda.similarity import gram, inverse_norms
 from foveate.errors import ParameterError
@@ -34,7 +35,7 @@ def diverse_subset(features: Tensor, k: int, start: Tensor | None = None, *, obj
     """Greedy diversity by cosine similarity.
 
     Args:
-        features: ``(B, N, D)``; zero rows count as orthogonal to everything.
+        features: ``(B, N, D)``, finite; zero rows count as orthogonal to everything.
         k: tokens to pick, 1 <= k <= N.
         start: ``(B,)`` int64 first picks; None takes the most isolated token, whose nearest other token is farthest.
         objective: ``"max_min"`` takes the token farthest from its nearest pick (farthest-first traversal, k-center),
@@ -57,13 +58,13 @@ def conditional_dpp(features: Tensor, relevance: Tensor, k: int) -> Tensor:
     """Greedy MAP of a determinantal point process with kernel ``r_i (x_i . x_j) r_j`` (CDPruner).
 
     Args:
-        features: ``(B, N, D)``, normalised here; relevance: ``(B, N)`` non-negative.
+        features: ``(B, N, D)``, finite, normalised here; relevance: ``(B, N)`` non-negative.
         k: tokens to pick. Gains within float32 round-off of zero count as zero, and beyond the kernel's rank all are: the
             lowest free indices follow.
 
     Returns:
         ``(B, k)`` int64 in order of selection, without repetition. O(N^2 D + k^2 N); memory O(N (D + k)) and 128 MiB of
-        similarities (CUDA: 512), beyond which they are computed pick by pick.
+        similarities (CUDA: 512), beyond which they are computed pick by pick, O(N D) each.
 
     Raises:
         ParameterError: ``k``.
@@ -99,58 +100,63 @@ _STEP_ROWS = 64  # tokens of a block of diverse_step
 
 def _diverse_kernel(features: Tensor, k: int, start: Tensor | None, max_sum: bool) -> Tensor:
     features = rows(features)
-    batch, n, _ = features.shape
+    batch, n, depth = features.shape
     start = None if start is None else start.long().contiguous()
     picks = torch.empty(batch, k, dtype=torch.int64, device=features.device)
+    inverse, limit = inverse_norms(features), np.int32(max_sum)
     at_once = _images_at_once(features)
     if not at_once:
-        return _diverse_in_steps(features, start, max_sum, picks)
-    for first in range(0, batch, at_once):
-        part = slice(first, first + at_once)
+        picks[:, 0] = gram(features, inverse, write=False)[1].amax(dim=1).argmin(dim=1) if start is None else start
+        score = features.new_empty(batch, n, dtype=torch.float32)
+        _in_steps("diverse_step", features, inverse, (limit, score), picks, shared=4 * depth)
+        return picks
+    for part in _parts(batch, at_once):
         x = features[part]
-        cosines, nearest = gram(x, inverse_norms(x))
+        cosines, nearest = gram(x, inverse[part])
         args = (cosines, nearest, np.int32(nearest.shape[1]), None if start is None else start[part])
-        sizes = (np.int32(n), np.int32(k), np.int32(max_sum), picks[part])
+        sizes = (np.int32(n), np.int32(k), limit, picks[part])
         launch(_FILE, "diverse", (len(x), 1, 1), 1024, (*args, *sizes), shared=4 * n, device=x.device)
-    return picks
-
-
-def _diverse_in_steps(x: Tensor, start: Tensor | None, max_sum: bool, picks: Tensor) -> Tensor:
-    """One launch per pick: for so many tokens that their similarities are not to be held."""
-    (batch, n, depth), k = x.shape, picks.shape[1]
-    inverse = inverse_norms(x)
-    if start is None:
-        start = gram(x, inverse, write=False)[1].amax(dim=1).argmin(dim=1)
-    picks[:, 0] = start
-    blocks = -(-n // _STEP_ROWS)
-    score = x.new_empty(batch, n, dtype=torch.float32)
-    lows = torch.empty(2, batch, blocks, dtype=torch.int64, device=x.device)
-    geometry = (x, np.int64(x.stride(0)), np.int64(x.stride(1)), inverse, np.int32(n), np.int32(depth), np.int32(k))
-    for step in range(k):
-        args = (*geometry, np.int32(step), np.int32(max_sum), score, lows, picks)
-        launch(
-            _FILE, f"diverse_step<{TYPES[x.dtype]}>", (blocks, batch, 1), 256, args, shared=4 * depth, device=x.device
-        )
     return picks
 
 
 def _dpp_kernel(features: Tensor, relevance: Tensor, k: int) -> Tensor:
     features, relevance = rows(features), relevance.float().contiguous()
-    batch, n, _ = features.shape
-    at_once = _images_at_once(features)
-    if not at_once:
-        raise KernelUnavailable(f"the kernel of conditional_dpp reads a Gram matrix, too large for {n} tokens")
+    batch, n, depth = features.shape
     picks = torch.empty(batch, k, dtype=torch.int64, device=features.device)
-    for first in range(0, batch, at_once):
-        part = slice(first, first + at_once)
-        x, r = features[part], relevance[part]
-        inverse = inverse_norms(x)
-        cosines, _ = gram(x, inverse)
-        diagonal = r.square() * (inverse < 1 / _TINY)
-        factors = cosines.new_empty(len(x), k, n)
-        args = (cosines, r, diagonal, np.float32(_ROUND_OFF), np.int32(n), np.int32(k), factors, picks[part])
-        launch(_FILE, "conditional_dpp", (len(x), 1, 1), 1024, args, shared=5 * n + 4 * k, device=x.device)
+    inverse, noise = inverse_norms(features), np.float32(_ROUND_OFF)
+    diagonal = relevance.square() * (inverse < 1 / _TINY)
+    at_once = _images_at_once(features)
+    # without similarities, the factors are what takes room
+    for part in _parts(batch, at_once or max(1, _gram_elements(features.device) // (k * n))):
+        x, relevant, own = features[part], relevance[part], diagonal[part]
+        factors = own.new_empty(len(x), k, n)
+        if at_once:
+            cosines, _ = gram(x, inverse[part])
+            args = (cosines, relevant, own, noise, np.int32(n), np.int32(k), factors, picks[part])
+            launch(_FILE, "conditional_dpp", (len(x), 1, 1), 1024, args, shared=4 * (n + k), device=x.device)
+        else:
+            picks[part, 0] = own.nan_to_num(0.0, 0.0).argmax(dim=1)
+            args = (relevant, own, noise, own.clone(), factors)
+            _in_steps("dpp_step", x, inverse[part], args, picks[part], shared=4 * (depth + k))
     return picks
+
+
+def _in_steps(
+    kernel: str, x: Tensor, inverse: Tensor, args: tuple[Tensor | np.generic, ...], picks: Tensor, *, shared: int
+) -> None:
+    """One launch per pick, of which ``picks`` has the first: for so many tokens that their similarities are not to be held."""
+    (batch, n, depth), k = x.shape, picks.shape[1]
+    blocks = -(-n // _STEP_ROWS)
+    lows = torch.empty(2, batch, blocks, dtype=torch.int64, device=x.device)
+    tokens = (x, np.int64(x.stride(0)), np.int64(x.stride(1)), inverse, np.int32(n), np.int32(depth), np.int32(k))
+    kernel = f"{kernel}<{TYPES[x.dtype]}>"
+    for step in range(k):
+        values = (*tokens, np.int32(step), *args, lows, picks)
+        launch(_FILE, kernel, (blocks, batch, 1), 256, values, shared=shared, device=x.device)
+
+
+def _parts(batch: int, at_once: int) -> Iterator[slice]:
+    return (slice(first, first + at_once) for first in range(0, batch, at_once))
 
 
 # ---------------------------------------------------------------------------------------------------- torch references
@@ -260,8 +266,7 @@ def _without_self(similarities: Tensor, start: int) -> Tensor:
 def _similarities(features: Tensor) -> Iterator[tuple[slice, _Similarities]]:
     """Groups of images as large as memory allows."""
     at_once = _images_at_once(features)
-    for first in range(0, len(features), max(1, at_once)):
-        part = slice(first, first + max(1, at_once))
+    for part in _parts(len(features), max(1, at_once)):
         yield part, _Similarities(_unit(features[part]), whole=at_once > 0)
 
 

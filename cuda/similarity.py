@@ -55,7 +55,7 @@ def match(sources: Tensor, targets: Tensor, target_valid: Tensor | None) -> tupl
         sources, targets = sources.float(), targets.float()
     sources, targets = rows(sources), rows(targets)
     if target_valid is not None:
-        target_valid = target_valid.contiguous()
+        target_valid = target_valid.bool().contiguous()
     inverses = inverse_norms(sources), inverse_norms(targets)
     keys = _similarity("MATCH", torch.int64, sources, targets, *inverses, valid=target_valid).amax(dim=1)
     # the score's bits stand above, ordered as integers; below them the column, lower ones higher

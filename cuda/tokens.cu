@@ -2,8 +2,8 @@
 //
 // Layout   rows of tokens contiguous, at multiples of 16 bytes; results contiguous.
 // Launch   grid (ceil(tokens / 8), B), 256 threads: a warp per token, 16 bytes per lane and step.
-// Shared   merge: room for a list of all sources, r words.
-// Floor    bytes: transition 2 D, matches F (bool), gather 2 D per row taken, merge (N + K) D elements, at memory speed.
+// Shared   merge: room for a list of all sources, r words. matches: a bit for each neuron.
+// Floor    bytes: transition 2 D, matches F, gather 2 D per row taken, merge (N + K) D elements, at memory speed.
 #include "common.cuh"
 
 // transition_score: size and exp(1 - cos) of the step from `before` to what `after` adds. magnitude = |after| / |before| * turn.
@@ -31,20 +31,38 @@ __global__ void __launch_bounds__(256)
     magnitude[r] = length / from * e, turn[r] = e;
 }
 
-// match_counts: active (B, N, F) and core (B, F) of bytes 0 and 1, F a multiple of 16.
+// 16 bytes of activations as bits: which are positive? BITS is the type by its bits and MOST those of its infinity, so that
+// neither NaN passes nor is a subnormal number flushed to zero; of bool, bytes 0 and 1, any MOST will do.
+template <unsigned MOST, class BITS>
+__device__ __forceinline__ unsigned positives(const Piece<BITS>& activations) {
+    unsigned bits = 0;
+#pragma unroll
+    for (int j = 0; j < Piece<BITS>::EACH; j++) bits |= unsigned(unsigned(activations.value[j]) - 1 < MOST) << j;
+    return bits;
+}
+
+// match_counts: bits set both in active (B, N, F), packed as it is read, and in core (B, F of bytes 0 and 1, then zeros up to a
+// multiple of 16), packed once for a block. Bits are never stored: writing and reading them again would only add to the bytes.
+template <class BITS, unsigned MOST>
 __global__ void __launch_bounds__(256)
-    matches(const unsigned char* active, const unsigned char* core, int rows, int width, i64* counts) {
+    matches(const BITS* active, i64 batch, i64 row, const unsigned char* core, int rows, int width, i64* counts) {
+    constexpr int EACH = Piece<BITS>::EACH;
+    DYNAMIC_SHARED(shared);
+    unsigned short* const wanted = reinterpret_cast<unsigned short*>(shared);  // 16 neurons each
+    const int words = (width + 15) / 16;
+    core += i64(blockIdx.y) * words * 16;
+    for (int i = threadIdx.x; i < words; i += blockDim.x)
+        wanted[i] = (unsigned short)positives<1>(Piece<unsigned char>(core + 16 * i));
+    __syncthreads();
     const int r = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (r >= rows) return;
-    const uint4* const mine = reinterpret_cast<const uint4*>(active + (i64(blockIdx.y) * rows + r) * width);
-    const uint4* const theirs = reinterpret_cast<const uint4*>(core + i64(blockIdx.y) * width);
-    int shared = 0;
-    for (int i = lane; i < width / 16; i += 32) {
-        const uint4 a = mine[i], b = theirs[i];
-        shared += __popc(a.x & b.x) + __popc(a.y & b.y) + __popc(a.z & b.z) + __popc(a.w & b.w);
-    }
-    shared = __reduce_add_sync(ALL_LANES, shared);
-    if (lane == 0) counts[i64(blockIdx.y) * rows + r] = shared;
+    active += blockIdx.y * batch + r * row;
+    int count = 0;
+#pragma unroll 4
+    for (int i = lane * EACH; i < width; i += 32 * EACH)
+        count += __popc(positives<MOST>(Piece<BITS>(active + i)) & wanted[i / 16] >> i % 16);
+    count = __reduce_add_sync(ALL_LANES, count);
+    if (lane == 0) counts[i64(blockIdx.y) * rows + r] = count;
 }
 
 // gather_tokens: rows of x by index, as they stand. index (B, K): -1 gives zeros; where marked (B, K; or null), the marker.
@@ -102,11 +120,11 @@ __global__ void __launch_bounds__(256, 4)
             for (int from = 0; from < n_found[part]; from += 32) {
                 const bool listed = from + lane < n_found[part];
                 unsigned hits = __ballot_sync(ALL_LANES, listed && int(list[from + lane] >> PLACE) == mine);
-                for (; hits; hits &= hits - 1) f(source[list[from + __ffs(hits) - 1] & ((1u << PLACE) - 1)]);
+                for (; hits; hits &= hits - 1) f(existing(source[list[from + __ffs(hits) - 1] & ((1u << PLACE) - 1)], n));
             }
         }
     };
-    const i64 own = keep[item * kept + r];
+    const i64 own = existing(keep[item * kept + r], n);
     float total = size(own);
     bool alone = true;
     for_each_source([&](i64 token) { total += size(token), alone = false; });

@@ -7,7 +7,6 @@ import hashlib
 import importlib
 import os
 import platform
-import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 import transformers
 
 import foveate
+from foveate.cuda.hardware import processor
 
 __all__ = ["environment", "machine"]
 
@@ -33,7 +33,7 @@ def environment(model: torch.nn.Module) -> dict[str, Any]:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """Versions, commit and hardware."""
-    cpu, threads = _cpu(), torch.get_num_threads()
+    cpu, threads = processor(), torch.get_num_threads()
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "foveate": foveate.__version__,
@@ -51,14 +51,6 @@ def machine(device: torch.device) -> dict[str, Any]:
         "device": device.type,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def _cpu() -> str:
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def _source() -> str:

@@ -6,10 +6,12 @@ import contextlib
 import gc
 import multiprocessing
 import os
+import shutil
 import sys
 import types
 import warnings
 import weakref
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -199,6 +201,11 @@ def test_references_on_a_gpu_are_exact_whatever_precision_is_set():
         products.fp32_precision = before
 
 
+def test_kernels_want_all_tensors_on_one_device(pair, gpu):
+    with pytest.raises(ParameterError, match=r"received_attention got tensors on cpu and .*meta.*; move them to one"):
+        received_attention(pair[0], pair[1].to("meta"))
+
+
 def test_arguments_of_kernels_have_a_width():
     x = torch.zeros(3)
     with pytest.raises(TypeError, match=r"give its width, as in np.int32\(3\)"):
@@ -242,7 +249,7 @@ def operators() -> dict[str, tuple[object, ...]]:
         "best_match": (x[:, :4], x[:, 4:], None),
         "merge_tokens": (x, keep, source, target, None),
         "transition_score": (x, x.flip(1), False),
-        "match_counts": (x > 0, x[:, 0] > 0),
+        "match_counts": (x, x[:, 0] > 0),
         "gather_tokens": (x, torch.tensor([[2, -1, 8]]), torch.tensor([[False, False, True]]), x[:, :3]),
     }
 
@@ -261,12 +268,56 @@ def test_operators_are_registered_as_torch_wants_them(name):
     opcheck(getattr(torch.ops.foveate, name).default, operators()[name], test_utils=checks)
 
 
-def test_compiled_functions_hold_the_operator(pair):
-    def function(q, k):
-        return received_attention(2 * q, k, causal=True) + 1
+FUNCTIONS: dict[str, Callable[..., object]] = {
+    "received_attention": lambda t: foveate.cuda.received_attention(2 * t["q"], t["k"], causal=True, first_query=1) + 1,
+    "given_attention": lambda t: foveate.cuda.given_attention(t["q"], t["k"], first=1),
+    "class_attention": lambda t: foveate.cuda.class_attention(t["q"], t["k"], row=-1),
+    "rows_to_columns_attention": lambda t: foveate.cuda.rows_to_columns_attention(
+        t["q"][:, :, :3], t["k"], row_positions=t["target"], key_valid=t["x"][..., 0] > -1
+    ),
+    "diverse_subset": lambda t: foveate.cuda.diverse_subset(t["x"], 4, objective="max_sum"),
+    "conditional_dpp": lambda t: foveate.cuda.conditional_dpp(t["x"], t["x"][..., 0].abs(), 4),
+    "similarity_energy": lambda t: foveate.cuda.similarity_energy(t["x"] + 1, 0.5),
+    "best_match": lambda t: foveate.cuda.best_match(
+        t["x"][:, ::2], t["x"][:, 1::2], source_valid=t["x"][:, ::2, 0] > 0
+    ),
+    "merge_tokens": lambda t: foveate.cuda.merge_tokens(t["x"], t["keep"], t["source"], t["target"], t["sizes"]),
+    "transition_score": lambda t: foveate.cuda.transition_score(t["x"], t["x"].flip(1), direction="abs"),
+    "match_counts": lambda t: foveate.cuda.match_counts(t["x"], t["x"][:, 0] > 0) + 1,
+    "gather_tokens": lambda t: foveate.cuda.gather_tokens(t["x"], t["keep"], marked=t["keep"] > 4, marker=2.5),
+    "core_neurons": lambda t: foveate.cuda.core_neurons(t["keep"], 0.5),
+    "run_mean": lambda t: foveate.cuda.run_mean(t["x"], t["x"][..., 0].long(), 3),
+}
 
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
-    torch.testing.assert_close(compiled(*pair), function(*pair))
+
+@pytest.fixture
+def arguments() -> dict[str, torch.Tensor]:
+    """What FUNCTIONS compute with."""
+    merge = operators()["merge_tokens"]
+    q, k = operators()["received_attention"][:2]
+    return {"q": q, "k": k, "sizes": torch.rand(1, 9), **dict(zip(("x", "keep", "source", "target"), merge))}
+
+
+def test_every_function_is_compiled_by_a_test():
+    own = {"neuron_counts", "warmup"}  # sized by its values; for the launcher alone
+    assert set(FUNCTIONS) == set(foveate.cuda.__all__) - own
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_compiled_functions_are_one_graph_and_equal(name, dynamic, arguments):
+    compiled = torch.compile(FUNCTIONS[name], fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    torch.testing.assert_close(compiled(arguments), FUNCTIONS[name](arguments))
+
+
+def test_functions_compiled_together_by_inductor_are_equal(arguments):
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++, which torch.compile calls on a CPU")
+
+    def everything(t):
+        return [function(t) for function in FUNCTIONS.values()]
+
+    torch.testing.assert_close(torch.compile(everything, fullgraph=True)(arguments), everything(arguments))
 
 
 def test_shapes_on_a_gpu_are_known_without_one():

@@ -24,7 +24,7 @@ N, HALF = 16385, 8192
 heads = torch.randn(1, 1, N, 32)
 narrow, wide = torch.randn(1, N, 32), torch.randn(1, N, 1024).bfloat16()
 order, last = torch.randperm(N)[None], torch.arange(N - 32, N)[None]
-active = torch.rand(1, N, 2752).lt(0.5).repeat(1, 1, 4)
+active = torch.randn(1, N, 1376).bfloat16().repeat(1, 1, 8)
 calls = {
     "received_attention": lambda: cuda.received_attention(heads, heads),
     "received_attention, masked": lambda: cuda.received_attention(heads, heads, causal=True, window=4096),
@@ -37,7 +37,7 @@ calls = {
     "diverse_subset, wide": lambda: cuda.diverse_subset(wide, 2, torch.zeros(1, dtype=torch.int64)),
     "conditional_dpp": lambda: cuda.conditional_dpp(wide, torch.ones(1, N), 3),
     "transition_score": lambda: cuda.transition_score(wide, wide),
-    "match_counts": lambda: cuda.match_counts(active, active[:, 0]),
+    "match_counts": lambda: cuda.match_counts(active, active[:, 0] > 0),
     "gather_tokens": lambda: cuda.gather_tokens(wide, order, marked=order > HALF, marker=wide[:, 0]),
     "merge_tokens": lambda: cuda.merge_tokens(wide, order[:, HALF:], order[:, :HALF], order[:, :HALF] // 2),
 }

@@ -58,6 +58,7 @@ def check_diverse(features: Tensor, k: int, start: Tensor | None, objective: str
 
 
 OBJECTIVES = pytest.mark.parametrize("objective", ["max_min", "max_sum"])
+SIMILARITIES = pytest.mark.parametrize("held", [1 << 25, 3000], ids=["whole", "in steps"])
 STARTS = pytest.mark.parametrize("start", [None, torch.tensor([3, 0])], ids=["isolated", "given"])
 
 
@@ -135,21 +136,44 @@ def test_diverse_kernel_breaks_ties_and_reads_zero_rows_like_the_reference(kerne
     assert torch.equal(got, diverse_subset(features, 40))
 
 
+@SIMILARITIES
+@pytest.mark.parametrize("start", [57, -1])
+def test_diverse_kernel_refuses_a_start_that_is_not_there(start, held, kernels_on_cpu, monkeypatch):
+    monkeypatch.setattr(selection, "_GRAM_ELEMENTS", {"cpu": held})
+    with pytest.raises(AssertionError, match="__trap"):
+        diverse_subset(tokens(57, 16), 3, torch.tensor([0, start]))
+
+
 def test_diverse_kernel_takes_images_in_groups(kernels_on_cpu, monkeypatch):
     monkeypatch.setattr(selection, "_GRAM_ELEMENTS", {"cpu": 40 * 40})
     check_diverse(tokens(40, 16), 12, torch.tensor([3, 0]), "max_min")
 
 
-@pytest.mark.parametrize(("n", "d", "dtype", "k"), [(24, 32, "float32", 8), (97, 200, "bfloat16", 12)])
-def test_dpp_kernel(n, d, dtype, k, kernels_on_cpu):
+@SIMILARITIES
+@pytest.mark.parametrize(
+    ("n", "d", "dtype", "k"), [(57, 100, "float32", 8), (97, 200, "bfloat16", 12), (70, 72, "float16", 20)]
+)
+def test_dpp_kernel(n, d, dtype, k, held, kernels_on_cpu, monkeypatch):
+    """In steps: 3000 values hold the factors of both images, or of one, but no Gram matrix."""
+    monkeypatch.setattr(selection, "_GRAM_ELEMENTS", {"cpu": held})
     features, relevance = tokens(n, d, TYPES[dtype]), torch.rand(2, n) + 0.1
-    assert conditional_dpp(features, relevance, k).tolist() == literal_dpp(features, relevance, k)
+    assert conditional_dpp(features[..., 3:], relevance, k).tolist() == literal_dpp(features[..., 3:], relevance, k)
 
 
-def test_dpp_kernel_beyond_the_rank_and_with_ties(kernels_on_cpu, monkeypatch):
-    features, relevance = tokens(40, 6), torch.ones(2, 40)
+@SIMILARITIES
+@pytest.mark.parametrize("k", [1, 57])
+def test_dpp_kernel_beyond_the_rank_and_with_ties(k, held, kernels_on_cpu, monkeypatch):
+    monkeypatch.setattr(selection, "_GRAM_ELEMENTS", {"cpu": held})
+    features, relevance = tokens(57, 6), torch.ones(2, 57)
     features[0, 5] = 0.0
     relevance[1, 7] = 0.0
-    got = conditional_dpp(features, relevance, 40)
+    relevance[1, 9] = torch.nan
+    got = conditional_dpp(features, relevance, k)
     monkeypatch.setenv("FOVEATE_KERNELS", "torch")
-    assert torch.equal(got, conditional_dpp(features, relevance, 40))
+    assert torch.equal(got, conditional_dpp(features, relevance, k))
+
+
+@pytest.mark.parametrize("held", [1, 0], ids=["whole", "in steps"])
+def test_dpp_kernel_of_one_token(held, kernels_on_cpu, monkeypatch):
+    monkeypatch.setattr(selection, "_GRAM_ELEMENTS", {"cpu": held})
+    assert conditional_dpp(torch.randn(2, 1, 8), torch.ones(2, 1), 1).tolist() == [[0], [0]]

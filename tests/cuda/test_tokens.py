@@ -103,10 +103,26 @@ def test_match_counts(n, width, both):
     assert torch.equal(kernel, reference)
 
 
-def test_match_counts_of_other_layouts(both):
-    active = torch.rand(100, 9, 2).permute(2, 1, 0) < 0.5
-    (kernel,), (reference,) = both(match_counts, active, active[:, 0])
+@pytest.mark.parametrize("dtype", [*TYPES.values(), torch.float64])
+@pytest.mark.parametrize(("n", "width"), [(1, 1), (33, 100), (9, 1043)])
+def test_match_counts_of_activations(n, width, dtype, both):
+    """What counts is what `> 0` says: neither zeros of either sign nor NaN, but the smallest of numbers."""
+    torch.manual_seed(n)
+    values = torch.tensor([0.0, -0.0, torch.nan, torch.inf, -torch.inf, 2.5, -2.5], dtype=dtype)
+    smallest = torch.tensor([1, -1], dtype=dtype) * torch.finfo(dtype).smallest_normal / 4
+    values = torch.cat([values, smallest])
+    hidden, core = values[torch.randint(len(values), (2, n, width))], torch.rand(2, width) < 0.7
+    (kernel,), (reference,) = both(match_counts, hidden, core)
     assert torch.equal(kernel, reference)
+    assert torch.equal(kernel, both(match_counts, hidden > 0, core)[0][0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16])
+def test_match_counts_of_other_layouts(dtype, both):
+    active = (torch.rand(100, 9, 2).permute(2, 1, 0) < 0.5).to(dtype)
+    for part in (active, active[:, 1:, 3:], active.contiguous()[..., 16:]):
+        (kernel,), (reference,) = both(match_counts, part, part[:, 0] > 0)
+        assert torch.equal(kernel, reference)
 
 
 MARKERS = {
@@ -155,6 +171,18 @@ def test_gather_of_nothing(both):
 def test_gather_refuses_rows_that_are_not_there(kernels_on_cpu):
     with pytest.raises(AssertionError, match="__trap"):
         gather_tokens(torch.rand(1, 9, 4), torch.tensor([[9]]))
+
+
+@pytest.mark.parametrize(("keep", "source"), [(9, 1), (0, 9), (-1, 1), (0, -1)])
+def test_merge_refuses_rows_that_are_not_there(keep, source, kernels_on_cpu):
+    with pytest.raises(AssertionError, match="__trap"):
+        merge_tokens(torch.rand(1, 9, 4), torch.tensor([[keep]]), torch.tensor([[source]]), torch.tensor([[0]]))
+
+
+def test_gather_by_another_integer_type(both):
+    x, index = tokens(9, 8, "float32"), torch.tensor([[3, -1], [1, 2]], dtype=torch.int32)
+    (kernel,), (reference,) = both(gather_tokens, x, index, marked=index > 1, marker=2.5)
+    assert torch.equal(kernel, reference)
 
 
 @pytest.mark.parametrize(("n", "merged"), [(700, 300), (700, 699), (40, 1), (9, 0)])
