@@ -2,7 +2,8 @@
 
 Queries are ``(B, H, Q, d)``, keys ``(B, H_kv, K, d)`` with ``H`` a multiple of ``H_kv`` (grouped-query attention). Inputs
 may have any float dtype and strides; arithmetic and results are float32. On CUDA the kernels of ``attention.cu`` run (for a
-few query rows those of ``rows.cu``), for head dimensions up to 128; they multiply 16-bit inputs exactly (tensor cores, float32 sums) and give the same bits run to run.
+few query rows those of ``rows.cu``), for head dimensions up to 128; they multiply 16-bit inputs exactly (tensor cores, float32
+sums) and give the same bits run to run.
 """
 
 from __future__ import annotations
@@ -284,6 +285,7 @@ def _rows_to_columns_kernel(
     lse = attention.row_lse()
     if row_valid is None:
         return attention.column_sums(lse).sum(dim=1) / (heads * n_rows)
+    row_valid = row_valid.bool()
     sums = attention.column_sums(lse.masked_fill(~row_valid[:, None], torch.inf)).sum(dim=1)
     return sums / (heads * row_valid.sum(dim=1, keepdim=True).clamp(min=1))
 

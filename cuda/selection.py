@@ -243,17 +243,23 @@ class _Similarities:
         return (self.unit @ self.unit[self.items, token][..., None]).squeeze(-1)
 
     def with_nearest(self) -> Tensor:
-        """Of every token with the other token nearest to it: ``(B, N)``."""
+        """Of every token with the other token nearest to it: ``(B, N)``, equal for two that are nearest to each other.
+
+        The products of a pair may differ in their last bits, row by column and column by row; the larger counts for both.
+        """
         batch, n, _ = self.unit.shape
         if self.gram is not None:
-            return _without_self(self.gram.clone(), 0).amax(dim=-1)
+            others = _without_self(self.gram.clone(), 0)
+            return torch.maximum(others.amax(dim=-1), others.amax(dim=-2))
         step = max(1, _BLOCK_ELEMENTS // (batch * n))
-        nearest = self.unit.new_empty(batch, n)
+        nearest = self.unit.new_full((batch, n), -torch.inf)
         block = self.unit.new_empty(batch, min(step, n), n)  # one for all: an allocator may not find a freed one again
         for start in range(0, n, step):
             rows = self.unit[:, start : start + step]
             similarities = torch.matmul(rows, self.unit.mT, out=block[:, : rows.shape[1]])
-            nearest[:, start : start + step] = _without_self(similarities, start).amax(dim=-1)
+            nearest = torch.maximum(nearest, _without_self(similarities, start).amax(dim=1))
+            own = nearest[:, start : start + step]
+            torch.maximum(own, similarities.amax(dim=-1), out=own)
         return nearest
 
 

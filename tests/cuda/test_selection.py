@@ -76,6 +76,21 @@ def test_diverse_subset_without_a_gram_matrix(objective, start, monkeypatch):
     check_diverse(tokens(40, 16), 12, start, objective)
 
 
+@pytest.mark.parametrize("elements", [1 << 25, 0], ids=["whole", "row by row"])
+def test_of_two_tokens_nearest_to_each_other_the_first_is_as_isolated(elements, monkeypatch):
+    """Whatever rounding makes of their similarity in one order and in the other."""
+    monkeypatch.setattr(selection, "_GRAM_ELEMENTS", {"cpu": elements})
+    monkeypatch.setattr(
+        selection, "_BLOCK_ELEMENTS", 4 * 70
+    )  # four rows at once, and four products of shapes of their own
+    for seed in range(20):
+        torch.manual_seed(seed)
+        crowd, pair = torch.randn(1, 1, 96) + 0.1 * torch.randn(1, 67, 96), torch.randn(1, 1, 96)
+        pair = torch.cat([pair, pair + 3 * torch.randn(1, 1, 96)], dim=1)
+        features = torch.cat([crowd[:, :30], pair[:, :1], crowd[:, 30:], pair[:, 1:]], dim=1)
+        assert diverse_subset(features, 1).tolist() == literal_diverse(features, 1, None, "max_min")
+
+
 def test_images_are_grouped_by_memory_without_changing_them(monkeypatch):
     features = torch.cat([tokens(20, 8), tokens(20, 9)[..., :8], tokens(20, 7).repeat(1, 1, 2)[..., :8]])
     start = torch.arange(6)
