@@ -503,6 +503,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--prefill", action="store_true", help="also: shares of a LLaVA-1.5-7B prefill (a GPU: always)")
     parser.add_argument("--output", type=pathlib.Path, help="where to write the JSON")
+    parser.add_argument(
+        "--extend", action="store_true", help="keep rows of an earlier --output that are not made again"
+    )
     chosen = parser.parse_args(argv)
     device = chosen.device
     dtype = getattr(torch, chosen.dtype or ("float32" if device == "cpu" else "bfloat16"))
@@ -511,13 +514,17 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(
             f"no operation is called {' or '.join(chosen.operations)}; there are: {', '.join(c.name for c in CASES)}"
         )
-    clock, facts, rows = Clock(device, chosen.repeats), environment(device), []
+    clock, facts, sizes = Clock(device, chosen.repeats), environment(device), chosen.sizes or SIZES[device]
+    rows: list[dict[str, Any]] = []
+    if chosen.extend and chosen.output and chosen.output.exists():
+        made_again = {(case.name, *at, str(dtype).removeprefix("torch.")) for case in cases for at in sizes}
+        rows += _earlier_rows(chosen.output, facts, made_again)
     result: dict[str, Any] = {"environment": facts, "results": rows}
     with torch.inference_mode():
         torch.manual_seed(0)
         result["rates_per_second"] = rate = rates(clock, dtype)
         for case in cases:
-            for b, n in chosen.sizes or SIZES[device]:
+            for b, n in sizes:
                 rows.append(measure(case, b, n, dtype, clock, rate, not chosen.no_compile))
             bodies = {row["body"] for row in rows}
             facts["measured"] = MEASURED[bodies == {"kernel"}, "kernel" in bodies]
@@ -536,6 +543,16 @@ def main(argv: list[str] | None = None) -> None:
         result["start_seconds"] = start_seconds()
         print("; ".join(f"{name}: {value}" for name, value in result["start_seconds"].items()))
         _write(chosen.output, result)
+
+
+def _earlier_rows(path: pathlib.Path, facts: dict[str, Any], made_again: set[tuple[Any, ...]]) -> list[dict[str, Any]]:
+    """Of a run on the same device with the same versions, the rows whose operation, sizes and dtype are not in ``made_again``."""
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("device", "threads", "kernels", "versions", "cuda", "python"):
+        if (before := earlier["environment"].get(key)) != facts[key]:
+            raise SystemExit(f"{path} was made with {key} {before}, not {facts[key]}; write to another --output")
+    of = ("operation", "B", "N", "dtype")
+    return [row for row in earlier["results"] if tuple(row[key] for key in of) not in made_again]
 
 
 def _write(path: pathlib.Path | None, result: dict[str, Any]) -> None:

@@ -87,6 +87,32 @@ def test_bench_times_every_operation_and_says_what_ran(tmp_path, capsys):
     assert "torch references; no kernel ran, nothing here holds for a GPU" in " ".join(capsys.readouterr().out.split())
 
 
+def test_bench_extends_an_earlier_run_of_the_same_kind(tmp_path):
+    out = tmp_path / "bench.json"
+    how = [
+        "--device",
+        "cpu",
+        "--repeats",
+        "1",
+        "--no-compile",
+        "--extend",
+        "--output",
+        str(out),
+        "--operations",
+        "gather",
+    ]
+    bench.main([*how, "--sizes", "1x24", "2x24"])
+    before = json.loads(out.read_text())["results"]
+    bench.main([*how, "--sizes", "2x24", "3x24"])
+    result = json.loads(out.read_text())
+    assert [row["B"] for row in result["results"]] == [1, 2, 3]
+    assert result["results"][0] == before[0]
+    result["environment"]["device"] = "another"
+    out.write_text(json.dumps(result))
+    with pytest.raises(SystemExit, match="was made with device another"):
+        bench.main([*how, "--sizes", "1x24"])
+
+
 def test_bench_refuses_unknown_operations(capsys):
     with pytest.raises(SystemExit):
         bench.main(["--operations", "sort"])
