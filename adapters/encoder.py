@@ -47,6 +47,7 @@ class EncoderWatch:
 
     @property
     def active(self) -> bool:
+        """Whether calls are watched; switched off, the model runs as its own."""
         return self._active
 
     @active.setter

@@ -61,6 +61,7 @@ class Panel:
 
     @property
     def title(self) -> str:
+        """What the drawing calls it: ``"crops"``, ``"frame 3"``, ``"frames 2-3"``."""
         if self.kind in ("crops", "thumbnail"):
             return self.kind
         if self.frames > 1:

@@ -177,6 +177,7 @@ class Pool:
 
     @property
     def sample(self) -> int:
+        """Row of the batch."""
         return self.items[0].sample
 
     @property

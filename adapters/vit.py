@@ -103,6 +103,7 @@ class Tower(ABC):
 
     @property
     def info(self) -> ModelInfo:
+        """What methods may know of the tower."""
         depth = len(self.blocks)
         return ModelInfo(
             family=self.family,

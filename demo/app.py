@@ -62,6 +62,7 @@ class Result:
 
     @property
     def trace(self) -> ImageTrace:
+        """What became of the picture."""
         return self.pruned.trace.images[0]
 
 

@@ -53,6 +53,7 @@ class DecoderShape:
         return None if plain is None else cls(**{f.name: plain[f.name] for f in fields(cls)})
 
     def as_json(self) -> dict[str, int]:
+        """All sizes by name."""
         return asdict(self)
 
     def prefill_flops(self, lengths: Sequence[float]) -> float:

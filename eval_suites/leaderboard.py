@@ -29,10 +29,12 @@ class Line:
 
     @property
     def first(self) -> Row:
+        """That of the first seed."""
         return self.rows[0]
 
     @property
     def measured(self) -> bool:
+        """Whether all rows have an accuracy."""
         return all(row.status is Status.OK for row in self.rows)
 
     @property
@@ -76,6 +78,7 @@ class Line:
 
     @property
     def name(self) -> str:
+        """The label, cut to the width of a table; † reads the question, ×5 over five seeds."""
         label = self.first.label if len(self.first.label) <= 32 else f"{self.first.label[:31]}…"
         label += "†" if self.first.guided else ""
         return f"{label} ×{len(self.rows)}" if len(self.rows) > 1 else label
@@ -279,6 +282,7 @@ class Leaderboard:
     # -------------------------------------------------------------------------------------------------------- output
 
     def as_json(self) -> dict[str, Any]:
+        """Rows, without their answers, and environment."""
         return {"rows": [row.as_json() for row in self.rows], "environment": self.environment}
 
     def write_json(self, path: str | os.PathLike[str]) -> None:
@@ -370,6 +374,7 @@ class Leaderboard:
 
     @property
     def title(self) -> str:
+        """What was asked of which model."""
         e = self.environment
         return f"{e.get('model')} on {e.get('suite')}, {self.drawn}, positions: {e.get('positions')}"
 

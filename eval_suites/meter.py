@@ -61,10 +61,12 @@ class Run:
 
     @property
     def method(self) -> str:
+        """The method's name; of the bare model, the label."""
         return self.pruner.name if self.pruner else self.label
 
     @property
     def keep(self) -> Keep | None:
+        """The budget, None without one."""
         return None if self.pruner is None else getattr(self.pruner, self.pruner.budget_parameter, None)
 
     def row(self) -> Row:

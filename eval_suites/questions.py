@@ -39,6 +39,7 @@ class Question:
 
     @property
     def answer(self) -> str:
+        """The first of the right ones."""
         return self.answers[0]
 
     @property

@@ -85,6 +85,7 @@ class Card:
         return Hook.LLM_LAYER.value in self.hooks
 
     def as_json(self) -> dict[str, Any]:
+        """Everything in plain types, as ``foveate show --json`` prints it."""
         return dataclasses.asdict(self)
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from foveate.errors import MissingSignalError, ParameterError
 from foveate.pruners.parameters import Keep, check_keep, integer, layers, many, number, one_of
 from foveate.pruners.selecting import (
+    among_top,
     budget,
     floor,
     gather,
@@ -82,6 +83,7 @@ __all__ = [
     "TransitionVariation",
     "UnpooledFrames",
     "View",
+    "among_top",
     "budget",
     "check_keep",
     "floor",

@@ -86,6 +86,7 @@ class Random(Pruner):
         return tuple(budget(self.keep, view.size) for view in layout.views)
 
     def select(self, tokens: Tokens) -> Selection:
+        """As many tokens as the budget allows, drawn by the image's id."""
         if self.layer is not None:  # survivors of an earlier stage have no grid, and are counted as FastV counts them
             return self._select_view(tokens, budget(self.keep, tokens.count))
         return per_view(tokens, self.budgets(tokens.layout), self._select_view)
@@ -133,6 +134,7 @@ class Grid(Pruner):
         return tuple(lattice_size(view.grid, share) for view, share in zip(layout.views, shares))
 
     def select(self, tokens: Tokens) -> Selection:
+        """The lattice of every view."""
         return per_view(tokens, self.budgets(tokens.layout), self._select_view)
 
     def _select_view(self, tokens: Tokens, k: int) -> Selection:
@@ -175,6 +177,7 @@ class AvgPool(Pruner):
         return tuple(lattice_size(v.grid, share) for v, share in zip(layout.views, view_budgets(self.keep, layout)))
 
     def select(self, tokens: Tokens) -> Selection:
+        """Every view pooled to its lattice."""
         return per_view(tokens, self.budgets(tokens.layout), self._select_view)
 
     def _select_view(self, tokens: Tokens, k: int) -> Selection:

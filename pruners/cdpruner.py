@@ -123,6 +123,7 @@ class CDPruner(Pruner):
         return view_budgets(self.keep, layout)
 
     def select(self, tokens: Tokens, features: Tensor | None = None) -> Selection:
+        """Greedy choice of each view by the kernel; ``features (B, N, C)`` of the encoder, which ``clip`` reads."""
         budgets = self.budgets(tokens.layout)
         if sum(budgets) >= tokens.count:
             return keep_all(tokens)

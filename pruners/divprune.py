@@ -55,6 +55,7 @@ class DivPrune(Pruner):
         return (budget(self.keep, layout.size),)
 
     def select(self, tokens: Tokens) -> Selection:
+        """The tokens that lie farthest apart, all views of an image in one pool."""
         (k,) = self.budgets(tokens.layout)
         if k >= tokens.count:
             return keep_all(tokens)

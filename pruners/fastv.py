@@ -63,4 +63,5 @@ class FastV(Pruner):
         return (budget(self.keep, layout.size),)
 
     def select(self, tokens: Tokens, attention: Tensor) -> Selection:
+        """Those of the tokens present to which the last prompt token pays most ``attention (B, N)``."""
         return Selection(top_k(attention, budget(self.keep, tokens.count)), scores=attention)

@@ -105,6 +105,7 @@ class FoPru(Pruner):
         return min(share, max(1, share // view.cols)) * view.cols
 
     def select(self, tokens: Tokens, received: Tensor | None = None, given: Tensor | None = None) -> Selection:
+        """The most significant tokens or rows of every view, by attention ``received`` and ``given``, ``(B, N)`` each."""
         signals = {name: s for name, s in (("received", received), ("given", given)) if s is not None}
         return per_view(tokens, self.budgets(tokens.layout), self._select_view, **signals)
 

@@ -37,6 +37,7 @@ from foveate.pruners.base import (
     Stage,
     Tokens,
     View,
+    among_top,
     budget,
     check_keep,
     floor,
@@ -129,6 +130,14 @@ class GlobalCom2(Pruner):
         return (max(1, int(self.keep * thumbnail) + min(sum(crops), floor(self.keep * (sum(crops) + unequal)))),)
 
     def select(self, tokens: Tokens, attention: Tensor | None = None, features: Tensor | None = None) -> Selection:
+        """Budgets from the thumbnail, then the best tokens of thumbnail and crops.
+
+        Args:
+            attention: ``(B, N)`` of the class token; without one features: ``(B, N, C)`` of the encoder.
+
+        Raises:
+            InputError: the model has shrunk the canvas, so that tokens belong to no crop.
+        """
         layout, canvas = tokens.layout, canvas_of(tokens.layout)
         scores = distinctness(features, layout) if attention is None else attention.float()
         if canvas is None:
@@ -146,7 +155,7 @@ class GlobalCom2(Pruner):
             judged = scores[:, where]
             if c:
                 judged = token_score(judged, overview[:, where - mine], self.alpha)
-            kept[:, where] = ranked(judged).argsort(dim=1) < counts[:, c, None]
+            kept[:, where] = among_top(judged, counts[:, c, None])
         chosen = Selection(kept_tokens(kept, None if self.adaptive else self.budgets(layout)[0]), scores=scores)
         if self.order == "official":
             chosen.order, chosen.breaks = official_emission(chosen.index, commander, canvas)
@@ -270,7 +279,7 @@ def apportion(weights: Tensor, total: int, most: Tensor) -> Tensor:
     shares = quota.floor()
     remainder = (quota - shares).masked_fill(full, -1)
     missing = total - shares.sum(dim=1, keepdim=True)
-    return (shares + (ranked(remainder).argsort(dim=1) < missing)).long()
+    return (shares + among_top(remainder, missing)).long()
 
 
 def official_emission(index: Tensor, thumbnail: Tensor, canvas: Canvas) -> tuple[Tensor, Tensor]:

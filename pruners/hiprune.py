@@ -32,6 +32,7 @@ from foveate.pruners.base import (
     Selection,
     Stage,
     Tokens,
+    among_top,
     budget,
     check_keep,
     integer,
@@ -130,6 +131,7 @@ class HiPrune(Pruner):
         return per_view_budget(budget(self.keep, layout.size), tuple(view.size for view in layout.views))
 
     def select(self, tokens: Tokens, anchor: Tensor, deep: Tensor) -> Selection:
+        """Anchors and buffers by ``anchor (B, N)``, registers by ``deep (B, N)``, in every view by itself."""
         return per_view(tokens, self.budgets(tokens.layout), self._select_view, anchor=anchor, deep=deep)
 
     def _select_view(self, tokens: Tokens, k: int, anchor: Tensor, deep: Tensor) -> Selection:
@@ -201,4 +203,4 @@ def registers(deep: Tensor, core: Tensor, k: int, exclude: str = "strict") -> Te
         left = deep.nan_to_num(lowest, torch.inf, lowest).masked_fill(core, -torch.inf)
     else:
         left = deep - core.float()
-    return ranked(left).argsort(dim=1) < k - core.sum(dim=1, keepdim=True)
+    return among_top(left, k - core.sum(dim=1, keepdim=True))

@@ -63,6 +63,11 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     return ranked(scores)[..., :k].sort(dim=-1).values
 
 
+def among_top(scores: Tensor, k: int | Tensor) -> Tensor:
+    """Which scores are among the ``k`` largest of their row, :func:`ranked`: ``(B, N)`` bool; ``k`` may be ``(B, 1)``."""
+    return ranked(scores).argsort(dim=1) < k
+
+
 def kept_tokens(kept: Tensor, most: int | None = None) -> Tensor:
     """Ascending indices of a ``(B, N)`` bool mask, rows padded on the right with -1.
 

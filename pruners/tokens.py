@@ -28,10 +28,12 @@ class View:
 
     @property
     def size(self) -> int:
+        """Number of tokens."""
         return self.rows * self.cols
 
     @property
     def grid(self) -> tuple[int, int]:
+        """Rows and columns."""
         return self.rows, self.cols
 
     def tokens(self, device: torch.device | str | None = None) -> Tensor:
@@ -135,6 +137,7 @@ class Tokens:
 
     @property
     def count(self) -> int:
+        """Tokens of each image, N."""
         return self.embeds.shape[1]
 
 

@@ -114,6 +114,11 @@ class VisionZip(Pruner):
     def select(
         self, tokens: Tokens, attention: Tensor, keys: Tensor, features: Tensor, class_features: Tensor | None = None
     ) -> Selection:
+        """Dominant and contextual tokens of every view.
+
+        Args:
+            attention: ``(B, N)``; keys: ``(B, N, d)``; features: ``(B, N, C)`` of the encoder; class_features: ``(B, V, C)``.
+        """
         signals = {"attention": attention, "keys": keys, "features": features}
         if class_features is not None:
             signals["class_features"] = class_features

@@ -71,6 +71,11 @@ class Pruning:
     # ---------------------------------------------------------------------------------------------- what vLLM calls
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
+        """The rows of each picture that were announced, ``[(K, D)]``, in the order in which they enter the decoder.
+
+        Raises:
+            InputError: the method kept another number than was announced.
+        """
         fields = kwargs.pop(FIELD, None)
         if self.foveate_adapter is None:
             return super().embed_multimodal(**kwargs)

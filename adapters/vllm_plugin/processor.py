@@ -38,10 +38,12 @@ class Announcement:
     rows: int
 
     def packed(self) -> Tensor:
+        """As a field that travels beside the pixels, ``(bytes,)`` uint8."""
         return torch.tensor(list(json.dumps(dataclasses.asdict(self)).encode()), dtype=torch.uint8)
 
     @classmethod
     def unpacked(cls, field: Tensor) -> Announcement:
+        """What :meth:`packed` made."""
         return cls(**json.loads(bytes(field.tolist())))
 
 

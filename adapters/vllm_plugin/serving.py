@@ -188,6 +188,7 @@ class Serving:
 
     @property
     def signals(self) -> tuple[Signal, ...]:
+        """What the method reads of the vision tower."""
         return tuple(self.stage.signals.values())
 
     @property
