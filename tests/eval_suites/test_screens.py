@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from collections import Counter
 
 import numpy as np
@@ -16,7 +14,6 @@ from foveate.eval_suites import clips, evaluate, models, screens, suites
 from foveate.eval_suites.screens import lessons, model, scenes, train
 
 FLOOR = 0.93  # 0.99 on 400 questions
-MODEL_BYTES = 14 * 2**20
 
 
 def drawn(count: int, held_out: bool, seed: int = 3) -> list[scenes.Screen]:
@@ -35,23 +32,8 @@ def meant(screen: scenes.Screen, text: str) -> list[scenes.Element]:
     ]
 
 
-def test_samples_are_a_function_of_the_seed():
-    first, again, other = (list(screens.samples(8, seed=seed)) for seed in (5, 5, 6))
-    for a, b in zip(first, again):
-        assert (a.id, a.task, a.question, a.answer, a.target) == (b.id, b.task, b.question, b.answer, b.target)
-        assert a.image.tobytes() == b.image.tobytes()
-    assert all(a.image.tobytes() != b.image.tobytes() for a, b in zip(first, other))
-
-
-def test_samples_take_the_tasks_in_turn():
-    assert [sample.task for sample in screens.samples(9)] == [*screens.TASKS, *screens.TASKS, screens.TASKS[0]]
+def test_samples_ask_for_an_element_of_their_kind():
     assert all(sample.target.kind == sample.task for sample in screens.samples(8))
-
-
-def test_no_layout_is_in_both_splits():
-    training, held_out = set(drawn(600, held_out=False)), set(drawn(600, held_out=True))
-    assert len(training) > 500
-    assert not training & held_out
 
 
 def test_every_instruction_means_one_element():
@@ -166,32 +148,12 @@ def test_chance_is_the_best_fixed_point():
         assert hits[task].max() / asked[task] == pytest.approx(screens.CHANCE[task], abs=0.03)
 
 
-def test_importing_the_suite_loads_no_torch():
-    # the top package may import torch: what the suites themselves add is measured, in a fresh interpreter
-    package = (
-        "import sys, types; root = types.ModuleType('suites'); root.__path__ = ['.']; sys.modules['suites'] = root"
-    )
-    program = (
-        f"{package}; sys.modules['torch'] = sys.modules['transformers'] = None; import suites.screens, suites.clips"
-    )
-    folder = screens.MODEL_PATH.parent.parent
-    done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, timeout=50)
-    assert done.returncode == 0, done.stderr
-
-
 # ------------------------------------------------------------------------------------------------- the model that ships
 
 
 @pytest.fixture(scope="module")
 def shipped() -> models.Loaded:
     return models.load("shapes-qwen", "cpu", "float32")
-
-
-def test_the_folder_is_small_and_its_weights_are_safetensors():
-    files = [path for path in screens.MODEL_PATH.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= MODEL_BYTES
-    assert {path.suffix for path in files} <= {".safetensors", ".json", ".jsonl", ".jinja", ".md"}
-    assert {"README.md", "training_log.jsonl", "config.json"} <= {path.name for path in files}
 
 
 def test_the_processor_expands_the_image_marker_and_resizes_nothing(shipped):

@@ -19,18 +19,9 @@ from foveate.pruners.base import (
     budget,
     top_k,
 )
+from foveate.registry_view import EXAMPLES
 
-CLIP = ModelInfo(family="llava", tower="CLIPVisionModel")
-QWEN = ModelInfo(
-    family="qwen2_5_vl",
-    tower="Qwen2_5_VisionTransformer",
-    encoder_layers=32,
-    feature_layer=31,
-    class_token=False,
-    decoder_layers=28,
-    mrope=True,
-    full_attention=(7, 15, 23, 31),
-)
+CLIP, QWEN = EXAMPLES.values()
 D, C = 6, 5  # decoder and encoder channels
 
 
