@@ -13,8 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from foveate.adapters.decoder import Decoder, Selector
+from foveate.adapters.decoder import Decoder
 from foveate.adapters.signals import CLASS_TOKEN, DECODER, NEURONS, Tap
+from foveate.adapters.spans import Selector
 from foveate.adapters.sparse_mlp import check_gated
 from foveate.adapters.vit import Tower
 from foveate.errors import MissingSignalError, ParameterError, UnsupportedModelError

@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from foveate.adapters.decoder import Decoder, Selector
+from foveate.adapters.decoder import Decoder
+from foveate.adapters.spans import Selector
 from foveate.errors import InputError, UnsupportedModelError
 
 

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from foveate.adapters.attachment import Replaced
 from foveate.adapters.base import Brought, Encoded, Modality, PromptWatch, bind, installed_transformers
-from foveate.adapters.decoder import Decoder, Selector
+from foveate.adapters.decoder import Decoder
 from foveate.adapters.hf_vit import HFTower
 from foveate.adapters.llava import LlavaAdapter
 from foveate.adapters.llava_next import canvas_layout, single_view
+from foveate.adapters.spans import Selector
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.pruners.base import ClassFeatures, Layout, ModelInfo, Signal, View
 

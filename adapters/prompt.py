@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.adapters.decoder import Decoder, Span
+from foveate.adapters.decoder import Decoder
 from foveate.adapters.signals import Present
+from foveate.adapters.spans import Span
 from foveate.adapters.trace import ImageTrace, Trace
 from foveate.errors import InputError
 from foveate.pruners.base import Layout, Selection, Stage

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from foveate.adapters.base import Adapter
-from foveate.adapters.decoder import Choice
 from foveate.adapters.prompt import Item, Prompt, Result
+from foveate.adapters.spans import Choice
 from foveate.adapters.trace import StageTrace
 from foveate.errors import InputError
 from foveate.pruners.base import Selection, Stage

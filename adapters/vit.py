@@ -347,9 +347,7 @@ class BlockMerger:
         if not count:
             return x
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            signals = {}
-            for name in stage.signals:
-                signals[name] = _mean_of_heads(keys, heads)
+            signals = {name: _mean_of_heads(keys, heads) for name in stage.signals}
             groups = stage.select(BlockTokens(x, self.tower.prefix, count), **signals)
         places = groups.keep, groups.source, groups.target
         if stage.weighting == "size":

@@ -218,9 +218,8 @@ def _folded(stages: Iterable[Stage]) -> tuple[StageCard, ...]:
     """A card per stage; a run of vision blocks or MLPs that read the same, each in its own layer, becomes one,
     ``"vit_block 0 .. 22"``."""
     cards: list[StageCard] = []
-    last: tuple[int, StageCard] | None = (
-        None  # of the run so far: its last layer, and how its card would look without layers
-    )
+    # of the run so far: its last layer, and how its card would look without layers
+    last: tuple[int, StageCard] | None = None
     for stage in stages:
         card = _stage(stage)
         signals = tuple(re.sub(rf"\(layer={stage.layer}\b", "(layer=…", text) for text in card.signals)

@@ -298,9 +298,8 @@ def hiprune_qwen(params: Params, inputs: Tensors) -> Tensors:
     params.expect("kept_official", len(official))
     before, after = params.get("text_before", 0), params.get("text_after", 0)
     params.done("relative_selection_margin", "window_size_px", "patch")
-    sequence = torch.cat(
-        [torch.arange(before), before + keep_idx, before + layout.size + torch.arange(after)]
-    )  # of the prompt: text, image, text
+    # the prompt's: text, image, text
+    sequence = torch.cat([torch.arange(before), before + keep_idx, before + layout.size + torch.arange(after)])
     text = torch.arange(before).expand(3, -1)
     at = torch.arange(layout.size)
     image = before + torch.stack([torch.zeros_like(at), at // cols, at % cols])
