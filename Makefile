@@ -12,6 +12,10 @@ BENCH := --model shapes-llava --suite shapes --pruners all,random@transprune,ran
 # Its own requirements are those of 2023; its model code runs without most of them.
 LLAVA := llava-torch==1.2.2.post1
 
+# Where the operating system leaves ensurepip out of Python (Debian), the pip at hand puts one into the environment.
+new-venv = $(PYTHON) -m venv --clear $(1) || { $(PYTHON) -m venv --clear --without-pip $(1) && \
+	$(PYTHON) -m pip --python $(1)/bin/python install pip; }
+
 .DELETE_ON_ERROR:
 .PHONY: bench demo test test-lmms vllm-env test-vllm test-llava lint format clean
 
@@ -72,29 +76,24 @@ clean:
 	@touch $@
 
 .venv-lmms/stamp: setup.cfg pyproject.toml tests/lmms/constraints.txt
-	$(PYTHON) -m venv --clear .venv-lmms || { $(PYTHON) -m venv --clear --without-pip .venv-lmms && \
-	$(PYTHON) -m pip --python .venv-lmms/bin/python install pip; }
+	$(call new-venv,.venv-lmms)
 	.venv-lmms/bin/python -m pip install --constraint tests/lmms/constraints.txt --editable '.[eval]' \
 	torchvision accelerate datasets pytest pytest-timeout
 	@touch $@
 
 .venv-vllm/stamp: setup.cfg pyproject.toml tests/vllm/requirements.txt tests/vllm/prepare_env.py
-	$(PYTHON) -m venv --clear .venv-vllm || { $(PYTHON) -m venv --clear --without-pip .venv-vllm && \
-	$(PYTHON) -m pip --python .venv-vllm/bin/python install pip; }
+	$(call new-venv,.venv-vllm)
 	.venv-vllm/bin/python -m pip install --requirement tests/vllm/requirements.txt
 	.venv-vllm/bin/python -m pip install --no-deps --editable .
 	.venv-vllm/bin/python tests/vllm/prepare_env.py
 
 .venv-llava/stamp: tests/adapters/llava-requirements.txt
-	$(PYTHON) -m venv --clear .venv-llava || { $(PYTHON) -m venv --clear --without-pip .venv-llava && \
-	$(PYTHON) -m pip --python .venv-llava/bin/python install pip; }
+	$(call new-venv,.venv-llava)
 	.venv-llava/bin/python -m pip install --requirement tests/adapters/llava-requirements.txt
 	.venv-llava/bin/python -m pip install --no-deps $(LLAVA)
 	@touch $@
 
-# Where the operating system leaves ensurepip out of Python (Debian), the pip at hand puts one into the environment.
 $(BIN)/python:
 	@$(PYTHON) -c "import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 10) and \
 	f'foveate needs Python >= 3.10; $(PYTHON) is {v}: make PYTHON=python3.12 ...')"
-	$(PYTHON) -m venv --clear .venv || { $(PYTHON) -m venv --clear --without-pip .venv && \
-	$(PYTHON) -m pip --python .venv/bin/python install pip; }
+	$(call new-venv,.venv)

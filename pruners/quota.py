@@ -42,7 +42,7 @@ from foveate.pruners.base import (
     one_of,
     split_budget,
 )
-from foveate.pruners.baselines import host_slots, middles
+from foveate.pruners.lattice import host_slots, middles
 from foveate.pruners.registry import register
 from foveate.pruners.resampling import GRID, MERGING, PLANS, linspace_index
 

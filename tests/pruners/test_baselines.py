@@ -29,8 +29,8 @@ from foveate.pruners import (
     VisionZip,
 )
 from foveate.pruners.base import EncoderFeatures, LastTokenAttention, ReceivedAttention
-from foveate.pruners.baselines import host_slots, lattice, middles, nearest_host
 from foveate.pruners.cdpruner import similarity, stretch
+from foveate.pruners.lattice import host_slots, lattice, middles, nearest_host
 from foveate.pruners.visionzip import assign, complement, merge
 from tests.pruners.synthetic import CLIP, QWEN, C, anyres, first_stage, make_signals, make_tokens, run
 
