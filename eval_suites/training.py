@@ -1,4 +1,4 @@
-"""What the recipes of the embedded models share: stages with checkpoints, a log and held-out figures.
+"""What the recipes of the embedded models share: stages with checkpoints, a log and held-out figures; batches of questions.
 
 A recipe subclasses :class:`Run`, says what each stage trains (`trained`), how a batch is drawn (`batch`) and what the
 loss is (`loss`); its `main` is :meth:`Run.main`. Every batch is a pure function of (seed, stage, step), so that a run can be
