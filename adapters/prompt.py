@@ -52,7 +52,7 @@ class Item:
     @property
     def newline_places(self) -> Tensor:
         """Places of the picture's separators in the sequence."""
-        return self.places[torch.tensor([n.place for n in self.layout.newlines], device=self.places.device)]
+        return self.places[self.layout.separators(self.places.device)]
 
     def left(self, values: Tensor) -> Tensor:
         """What is known of the tokens ``(N, …)``, of those that are left; of the views ``(V, …)``, all."""

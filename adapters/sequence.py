@@ -152,10 +152,7 @@ def _separators(item: Item, policy: str, chosen: Tensor, alive: Tensor) -> int:
     if policy == "drop":
         stay = torch.zeros_like(stay)
     elif policy == "rows":
-        kept = torch.zeros(item.layout.size + 1, dtype=torch.long, device=chosen.device)
-        upto = kept.index_fill(0, chosen + 1, 1).cumsum(0)
-        edges = torch.tensor([(n.first, n.last) for n in item.layout.newlines], device=chosen.device)
-        stay = stay & (upto[edges[:, 1]] > upto[edges[:, 0]])
+        stay = stay & item.layout.rows_left(chosen)
     alive[item.sample, where] = stay
     return int(stay.sum())
 

@@ -75,6 +75,18 @@ class Layout:
         """Place of every token among the image's places, ``(N,)`` int64."""
         return _places(self, str(device or "cpu"))
 
+    def separators(self, device: torch.device | str | None = None) -> Tensor:
+        """Place of every separator among the image's places, ``(S,)`` int64."""
+        return torch.tensor([n.place for n in self.newlines], dtype=torch.long, device=device)
+
+    def rows_left(self, chosen: Tensor) -> Tensor:
+        """For every separator whether the tokens that it closes have any of the tokens ``chosen (K,)``: ``(S,)`` bool."""
+        upto = chosen.new_zeros(self.size + 1).index_fill(0, chosen + 1, 1).cumsum(0)
+        first, last = (
+            chosen.new_tensor(ends) for ends in ([n.first for n in self.newlines], [n.last for n in self.newlines])
+        )
+        return upto[last] > upto[first]
+
     @classmethod
     def joined(cls, layouts: Sequence[Layout]) -> Layout:
         """The layout of several pictures one after the other, as one."""
@@ -101,7 +113,7 @@ class Layout:
 @lru_cache(maxsize=256)
 def _places(layout: Layout, device: str) -> Tensor:
     token = torch.ones(layout.length, dtype=torch.bool)
-    token[torch.tensor([n.place for n in layout.newlines], dtype=torch.long)] = False
+    token[layout.separators()] = False
     return token.nonzero().squeeze(1).to(device)
 
 

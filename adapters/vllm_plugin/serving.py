@@ -320,7 +320,10 @@ def emitted(selection: Selection, layout: Layout, newlines: str) -> Emission:
     device = selection.index.device
     index = selection.index[selection.index >= 0]
     tokens = layout.places(device)[index]  # ascending
-    separators = _separators(index, layout, newlines if selection.order is None else "drop", device)
+    policy = newlines if selection.order is None else "drop"
+    separators = layout.separators(device)
+    if policy != "keep" and len(index) < layout.size:
+        separators = separators[:0] if policy == "drop" else separators[layout.rows_left(index)]
     places, perm = torch.cat([tokens, separators]).sort()
     source = torch.where(perm < len(index), perm, -1)
     if selection.order is not None:
@@ -329,19 +332,6 @@ def emitted(selection: Selection, layout: Layout, newlines: str) -> Emission:
         places, source = places.clone(), source.clone()
         places[is_token], source[is_token] = tokens[entering], entering
     return Emission(places, source, selection)
-
-
-def _separators(index: Tensor, layout: Layout, newlines: str, device: torch.device) -> Tensor:
-    """Places of the separators that stay."""
-    own = torch.tensor([n.place for n in layout.newlines], dtype=torch.long, device=device)
-    if newlines == "keep" or len(index) == layout.size:
-        return own
-    if newlines == "drop" or not len(own):
-        return own[:0]
-    kept = torch.zeros(layout.size + 1, dtype=torch.long, device=device)
-    upto = kept.index_fill(0, index + 1, 1).cumsum(0)
-    edges = torch.tensor([(n.first, n.last) for n in layout.newlines], device=device)
-    return own[upto[edges[:, 1]] > upto[edges[:, 0]]]
 
 
 # ----------------------------------------------------------------------------------------------------- over the wire
