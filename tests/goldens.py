@@ -644,9 +644,8 @@ def tome(params: Params, inputs: Tensors) -> Tensors:
     results, trace = merged(prefix, [groups], x, sizes)
     positions = even_odd(groups)
     rows = torch.arange(x.shape[1])
-    if (
-        prefix == 2
-    ):  # the official unmerge forgets that merging moved the distillation token, the first odd row, to place 1
+    if prefix == 2:
+        # the official unmerge forgets that merging moved the distillation token, the first odd row, to place 1
         odd = positions["unm_pos"].shape[1]
         rows = torch.cat([rows[:1], rows[odd : odd + 1], rows[1:odd], rows[odd + 1 :]])
     return {**results, **positions, "x_unmerged": trace.unmerge(x[:, rows])}

@@ -10,7 +10,6 @@ import fnmatch
 import json
 import os
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).parent))
-import goldens
+from tests import goldens
 
 FOLDER = Path(os.environ.get("FOVEATE_GOLDENS") or Path(__file__).parent / "data" / "goldens")
 

@@ -154,9 +154,8 @@ def test_kinds_of_markers() -> None:
     ):
         assert len(found)
         torch.testing.assert_close(found, expected.expand_as(found))
-    assert not torch.equal(
-        marks(None, ModelInfo()), table.weight[7].expand_as(marks(None, ModelInfo()))
-    )  # the run's mean
+    mean = marks(None, ModelInfo())  # of the run
+    assert not torch.equal(mean, table.weight[7].expand_as(mean))
     last = padded(PosPad(inner, marker="last", count_markers=False), tokens)
     assert last.values is None
     assert last.markers.any()
