@@ -9,7 +9,8 @@ from __future__ import annotations
 import inspect
 import itertools
 import sys
-from collections.abc import Callable, Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial, wraps
@@ -113,22 +114,38 @@ def statistic(signal: Signal, q: Tensor, k: Tensor, scale: float, prefix: int) -
     raise MissingSignalError(f"no vision tower provides {signal}")
 
 
-class SplitProjectionTap(Tap):
+class EncoderTap(Tap, ABC):
+    """Signals of a vision tower's blocks; subclasses know where a block keeps them."""
+
+    def __init__(self, blocks: Sequence[nn.Module], signals: Iterable[Signal]) -> None:
+        super().__init__()
+        signals = set(signals)
+        for i in {s.layer for s in signals}:
+            mine = [s for s in signals if s.layer == i]
+            features = [s for s in mine if isinstance(s, FEATURES)]
+            if features:
+                self._tap_features(blocks[i], features)
+            if len(features) < len(mine):
+                self._tap_attention(blocks[i], [s for s in mine if s not in features])
+
+    @abstractmethod
+    def _tap_features(self, block: nn.Module, signals: list[Signal]) -> None:
+        """Collect what the block gives out."""
+
+    @abstractmethod
+    def _tap_attention(self, block: nn.Module, signals: list[Signal]) -> None:
+        """Collect statistics of the block's queries and keys."""
+
+
+class SplitProjectionTap(EncoderTap):
     """CLIP and SigLIP towers: ``(V, L, C)`` batches, separate ``q_proj`` and ``k_proj``.
 
     Values are per view: ``(V, n)``, ``(V, n, C)``, and ``(V, C)`` for class features.
     """
 
     def __init__(self, layers: nn.ModuleList, prefix: int, signals: Iterable[Signal]) -> None:
-        super().__init__()
         self.prefix = prefix
-        signals = set(signals)
-        for i in {s.layer for s in signals if isinstance(s, FEATURES)}:
-            self._tap_features(layers[i], [s for s in signals if s.layer == i and isinstance(s, FEATURES)])
-        for i in {s.layer for s in signals if not isinstance(s, FEATURES)}:
-            self._tap_attention(
-                layers[i].self_attn, [s for s in signals if s.layer == i and not isinstance(s, FEATURES)]
-            )
+        super().__init__(layers, signals)
 
     def _tap_features(self, layer: nn.Module, signals: list[Signal]) -> None:
         def listen(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -138,8 +155,8 @@ class SplitProjectionTap(Tap):
 
         self.hook(layer, listen)
 
-    def _tap_attention(self, attention: nn.Module, signals: list[Signal]) -> None:
-        seen: dict[str, Tensor] = {}
+    def _tap_attention(self, layer: nn.Module, signals: list[Signal]) -> None:
+        attention, seen = layer.self_attn, {}
 
         def reduce(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             q, k = (seen.pop(name).unflatten(-1, (module.num_heads, -1)).transpose(1, 2) for name in ("q", "k"))
@@ -151,33 +168,25 @@ class SplitProjectionTap(Tap):
         self.hook(attention, reduce)
 
 
-class PackedTap(Tap):
+class PackedTap(EncoderTap):
     """Qwen towers: all images packed into one ``(S, C)`` sequence cut by ``cu_seqlens``, one fused ``qkv``.
 
     Patches come in merge units of ``unit`` consecutive ones; values are means over units, in tower order: ``(S / unit[, C])``.
     """
 
     def __init__(self, blocks: nn.ModuleList, unit: int, signals: Iterable[Signal]) -> None:
-        super().__init__()
         self.unit = unit
-        signals = set(signals)
-        for i in {s.layer for s in signals}:
-            mine = [s for s in signals if s.layer == i]
-            features = [s for s in mine if isinstance(s, FEATURES)]
-            if features:
-                self._tap_features(blocks[i], features)
-            if len(features) < len(mine):
-                self._tap_attention(blocks[i].attn, [s for s in mine if s not in features])
+        super().__init__(blocks, signals)
 
     def _tap_features(self, block: nn.Module, signals: list[Signal]) -> None:
         def listen(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             for signal in signals:
-                self.values[signal] = self._units(output)
+                self.values[signal] = mean_of_units(output, self.unit)
 
         self.hook(block, listen)
 
-    def _tap_attention(self, attention: nn.Module, signals: list[Signal]) -> None:
-        seen: dict[str, Any] = {}
+    def _tap_attention(self, block: nn.Module, signals: list[Signal]) -> None:
+        attention, seen = block.attn, {}
         rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb_vision
 
         def reduce(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -185,13 +194,15 @@ class PackedTap(Tap):
             q, k = rotate(q, k, *kwargs["position_embeddings"])
             bounds = kwargs["cu_seqlens"].tolist()
             for signal in signals:
-                self.values[signal] = self._units(by_segment(signal, q, k, bounds, module.scaling))
+                self.values[signal] = mean_of_units(by_segment(signal, q, k, bounds, module.scaling), self.unit)
 
         _remember(self, attention.qkv, seen, "qkv")
         self.hook(attention, reduce)
 
-    def _units(self, patches: Tensor) -> Tensor:
-        return patches.float().unflatten(0, (-1, self.unit)).mean(dim=1)
+
+def mean_of_units(patches: Tensor, unit: int) -> Tensor:
+    """Means of ``unit`` consecutive patches in float32: ``(S[, C]) -> (S / unit[, C])``."""
+    return patches.float().unflatten(0, (-1, unit)).mean(dim=1)
 
 
 def by_segment(signal: Signal, q: Tensor, k: Tensor, bounds: list[int], scale: float) -> Tensor:

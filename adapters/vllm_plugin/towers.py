@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from foveate.adapters.attachment import Replaced
-from foveate.adapters.signals import FEATURES, Tap, by_segment, statistic
+from foveate.adapters.signals import EncoderTap, by_segment, mean_of_units, statistic
 from foveate.pruners.base import ClassFeatures, Signal
 
 
-class TowerTap(Tap):
+class TowerTap(EncoderTap):
     """Collects signals of one call of a tower whose blocks are ``blocks``.
 
     Every attention statistic is a mean over heads, so the mean over processes of what their heads say is the whole.
@@ -34,16 +34,8 @@ class TowerTap(Tap):
         unit: int = 1,
         bounds: list[int] | None = None,
     ) -> None:
-        super().__init__()
         self.prefix, self.unit, self.bounds = prefix, unit, bounds
-        signals = set(signals)
-        for i in {signal.layer for signal in signals}:
-            mine = [signal for signal in signals if signal.layer == i]
-            features = [signal for signal in mine if isinstance(signal, FEATURES)]
-            if features:
-                self._tap_features(blocks[i], features)
-            if len(features) < len(mine):
-                self._tap_attention(attention_of(blocks[i]), [signal for signal in mine if signal not in features])
+        super().__init__(blocks, signals)
 
     def _tap_features(self, block: nn.Module, signals: list[Signal]) -> None:
         forward = block.forward
@@ -54,7 +46,7 @@ class TowerTap(Tap):
             hidden = output[0] if isinstance(output, tuple) else output
             for signal in signals if self.open else ():
                 if self.bounds is not None:
-                    self.values[signal] = self._units(hidden.flatten(0, 1))
+                    self.values[signal] = mean_of_units(hidden.flatten(0, 1), self.unit)
                 else:
                     self.values[signal] = (
                         hidden[:, 0] if isinstance(signal, ClassFeatures) else hidden[:, self.prefix :]
@@ -64,7 +56,7 @@ class TowerTap(Tap):
         # blocks that vLLM may compile call their `forward` past torch's hooks
         self._handles.append(Replaced(block, "forward", listening))
 
-    def _tap_attention(self, attention: nn.Module, signals: list[Signal]) -> None:
+    def _tap_attention(self, block: nn.Module, signals: list[Signal]) -> None:
         def reduce(module: nn.Module, args: Any, kwargs: Any) -> None:
             named = dict(zip(("query", "key"), args)) | kwargs
             q, k = named["query"], named["key"]  # behind the rotary embedding, this process's heads
@@ -74,13 +66,10 @@ class TowerTap(Tap):
                 if self.bounds is None:
                     value = statistic(signal, q.transpose(1, 2), k.transpose(1, 2), module.scale, self.prefix)
                 else:
-                    value = self._units(by_segment(signal, q[0], k[0], self.bounds, module.scale))
+                    value = mean_of_units(by_segment(signal, q[0], k[0], self.bounds, module.scale), self.unit)
                 self.values[signal] = mean_over_processes(value)
 
-        self.hook(attention, reduce, before=True)
-
-    def _units(self, patches: Tensor) -> Tensor:
-        return patches.float().unflatten(0, (-1, self.unit)).mean(dim=1)
+        self.hook(attention_of(block), reduce, before=True)
 
 
 def attention_of(block: nn.Module) -> nn.Module:
