@@ -112,7 +112,11 @@ class Adapter(ABC):
 
     @abstractmethod
     def describe(self) -> ModelInfo:
-        """What pruners may know about the model."""
+        """What pruners may know about the model.
+
+        Raises:
+            UnsupportedModelError: a part of the model is of a kind that the family does not know.
+        """
 
     @abstractmethod
     def tap(self, signals: Iterable[Signal]) -> Tap:
@@ -137,7 +141,11 @@ class Adapter(ABC):
         return False
 
     def patch_pixels(self, pixels: Tensor, layouts: list[Layout], kind: str, call: dict[str, Any]) -> list[Tensor]:
-        """Preprocessed pixels under each token, ``[(N, 3, T, h, w)]``; see :class:`~foveate.pruners.base.PatchPixels`."""
+        """Preprocessed pixels under each token, ``[(N, 3, T, h, w)]``; see :class:`~foveate.pruners.base.PatchPixels`.
+
+        Raises:
+            MissingSignalError: the family cannot tell pixels apart by token.
+        """
         raise MissingSignalError(f"no pixels can be told apart by token in {type(self.model).__name__}")
 
     pixel_mean: ClassVar[tuple[float, float, float]] = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
@@ -146,7 +154,11 @@ class Adapter(ABC):
 
     @property
     def projector(self) -> nn.Module:
-        """The module that maps rows of the tower to decoder embeddings, row by row; asked for where the tower merges."""
+        """The module that maps rows of the tower to decoder embeddings, row by row; asked for where the tower merges.
+
+        Raises:
+            UnsupportedModelError: there is no such module.
+        """
         raise UnsupportedModelError(f"the projector of {type(self.model).__name__} is not known to map row by row")
 
     def block_tower(self) -> Tower:
@@ -239,7 +251,11 @@ class Adapter(ABC):
                 )
 
     def encoded(self, kind: str, output: Any, call: dict[str, Any], signals: dict[Signal, Tensor]) -> Encoded | None:
-        """Sort an encoder call's results by image; None if they are not on their way into the decoder."""
+        """Sort an encoder call's results by image; None if they are not on their way into the decoder.
+
+        Raises:
+            UnsupportedModelError: the model returned other numbers of tokens than the layouts have.
+        """
         if not hasattr(output, "pooler_output"):
             return None  # asked for as a tuple
         layouts = self.layouts(kind, call, output)

@@ -77,6 +77,9 @@ class Decoder:
     Args:
         text_model: a module with ``layers``, ``rotary_emb`` and ``config``, called with ``inputs_embeds``.
         mrope: the model has three-axis positions.
+
+    Raises:
+        UnsupportedModelError: some layers do not attend to everything.
     """
 
     def __init__(self, text_model: nn.Module, selector: Selector, *, mrope: bool) -> None:

@@ -99,7 +99,11 @@ def _exact(reduce: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @_exact
 def statistic(signal: Signal, q: Tensor, k: Tensor, scale: float, prefix: int) -> Tensor:
-    """One encoder statistic from ``q, k (V, H, L, d)`` with ``prefix`` class and register tokens in front: ``(V, n[, d])``."""
+    """One encoder statistic from ``q, k (V, H, L, d)`` with ``prefix`` class and register tokens in front: ``(V, n[, d])``.
+
+    Raises:
+        MissingSignalError: the signal is no statistic of a vision tower.
+    """
     if isinstance(signal, ReceivedAttention):
         first = prefix if signal.queries == "patches" else 0
         return received_attention(q, k, scale=scale, first_query=first, logits=signal.logits)[:, prefix:]

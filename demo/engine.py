@@ -64,6 +64,9 @@ class Engine:
         refused: name -> why the model cannot serve the method.
         positions: policy for tokens' positions that suits the model.
         takes_video: whether it answers questions about clips.
+
+    Raises:
+        FoveateError: no method runs on the model.
     """
 
     def __init__(self, loaded: Loaded, max_new_tokens: int = 32) -> None:

@@ -70,7 +70,11 @@ def digest(name: str) -> str | None:
 
 
 def source(name: str) -> str:
-    """The folder that ``name`` stands for, or ``name`` itself where it can only be a name on the hub."""
+    """The folder that ``name`` stands for, or ``name`` itself where it can only be a name on the hub.
+
+    Raises:
+        FoveateError: neither, a file, or an embedded model that is not there.
+    """
     if name in EMBEDDED:
         folder = str(Path(__file__).parent / EMBEDDED[name].partition(".")[0] / name)
         if not os.path.isdir(folder):

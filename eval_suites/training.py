@@ -194,7 +194,11 @@ class Run(ABC):
         return torch.load(path, map_location=self.device, weights_only=True) if path.exists() else None
 
     def needed(self, stage: str) -> dict:
-        """A stage's checkpoint, which the next stage starts from."""
+        """A stage's checkpoint, which the next stage starts from.
+
+        Raises:
+            FileNotFoundError: the stage has not run.
+        """
         state = self.load(stage)
         if state is None:
             raise FileNotFoundError(f"there is no {self.work / stage}.pt to start from: run stage {stage!r} first")

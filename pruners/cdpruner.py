@@ -55,7 +55,11 @@ class ClipText:
 
     @torch.no_grad()
     def image_embeds(self, features: Tensor) -> Tensor:
-        """Patches of the encoder ``(B, N, C)`` in the space shared with text: ``(B, N, E)``."""
+        """Patches of the encoder ``(B, N, C)`` in the space shared with text: ``(B, N, E)``.
+
+        Raises:
+            MissingSignalError: the features are not those of this model's tower.
+        """
         expected = self.model.visual_projection.in_features
         if features.shape[-1] != expected:
             raise MissingSignalError(

@@ -92,7 +92,11 @@ class Merger(Pruner):
         raise NotImplementedError(f"{type(self).__name__} does not implement block()")
 
     def removing(self, counts: tuple[int, ...], n_patches: int, model: ModelInfo) -> Merger:
-        """The method with a schedule of its own: ``counts[i]`` of the tokens that ``n_patches`` patches became merge in block i."""
+        """The method with a schedule of its own: ``counts[i]`` of the tokens that ``n_patches`` patches became merge in block i.
+
+        Raises:
+            ParameterError: the method's parameters fix another schedule.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not implement removing()")
 
     def stages(self, model: ModelInfo) -> tuple[Stage, ...]:

@@ -72,7 +72,11 @@ def parse(entry: Entry) -> Settings:
 
 
 def canonical(entry: Entry | None) -> str:
-    """The entry as text, the same for equal entries."""
+    """The entry as text, the same for equal entries.
+
+    Raises:
+        ParameterError: it holds more than JSON can say.
+    """
     try:
         return json.dumps(entry, sort_keys=True)
     except TypeError:

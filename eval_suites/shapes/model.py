@@ -22,6 +22,7 @@ SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<image>")
 PATCH = 8
 GRID = scenes.IMAGE_SIZE // PATCH
 IMAGE_TOKENS = GRID * GRID
+CELL_COUNT = 9  # of a scene
 MEAN, STD = [0.4, 0.4, 0.4], [0.25, 0.25, 0.25]
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | upper }}: "
@@ -31,8 +32,6 @@ CHAT_TEMPLATE = (
     "{% endif %}{% if message['role'] == 'assistant' %}{{ '</s>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
-
-CELL_COUNT = 9
 
 
 @dataclass
