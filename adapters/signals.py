@@ -210,7 +210,10 @@ def mean_of_units(patches: Tensor, unit: int) -> Tensor:
 
 
 def by_segment(signal: Signal, q: Tensor, k: Tensor, bounds: list[int], scale: float) -> Tensor:
-    """The statistic inside every segment of a packed sequence; segments of equal length go as one batch."""
+    """The statistic inside every segment of a packed sequence, ``q, k (S, H, d)``: ``(S[, d])``.
+
+    Segment i goes from ``bounds[i]`` to ``bounds[i + 1]``; those of equal length go as one batch.
+    """
     lengths = [stop - start for start, stop in itertools.pairwise(bounds)]
     result = None
     for length in sorted(set(lengths)):

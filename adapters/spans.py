@@ -137,13 +137,13 @@ class Selector(Protocol):
     neuron_layers: frozenset[int]
 
     def begin(self, embeds: Tensor, mask: Tensor | None, past: int) -> Call:
-        """A call starts: what does it bring?"""
+        """A call starts: what do ``embeds (B, L, D)`` bring, behind ``past`` places? ``mask (B, past + L)`` or None."""
 
     def at_input(self, embeds: Tensor) -> Choice | None:
-        """Which new places enter the decoder; None keeps all."""
+        """Which new places of ``embeds (B, L, D)`` enter the decoder; None keeps all."""
 
     def at_layer(self, layer: int, hidden: Tensor, span: Span, cache: Any) -> Choice | None:
-        """Which of the span's places enter decoder layer ``layer``; None keeps all."""
+        """Which of the span's places enter decoder layer ``layer``, by ``hidden (B, K, D)`` in front of it; None keeps all."""
 
     def neurons(self) -> dict[int, Tensor]:
         """By layer, ``(B, F)`` bool: the neurons that run from now on."""

@@ -41,9 +41,11 @@ from foveate.pruners.base import (
     check_keep,
     integer,
     keep_all,
+    kept_tokens,
     layers,
     number,
     one_of,
+    ranked,
     top_k,
 )
 from foveate.pruners.registry import register
@@ -159,7 +161,7 @@ class CoreMatching(Pruner):
         return (min(self.max_keep, layout.length) if bounded else layout.length,)
 
     def core_tokens(self, tokens: Tokens, matches: Tensor) -> Selection:
-        """The tokens whose count of matching neurons passes the knee, or the ``budget`` largest."""
+        """The tokens whose count of matching neurons, ``matches (B, N)``, passes the knee, or the ``budget`` largest."""
         n = tokens.count
         if self.budget is not None:
             keep = budget(self.budget, tokens.entered)
@@ -168,10 +170,9 @@ class CoreMatching(Pruner):
         most = n if self.max_keep is None else min(self.max_keep, n)
         least = min(self.min_keep, n)
         if least > 0 or most < n:
-            rank = matches.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+            rank = ranked(matches).argsort(dim=1)
             kept = (kept | (rank < least)) & (rank < most)
-        index = torch.where(kept, torch.arange(n, device=kept.device), n).sort(dim=1).values
-        return Selection(index.masked_fill(index == n, -1), scores=matches)
+        return Selection(kept_tokens(kept, n), scores=matches)
 
 
 def above_knee(counts: Tensor, threshold: str = ">=") -> Tensor:

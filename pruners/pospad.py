@@ -212,7 +212,12 @@ class PosPad(Pruner):
     def padded(
         self, tokens: Tokens, chosen: Selection, marker: str | Tensor, token_ids: Mapping[str, tuple[int, ...]]
     ) -> Selection:
-        """``chosen`` with markers in place of the runs that it drops."""
+        """``chosen`` with markers in place of the runs that it drops.
+
+        Args:
+            marker: what the markers are, as resolved for the model (never None); a tensor is an embedding ``(D,)``.
+            token_ids: ids of the model's special tokens, of which some markers are the embedding.
+        """
         kept = _mask(chosen, tokens)
         if bool(kept.all()) or self.placement == "none":
             return replace(chosen, order=None)

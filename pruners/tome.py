@@ -136,7 +136,7 @@ def bipartite(metric: Tensor, r: int, *, prefix: int = 0, ascending: bool = True
 def kth(metric: Tensor, k: int, *, prefix: int = 0) -> Groups:
     """Of every ``k`` consecutive rows behind the prefix, the first k - 1 merge into their best match among the k-th ones.
 
-    The last N mod k rows, which the official code loses, stay as they are.
+    ``metric (B, N, d)``; the last N mod k rows, which the official code loses, stay as they are.
     """
     rows = torch.arange(metric.shape[1], device=metric.device).expand(len(metric), -1)
     whole = (metric.shape[1] - prefix) // k * k
@@ -149,7 +149,7 @@ def kth(metric: Tensor, k: int, *, prefix: int = 0) -> Groups:
 def random_groups(
     metric: Tensor, r: int, generator: torch.Generator, *, prefix: int = 0, pairs: bool = False
 ) -> Groups:
-    """``r`` random rows merge into their best match among the others, or (``pairs``) into random others."""
+    """``r`` random rows of ``metric (B, N, d)`` merge into their best match among the others, or (``pairs``) into random ones."""
     batch, n, _ = metric.shape
     shuffled = prefix + torch.randperm(n - prefix, generator=generator).to(metric.device)
     source, stay = shuffled[:r], shuffled[r:].sort().values

@@ -210,6 +210,9 @@ def merge(hidden: Tensor, rest: Tensor, targets: Tensor, assigned: Tensor) -> Te
 
 
 def hosted(places: list[Tensor], values: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Sort tokens given in order of entry by their places: index, order and values of a selection."""
+    """Sort tokens given in order of entry by their places: index, order and values of a selection.
+
+    ``places [(B, k)]`` and ``values [(B, k, D)]``, part by part -> ``(B, K), (B, K), (B, K, D)``.
+    """
     index, perm = torch.cat(places, dim=1).sort(dim=1)
     return index, perm.argsort(dim=1), gather(torch.cat([v.to(dtype) for v in values], dim=1), perm)
