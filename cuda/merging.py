@@ -155,7 +155,7 @@ def _match(sources: Tensor, targets: Tensor, target_valid: Tensor | None) -> tup
         score, index = similarity.max(dim=-1)  # of equal ones the first
         scores.append(score)
         indices.append(index)
-    return torch.cat(scores, dim=1), torch.cat(indices, dim=1)
+    return (torch.cat(scores, dim=1), torch.cat(indices, dim=1)) if len(scores) > 1 else (scores[0], indices[0])
 
 
 def _unit(x: Tensor) -> Tensor:

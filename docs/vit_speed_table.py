@@ -1,4 +1,4 @@
-"""The README's table of merging speed, from what `foveate speed vit … --out FILE` wrote.
+"""The table of merging speed in docs/vision-transformers.md, from what `foveate speed vit … --out FILE` wrote.
 
 python docs/vit_speed_table.py eval_suites/results/speed_vit.json [BATCH]
 """
