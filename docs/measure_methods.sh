@@ -12,7 +12,7 @@ measure() {
     python -m foveate bench --seeds 3 --no-timing --out "$out" "$@"
 }
 
-measure --model shapes-llava --suite shapes --limit 200 --keep 0.75,0.5,0.35,0.25,0.17,0.11,0.06 --pruners \
+measure --model shapes-llava --suite shapes --limit 200 --keep 0.5,0.25,0.17,0.11,0.06 --pruners \
     'cdpruner,divprune,fopru,globalcom2,focusui,hiprune,todre,visionzip,fastv,random@fastv,corematching,random@corematching'
 
 # these have a schedule in place of a budget; each beside chance with that schedule
@@ -27,4 +27,4 @@ measure --model shapes-llava --suite shapes --limit 200 --keep 0.5 --pruners "$s
 
 measure --model shapes-qwen --suite screens --limit 100 --keep 0.5,0.3,0.2,0.1,0.05 --pruners focusui,pospad:focusui
 measure --model shapes-qwen --suite clips --limit 100 --keep 0.5,0.25,0.12,0.06 --pruners quota
-measure --model shapes-next --suite shapes-wide --limit 100 --keep 0.75,0.5,0.25,0.1,0.06 --pruners globalcom2
+measure --model shapes-next --suite shapes-wide --limit 100 --keep 0.5,0.25,0.1 --pruners globalcom2
