@@ -367,6 +367,10 @@ def _number(tokens: float) -> str:
 
 # -------------------------------------------------------------------------------------------------------------- files
 
+_REPEAT = (
+    "To repeat it: `sh docs/measure_methods.sh methods.db`, then `python docs/method_pages.py methods.db` "
+    "([all methods](README.md#measure-again))."
+)
 _GENERATED = re.compile(r"(?<=<!-- generated -->\n).*?(?=<!-- /generated -->)", re.DOTALL)
 
 
@@ -385,6 +389,7 @@ def files() -> dict[Path, str]:
         parts = ["## Parameters", parameter_table(card(name))]
         parts += ["## Measured"] if shown else []
         parts += [results(bench, name) for bench in shown]
+        parts += [_REPEAT] if shown else []
         wanted[FOLDER / f"{name}.md"] = _filled(FOLDER / f"{name}.md", "\n\n".join(parts))
         wanted |= {FOLDER / f"{name}-{bench.facts['suite']}.svg": figure(bench, name) for bench in shown}
     wanted[FOLDER / "README.md"] = _filled(FOLDER / "README.md", index_table(benches))
