@@ -24,6 +24,8 @@ from foveate.errors import InputError, ParameterError
 from foveate.pruners.frame_questions import FramePrompts, parsed_objects
 
 DEFAULT_MODEL = "Qwen/Qwen2-VL-2B-Instruct"
+GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+"""For ``generate``: the likeliest token every time, whatever the checkpoint's own generation settings."""
 _MAX_PIXELS = 1280 * 28 * 28  # per frame, the authors' setting
 _T = TypeVar("_T")
 
@@ -183,17 +185,13 @@ class FrameScorer:
         inputs = self.processor(images=frames, text=[text] * len(frames), padding=True, return_tensors="pt")
         inputs = inputs.to(self.model.device, self.model.dtype)
         mask = inputs["attention_mask"]
-        last = torch.where(mask.bool(), torch.arange(mask.shape[1], device=mask.device), -1).amax(
-            dim=1
-        )  # either padding
+        # the last attended column, whichever side is padded
+        last = torch.where(mask.bool(), torch.arange(mask.shape[1], device=mask.device), -1).amax(dim=1)
         places, column = last.unique(return_inverse=True)
         logits = self.model(**inputs, use_cache=False, logits_to_keep=places).logits  # (B, places, vocabulary)
         rows = logits[torch.arange(len(frames), device=logits.device), column.to(logits.device)]
         probabilities = rows.float().softmax(dim=-1)
         return (probabilities.amax(dim=-1) if self.yes is None else probabilities[:, self.yes]).tolist()
-
-
-GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
 
 
 @contextlib.contextmanager

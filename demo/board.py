@@ -14,26 +14,14 @@ from PIL import Image
 
 from foveate.demo import views
 from foveate.errors import FoveateError
-from foveate.eval_suites import suites
+from foveate.eval_suites import results, suites
 from foveate.eval_suites.leaderboard import Leaderboard
 from foveate.eval_suites.rows import Row, Status
-from foveate.eval_suites.store import Store, read
 
 COLUMNS = ("method", "budget", "seed", "accuracy %", "same answer %", "tokens per layer", "ms per sample", "status")
 FRONT, BEHIND, BASELINE = "on the Pareto front", "behind it", "baseline"
 _COLOURS = {FRONT: "#d55e00", BEHIND: "#0072b2", BASELINE: "#8a8f98"}
 _SHOWN = 24  # samples of a row
-
-
-def load(path: str) -> list[Leaderboard]:
-    """The leaderboards of a result file, or of a JSON export of one.
-
-    Raises:
-        FoveateError: no such file, or not one of ours.
-    """
-    with Store(":memory:") as store:
-        store.merge(read(path), path)
-        return store.boards()
 
 
 def frame(board: Leaderboard, budgets: Iterable[str] = (), baselines: bool = True) -> pd.DataFrame:
@@ -94,7 +82,7 @@ def samples(board: Leaderboard, row: Row) -> str:
 
 def tab(path: str | None) -> None:
     """Fill the tab in."""
-    boards = load(path) if path else []
+    boards = results.boards(path) if path else []
     if not boards:
         gr.HTML(
             '<p class="fv-note"><strong>No results yet.</strong> <code>foveate bench --out results.db</code> measures every method '

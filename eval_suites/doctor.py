@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -25,6 +24,8 @@ from foveate.adapters import attach
 from foveate.cuda import received_attention, warmup
 from foveate.errors import FoveateError
 from foveate.eval_suites import models, tiny
+from foveate.eval_suites.environment import version_of
+from foveate.eval_suites.terminal import console
 from foveate.pruners import PRUNERS
 
 __all__ = ["OPTIONAL", "Finding", "State", "add_arguments", "examine", "main"]
@@ -105,7 +106,7 @@ def _versions() -> Iterator[Finding]:
     yield Finding(part, "foveate", State.OK, f"{foveate.__version__}, {Path(foveate.__file__).parent}")
     yield Finding(part, "python", State.OK, f"{platform.python_version()}, {sys.executable}")
     for name in _CORE:
-        version = _version(name)
+        version = version_of(name)
         if version is None:
             yield Finding(part, name, State.FAILED, f"is not installed: run `pip install {name}`")
         else:
@@ -137,7 +138,7 @@ def _kernels() -> Iterator[Finding]:
         yield Finding(part, "FOVEATE_KERNELS", State.FAILED, "cupy, but there is no GPU: set auto")
     else:
         yield Finding(part, "FOVEATE_KERNELS", *_outcome(failure, mode))
-    version = next(filter(None, map(_version, _CUPY_WHEELS)), None)
+    version = next(filter(None, map(version_of, _CUPY_WHEELS)), None)
     if version is None:
         help_ = "not installed; `pip install foveate[cuda13]` (or [cuda12]) makes selection faster on a GPU"
         yield Finding(
@@ -229,7 +230,7 @@ def _run(model: Any, inputs: dict[str, Any], name: str) -> None:
 def _optional(full: bool) -> Iterator[Finding]:
     part = "optional"
     for module, (package, extra, enables) in OPTIONAL.items():
-        version = next(filter(None, map(_version, _CUPY_WHEELS if module == "cupy" else (package,))), None)
+        version = next(filter(None, map(version_of, _CUPY_WHEELS if module == "cupy" else (package,))), None)
         if version is None:
             how = f"`pip install foveate[{extra}]`" if extra else f"`pip install {package}`"
             yield Finding(part, package, State.NOTE, f"not installed; {how} for {enables}")
@@ -242,13 +243,6 @@ def _optional(full: bool) -> Iterator[Finding]:
 
 
 # -------------------------------------------------------------------------------------------------------------- helpers
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 @contextlib.contextmanager
@@ -273,12 +267,9 @@ _MARKS: dict[State, tuple[str, str]] = {
 
 
 def _print(findings: list[Finding]) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False)
-    console = console if console.is_terminal else Console(highlight=False, width=120)
     table = Table(box=None, padding=(0, 1), pad_edge=False, show_header=False)
     part = None
     for finding in findings:
@@ -289,12 +280,9 @@ def _print(findings: list[Finding]) -> None:
         table.add_row(
             Text(mark, style=style), finding.what, Text(finding.told, style="" if finding.state is State.OK else style)
         )
-    console.print(table)
     broken = sum(finding.state is State.FAILED for finding in findings)
-    console.print()
-    console.print(
-        Text(
-            f"{broken} of {len(findings)} checks failed." if broken else "All that should work here works.",
-            style="bold",
-        )
-    )
+    told = f"{broken} of {len(findings)} checks failed." if broken else "All that should work here works."
+    page = console()
+    page.print(table)
+    page.print()
+    page.print(Text(told, style="bold"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import importlib
+import importlib.metadata
 import os
 import platform
 import subprocess
@@ -17,7 +18,7 @@ import transformers
 import foveate
 from foveate.cuda.hardware import processor
 
-__all__ = ["environment", "machine"]
+__all__ = ["environment", "machine", "version_of"]
 
 
 def environment(model: torch.nn.Module) -> dict[str, Any]:
@@ -51,6 +52,14 @@ def machine(device: torch.device) -> dict[str, Any]:
         "device": device.type,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def version_of(package: str) -> str | None:
+    """The installed version of a package (by its name in the index, not for imports); None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _source() -> str:

@@ -11,6 +11,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from foveate.eval_suites.rows import Row, Status, mean_sd
+from foveate.eval_suites.terminal import console
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -339,13 +340,8 @@ class Leaderboard:
         yield from map(Text, self.notes(columns, bold="▸", italic="·"))
 
     def print(self) -> None:
-        """Print on the terminal; where there is none, at the width that ``COLUMNS`` says, or 120."""
-        from rich.console import Console
-
-        console = Console(highlight=False)
-        if not console.is_terminal and "COLUMNS" not in os.environ:
-            console = Console(highlight=False, width=120)
-        console.print(self)
+        """Print on the terminal, or :func:`foveate.eval_suites.terminal.console`'s page."""
+        console().print(self)
 
     def _repr_markdown_(self) -> str:
         return self.markdown()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from foveate.adapters import FrameScorer, Session, attach
 from foveate.adapters.base import Adapter, adapter_for
+from foveate.adapters.frame_scorer import GREEDY
 from foveate.adapters.trace import ImageTrace, Trace
 from foveate.errors import BudgetError, FoveateError, UnsupportedModelError
 from foveate.eval_suites.models import Loaded
@@ -41,8 +42,6 @@ logger = logging.getLogger(__name__)
 
 GREY = (128, 128, 128)
 """What ``no-image`` shows in place of each picture: the same for all samples, so that nothing of a sample leaks."""
-
-_NO_SAMPLING = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
 
 
 @dataclass(frozen=True)
@@ -214,7 +213,7 @@ class Meter:
     @torch.no_grad()
     def generate(self, inputs: Any, **options: Any) -> Tensor:
         """Greedy token ids ``(B, L + new)`` behind the prompts' own."""
-        return self.model.generate(**inputs, **_NO_SAMPLING, **options)
+        return self.model.generate(**inputs, **GREEDY, **options)
 
     def _prompt(self, sample: Sample) -> str:
         if not getattr(self.processor, "chat_template", None):

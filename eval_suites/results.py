@@ -16,7 +16,7 @@ from foveate.eval_suites.leaderboard import Leaderboard
 from foveate.eval_suites.rows import Row
 from foveate.eval_suites.store import Store, differences, read
 
-__all__ = ["add_arguments", "compare", "main", "opened", "table"]
+__all__ = ["add_arguments", "boards", "compare", "main", "opened", "table"]
 
 _FACTS = (
     "limit", "suite_seed", "positions", "batch_size", "dtype", "attention", "hardware", "weights_sha256", "revision",
@@ -108,6 +108,16 @@ def opened(path: str) -> Store:
     store = Store(":memory:")
     store.merge(read(path), path)
     return store
+
+
+def boards(path: str) -> list[Leaderboard]:
+    """The leaderboards of a result file, or of a JSON export of one.
+
+    Raises:
+        StoreError: no such file, or not one of ours.
+    """
+    with opened(path) as store:
+        return store.boards()
 
 
 def _written(path: str, text: str) -> int:

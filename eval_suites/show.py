@@ -6,8 +6,7 @@ import argparse
 from pathlib import Path
 
 from foveate.errors import ParameterError, UnknownNameError, nearest
-from foveate.eval_suites.leaderboard import Leaderboard
-from foveate.eval_suites.results import opened
+from foveate.eval_suites import results
 
 __all__ = ["add_arguments", "main"]
 
@@ -29,7 +28,7 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         FoveateError: a file cannot be read, or holds nothing of what was asked for.
     """
-    boards = [board for path in args.files for board in _boards(path)]
+    boards = [board for path in args.files for board in results.boards(path)]
     for name in ("model", "suite"):
         wanted, known = getattr(args, name), [board.environment[name] for board in boards]
         if wanted is not None and wanted not in known:
@@ -56,8 +55,3 @@ def main(args: argparse.Namespace) -> int:
         for board in boards:
             board.print()
     return 0
-
-
-def _boards(path: str) -> list[Leaderboard]:
-    with opened(path) as store:
-        return store.boards()

@@ -26,6 +26,7 @@ from foveate.errors import ParameterError
 from foveate.eval_suites import speed_serving, speed_vit
 from foveate.eval_suites.clock import Clock
 from foveate.eval_suites.environment import environment
+from foveate.eval_suites.terminal import console
 from foveate.pruners.base import Hook, ModelInfo, Pruner, Selection, Stage, Tokens, keep_all, seeded
 from foveate.pruners.corematching import CoreMatching
 from foveate.pruners.transprune import TransPrune
@@ -361,7 +362,6 @@ def _spread(values: Sequence[float], form: str) -> str:
 
 def _print(geometry: Geometry, timings: Sequence[Timing]) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     whole = timings[0]
@@ -370,14 +370,13 @@ def _print(geometry: Geometry, timings: Sequence[Timing]) -> None:
         table.add_column(name, justify="left" if not name else "right")
     for row in cells(timings):
         table.add_row(*row)
-    console = Console()
-    console = console if console.is_terminal else Console(width=120)
-    console.print(table)
-    console.print(
+    page = console()
+    page.print(table)
+    page.print(
         f"{geometry.layers} layers x {geometry.width}, MLP {geometry.intermediate}, {geometry.visual} visual and {geometry.text} text "
         f"tokens. The unpruned model's MLPs take {whole.mlp_prefill:.0%} of its prefill and {whole.mlp_decode:.0%} of its decode time."
     )
-    console.print(
+    page.print(
         "tokens, cached: visual, mean over the layers; x: times faster than unpruned; own: what the method itself adds to the prefill of "
         "its random twin; both within each turn, median and quartiles; first: the first decoded token, with what is done once per prompt. One CPU thread is "
         "timed by its own clock, which stands still while others run.",

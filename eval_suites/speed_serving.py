@@ -27,7 +27,7 @@ import torch
 
 from foveate.errors import ParameterError, UnsupportedModelError
 from foveate.eval_suites.environment import machine
-from foveate.eval_suites.models import EMBEDDED
+from foveate.eval_suites.models import EMBEDDED, source
 
 __all__ = ["Line", "add_arguments", "as_hub", "main"]
 
@@ -89,8 +89,7 @@ def main(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as place:
         model = args.model
         if model in EMBEDDED:
-            home = Path(__file__).parent / EMBEDDED[model].partition(".")[0] / model
-            model = str(as_hub(home, Path(place) / model))
+            model = str(as_hub(Path(source(model)), Path(place) / model))
         for engine in [args.only] if args.only else ENGINES:
             lines += _in_a_process(engine, model, users, args)
     lines.sort(key=lambda line: (line.users, ENGINES.index(line.engine)))

@@ -24,7 +24,8 @@ from foveate.adapters import attach
 from foveate.adapters.vit import Tower, tower_for
 from foveate.errors import FoveateError, ParameterError
 from foveate.eval_suites.clock import now
-from foveate.eval_suites.environment import machine
+from foveate.eval_suites.environment import machine, version_of
+from foveate.eval_suites.terminal import markdown_table
 from foveate.pruners import create
 from foveate.pruners.merging import Merger
 
@@ -152,7 +153,7 @@ def table(lines: Sequence[Line]) -> str:
         )
         for line in lines
     ]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows))
+    return markdown_table(head, rows)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -191,7 +192,12 @@ def main(args: argparse.Namespace) -> int:
         lines = [
             x for name in names for batch in batches for x in measure(name, batch, mergers, args.rounds, args.device)
         ]
-        facts = {**machine(torch.device(args.device)), "timm": _timm(), "rounds": args.rounds, "dtype": "float32"}
+        facts = {
+            **machine(torch.device(args.device)),
+            "timm": version_of("timm"),
+            "rounds": args.rounds,
+            "dtype": "float32",
+        }
     finally:
         torch.set_num_threads(before)
     print(table(lines))
@@ -217,9 +223,3 @@ def _write(base: Path, result: dict[str, Any]) -> None:
         parts.append(f"{table([Line(**line) for line in one['lines']])}\n\n{about}; {facts['rounds']} rounds.\n")
     parts.append(_NOTE)
     base.with_suffix(".md").write_text("\n".join(parts), encoding="utf-8")
-
-
-def _timm() -> str:
-    import timm
-
-    return timm.__version__

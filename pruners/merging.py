@@ -121,9 +121,8 @@ class Merger(Pruner):
 
     def kept_on(self, model: ModelInfo, layout: Layout) -> int:
         """Exact where all views are whole; an upper bound where padding is cut off some of them behind the tower."""
-        whole = max(
-            view.size for view in layout.views
-        )  # crops go whole through the tower, and lose their padding later
+        # crops go whole through the tower, and lose their padding later
+        whole = max(view.size for view in layout.views)
         kept = self.counts(whole, model)[-1] - model.prefix_tokens
         return sum(min(view.size, kept) for view in layout.views)
 

@@ -16,7 +16,8 @@ from foveate.errors import ParameterError, UnsupportedModelError
 from foveate.eval_suites import models
 from foveate.eval_suites.budgets import parse_keep
 from foveate.eval_suites.distributed import world
-from foveate.eval_suites.environment import machine
+from foveate.eval_suites.environment import machine, version_of
+from foveate.eval_suites.terminal import markdown_table
 from foveate.eval_suites.vision import EMBEDDED
 from foveate.eval_suites.vision.evaluate import Line, Run, at, class_places, evaluate
 from foveate.eval_suites.vision.pictures import Pictures, folder, held_out_scenes
@@ -70,8 +71,8 @@ def main(args: argparse.Namespace) -> int:
         "no_accuracy": class_places(subject, pictures)[1] or None,
         "captions": pictures.captions is not None,
         "batch_size": args.batch_size,
-        "timm": _version("timm"),
-        "open_clip": _version("open_clip"),
+        "timm": version_of("timm"),
+        "open_clip": version_of("open_clip_torch"),
     }
     report = table(lines, facts)
     if args.json:
@@ -156,7 +157,7 @@ def table(lines: Sequence[Line], facts: dict[str, Any], timed: bool = True) -> s
             for name, value in ((name, line.__dict__[name]) for name in shown)
         ]
         rows.append([line.method + draws, keep, str(line.rows[-1]), *[f"{line.factor:.2f}x"] * timed, *cosines])
-    text = "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+    text = markdown_table(head, rows)
     schedules = {tuple(line.rows): (line.method, line.keep) for line in reversed(lines) if len(line.rows) > 1}
     for rows_, (method, keep) in reversed(schedules.items()):
         text += f"\n\nRows per block, {method}{'' if keep is None else f' at keep {keep:.4g}'}: {', '.join(map(str, rows_))}."
@@ -170,13 +171,3 @@ def table(lines: Sequence[Line], facts: dict[str, Any], timed: bool = True) -> s
 def _share(value: float, of: int) -> str:
     """In per cent, which of few would feign precision."""
     return f"{100 * value:.1f}" if of >= _MANY else f"{round(value * of)}/{of}"
-
-
-def _version(module: str) -> str | None:
-    """A library's version, None where it is not installed."""
-    from importlib import metadata
-
-    try:
-        return metadata.version("open_clip_torch" if module == "open_clip" else module)
-    except metadata.PackageNotFoundError:
-        return None

@@ -78,4 +78,4 @@ def test_a_row_that_failed_says_why():
 
 def test_a_missing_result_file_is_refused(tmp_path):
     with pytest.raises(StoreError, match="no result file"):
-        board.load(str(tmp_path / "nothing.db"))
+        board.tab(str(tmp_path / "nothing.db"))

@@ -102,7 +102,7 @@ def test_a_damaged_embedded_model_fails(one_family, capsys, monkeypatch, tmp_pat
 
 
 def test_absent_packages_say_what_they_would_enable(monkeypatch):
-    monkeypatch.setattr(doctor, "_version", lambda package: None)
+    monkeypatch.setattr(doctor, "version_of", lambda package: None)
     found = {f.what: f for f in doctor._optional(False)}
     assert all(f.state is State.NOTE for f in found.values())
     assert "`pip install foveate[demo]` for `foveate demo`" in found["gradio"].told
