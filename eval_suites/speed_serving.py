@@ -14,7 +14,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import sys
 import tempfile
 import time
 import uuid
@@ -28,6 +27,7 @@ import torch
 from foveate.errors import ParameterError, UnsupportedModelError
 from foveate.eval_suites.environment import machine
 from foveate.eval_suites.models import EMBEDDED, source
+from foveate.eval_suites.terminal import console
 
 __all__ = ["Line", "add_arguments", "as_hub", "main"]
 
@@ -232,7 +232,6 @@ def _prompt(model: str) -> str:
 
 
 def _print(lines: list[Line]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("users", "engine", "prompt tokens", "first token (ms)", "9th decile", "requests/s", "tokens/s")
@@ -246,4 +245,4 @@ def _print(lines: list[Line]) -> None:
             f"{line.per_second:.2f}",
             f"{line.tokens_per_second:.1f}",
         )
-    Console(file=sys.stdout).print(table)
+    console().print(table)

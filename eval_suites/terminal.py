@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 __all__ = ["console", "markdown_table"]
 
 
-def console() -> Console:
-    """The terminal; where there is none, a page as wide as ``COLUMNS`` says, or 120."""
+def console(width: int = 120) -> Console:
+    """The terminal; where there is none, a page as wide as ``COLUMNS`` says, or ``width``."""
     from rich.console import Console
 
     found = Console(highlight=False)
     if found.is_terminal or "COLUMNS" in os.environ:
         return found
-    return Console(highlight=False, width=120)
+    return Console(highlight=False, width=width)
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -18,6 +17,7 @@ from typing import Any
 from foveate.errors import FoveateError, ParameterError, UnknownNameError
 from foveate.eval_suites.leaderboard import Leaderboard
 from foveate.eval_suites.lmms.benchmarks import BENCHMARKS
+from foveate.eval_suites.terminal import console
 from foveate.pruners.base import Layout, Pruner
 from foveate.pruners.registry import create
 
@@ -168,7 +168,6 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _print_all() -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("recipe", "method", "model", "tokens", "runs", "published, source", box=None)
@@ -182,7 +181,7 @@ def _print_all() -> None:
             "no: needs " + recipe.needs if recipe.needs else ", ".join(recipe.runs) or "-",
             f"{recipe.paper}, {recipe.source}",
         )
-    Console(width=None if sys.stdout.isatty() else 220).print(table)
+    console(220).print(table)
 
 
 def _announce(recipe: Recipe, model: str, chosen: list[str]) -> None:
@@ -237,7 +236,6 @@ def _ours(boards: Sequence[Leaderboard], prefix: str) -> dict[tuple[str, str], f
 
 def _compare(recipe: Recipe, ours: Mapping[tuple[str, str], float]) -> None:
     """Print published scores and ours; ``ours`` by benchmark and label of the run."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None)
@@ -252,7 +250,7 @@ def _compare(recipe: Recipe, ours: Mapping[tuple[str, str], float]) -> None:
         why = f" (not run: {ELSEWHERE[name]})" if name in ELSEWHERE else ""
         table.add_row(name + why, *cells)
     if names:
-        Console(width=None if sys.stdout.isatty() else 160).print(table)
+        console(160).print(table)
     else:
         print("no score by benchmark was published, or none could be read")
 
