@@ -270,6 +270,9 @@ class Tuned:
             "(betting test, fixed sequence from gentle to aggressive, Bonferroni over methods and policies).",
             "◆ no other tested setting is more accurate with as few tokens. speed: the unpruned model's time of an answer divided by its own.",
         ]
+        gentlest = [chain.settings[0] for chain in self.chains]
+        if lost := [f"{s.label} ({s.positions})" for s in gentlest if s.p is not None and not s.certified]:
+            lines.append(f"shown to hold at no budget: {', '.join(lost)}")
         reasons: dict[str, list[str]] = {}
         for chain in self.chains:
             if chain.reason:

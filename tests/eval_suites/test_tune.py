@@ -73,6 +73,7 @@ def test_the_fastest_setting_that_holds_is_found_checked_and_told(loaded, world)
     assert (chosen.label, chosen.keep, chosen.positions) == ("divprune", 0.25, "keep")
     assert chosen.speedup == pytest.approx(1.0 / 0.25, rel=0.1)
     assert chosen.bound >= 0.9
+    assert not any("at no budget" in note for note in result.notes())
     assert result.checked == 1.0
     assert result.level == pytest.approx(0.05 / 4)  # two methods, two policies
     tested = [(s.label, s.keep, s.certified) for s in result.measured if s.positions == "keep"]
@@ -94,6 +95,9 @@ def test_nothing_holds_and_it_is_said(loaded, world, tmp_path, capsys):
     assert result.chosen is None
     assert result.verdict("p.yaml")[0].startswith("Nothing holds at least 90 %")
     assert len(result.measured) == 4  # every chain ended with its gentlest setting
+    assert (
+        "shown to hold at no budget: grid (keep), grid (compact), divprune (keep), divprune (compact)" in result.notes()
+    )
     result.print("p.yaml")
     assert "Nothing holds" in capsys.readouterr().out
 
