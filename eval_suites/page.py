@@ -18,7 +18,7 @@ __all__ = ["page", "pareto", "plot"]
 _WIDTH, _HEIGHT = 440, 320
 _LEFT, _RIGHT, _TOP, _BOTTOM = 40, 14, 12, 40
 _COLOURS = 8  # --k0 .. --k7 in page.html
-_LETTER, _LINE = 6.3, 13  # size of a label's letter
+_LETTER, _LINE = 7, 13  # size of a label's letter
 
 
 def page(boards: Sequence[Leaderboard]) -> str:
