@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from foveate.adapters.decoder import Decoder
-from foveate.adapters.signals import Present
+from foveate.adapters.decoder_signals import Present
 from foveate.adapters.spans import Span
 from foveate.adapters.trace import ImageTrace, Trace
 from foveate.errors import InputError

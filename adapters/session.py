@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from foveate.adapters.attachment import Attachment, attached_to
 from foveate.adapters.base import Adapter, Brought, adapter_for
+from foveate.adapters.decoder_signals import DecoderTap
 from foveate.adapters.encoder import EncoderWatch
 from foveate.adapters.prompt import Item, Pool, Prompt, Result, by_item, find_items, pools_of
 from foveate.adapters.sequence import SequenceWriter
-from foveate.adapters.signals import DECODER, DecoderTap
+from foveate.adapters.signals import DECODER
 from foveate.adapters.spans import Call, Choice, Span
 from foveate.adapters.tower_merging import remaining
 from foveate.adapters.trace import Trace

@@ -21,8 +21,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from foveate.adapters import MergeTrace, attach
 from foveate.adapters.decoder import deepstack_levels, zero_rows
+from foveate.adapters.decoder_signals import row_matches, transition_variation
 from foveate.adapters.llava_next import _anyres
-from foveate.adapters.signals import row_matches, transition_variation
 from foveate.adapters.sparse_mlp import SparseMLP
 from foveate.cuda import (
     class_attention,

@@ -403,7 +403,8 @@ def test_all_neurons_as_core_equal_the_dense_model(family: str, monkeypatch: pyt
     method = foveate.CoreMatching(beta=1.0, select_layer=None)
     with monkeypatch.context() as patch:  # a few neurons of a random model are never active
         patch.setattr(
-            "foveate.adapters.signals.neuron_counts", lambda hidden, *_, **__: torch.ones_like(hidden[:, 0]).long()
+            "foveate.adapters.decoder_signals.neuron_counts",
+            lambda hidden, *_, **__: torch.ones_like(hidden[:, 0]).long(),
         )
         logits, cache, _ = continued(model, given, method, tokens)
     assert all(core.all() for core in cache.foveate.neurons.values()), "every neuron counts"
