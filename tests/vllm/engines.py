@@ -171,10 +171,16 @@ class Served:
 
 
 def start(home: pathlib.Path, entry: Any, **options: Any) -> Any:
-    """An engine in this process, in float32."""
+    """An engine in float32, in this process unless ``options`` say otherwise."""
     from vllm import LLM
 
-    options = {"max_num_seqs": 4, "block_size": 32, "limit_mm_per_prompt": {"image": 2, "video": 0}, **options}
+    options = {
+        "max_num_seqs": 4,
+        "block_size": 32,
+        "limit_mm_per_prompt": {"image": 2, "video": 0},
+        "distributed_executor_backend": "uni",
+        **options,
+    }
     if "llava" in home.name and home.name != "llava_onevision":
         options["limit_mm_per_prompt"] = {"image": 2}
     return LLM(
@@ -182,7 +188,6 @@ def start(home: pathlib.Path, entry: Any, **options: Any) -> Any:
         dtype="float32",
         max_model_len=1024 if home.name in EMBEDDED else 512,
         enforce_eager=True,
-        distributed_executor_backend="uni",
         hf_overrides={} if entry is None else {"foveate": entry},
         **options,
     )

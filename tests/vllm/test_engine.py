@@ -48,7 +48,8 @@ def test_without_an_entry_vllm_is_bit_equal_to_itself(family, tmp_path, monkeypa
                 own = {"LlavaForConditionalGeneration": "llava", "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl"}
                 if architecture in own:
                     monkeypatch.setitem(ModelRegistry.models, architecture, _stock(own[architecture], architecture))
-        with served(family, tmp_path, None) as engine:
+        # vLLM remembers the class of a folder
+        with served(family, tmp_path / str(stock), None) as engine:
             kind = type(engine.llm.llm_engine.model_executor.driver_worker.worker.get_model()).__module__
             assert kind.startswith("vllm." if stock else "foveate.")
             outputs = engine.answer([engine.request([one]) for one in shown] + [engine.request(shown)], tokens=3)
@@ -64,25 +65,57 @@ def _stock(module: str, architecture: str):
     return _LazyRegisteredModel(f"vllm.model_executor.models.{module}", architecture)
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
-def test_prompts_may_be_prefilled_in_chunks(family, tmp_path):
-    with served(family, tmp_path, HIPRUNE, max_num_batched_tokens=64, enable_prefix_caching=False) as engine:
-        shown = [picture(family, 1), picture(family, 2)]
+@pytest.mark.parametrize(
+    ("family", "keep", "at_once"), [("llava", 0.3, 64), ("qwen2_5_vl", 0.8, 32), ("qwen3_vl", 0.8, 32)]
+)
+def test_prompts_may_be_prefilled_in_chunks(family, keep, at_once, tmp_path):
+    """A chunk ends inside a picture."""
+    entry = {"pruner": "hiprune", "keep": keep}
+    with served(family, tmp_path, entry, max_num_batched_tokens=at_once, enable_prefix_caching=False) as engine:
+        shown = [picture(family, seed, None if family == "llava" else (64, 64)) for seed in (1, 2)]
         (output,) = engine.answer([engine.request(shown)])
-        assert len(output.prompt_token_ids) > 64
-        assert engine.compare(output, engine.expected(shown, HIPRUNE)) < 1e-4
+        assert output.prompt_token_ids[at_once - 1 : at_once + 1] == [engine.model.config.image_token_id] * 2
+        assert engine.compare(output, engine.expected(shown, entry)) < 1e-4
 
 
-def test_precomputed_embeddings_are_refused_and_pass_when_pruning_is_off(tmp_path):
-    with served("llava", tmp_path, HIPRUNE, enable_mm_embeds=True) as engine:
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_precomputed_embeddings_are_refused_and_pass_when_pruning_is_off(family, tmp_path):
+    with served(family, tmp_path, HIPRUNE, enable_mm_embeds=True) as engine:
         with torch.no_grad():
-            pixels = engine.processor.image_processor(picture("llava", 1), return_tensors="pt")["pixel_values"]
-            embeds = engine.model.get_image_features(pixels).pooler_output[0]
-        request = {"prompt": engine.prompt(1), "multi_modal_data": {"image": embeds[None]}}
+            inputs = engine.processor.image_processor(picture(family, 1), return_tensors="pt")
+            (embeds,) = engine.model.get_image_features(**inputs).pooler_output
+        given = embeds[None]
+        if "image_grid_thw" in inputs:
+            given = {"image_embeds": embeds, "image_grid_thw": inputs["image_grid_thw"]}
+        request = {"prompt": engine.prompt(1), "multi_modal_data": {"image": given}}
         with pytest.raises(ValueError, match="precomputed"):
             engine.answer([request])
         (output,) = engine.answer([{**request, "mm_processor_kwargs": {"foveate": False}}])
-        assert engine.compare(output, engine.expected([picture("llava", 1)], None)) < 1e-4
+        assert engine.compare(output, engine.expected([picture(family, 1)], None)) < 1e-4
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_settings_may_come_with_the_arguments_of_the_engines_processor(family, tmp_path):
+    """``--mm-processor-kwargs``: what they say holds for all requests, and a request changes them."""
+    with served(family, tmp_path, {}, mm_processor_kwargs={"foveate": HIPRUNE}) as engine:
+        shown = picture(family, 4)
+        for entry, whole in ((None, HIPRUNE), ({"keep": 0.5}, {**HIPRUNE, "keep": 0.5}), (False, None)):
+            (output,) = engine.answer([engine.request([shown], entry)])
+            assert engine.compare(output, engine.expected([shown], whole)) < 1e-4
+
+
+@pytest.mark.parametrize("family", ["llava_onevision", "qwen2_5_vl"])
+def test_two_tensor_parallel_processes_choose_as_one(family, tmp_path, monkeypatch):
+    """Attention heads are spread over both: a choice by one's own would be another."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    parallel = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    with served(family, tmp_path, **parallel) as engine:
+        shown = [picture(family, seed) for seed in (1, 2)]
+        for name in ("hiprune", "fopru", "visionzip", "divprune"):
+            entry = {"pruner": name, "keep": 0.3, "separators": "drop"}
+            outputs = engine.answer([engine.request([one], entry) for one in shown])
+            for one, output in zip(shown, outputs):
+                assert engine.compare(output, engine.expected([one], entry)) < 1e-4
 
 
 def test_features_of_other_settings_are_never_taken_from_a_cache(tmp_path):

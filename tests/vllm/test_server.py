@@ -60,7 +60,8 @@ def running(home: str, *arguments: str, patience: int = 300) -> Iterator[openai.
             time.sleep(1)
         yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=120)
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             server.wait(30)
         with contextlib.suppress(ProcessLookupError):
@@ -80,7 +81,8 @@ def ask(client: openai.OpenAI, seed: int, foveate: object = None, **options: obj
         max_tokens=4,
         temperature=0,
         logprobs=True,
-        extra_body={"ignore_eos": True, **extra},
+        # vLLM leaves the first token of a chat to its template; shapes-llava's has none and was trained with the tokenizer's
+        extra_body={"ignore_eos": True, "add_special_tokens": True, **extra},
         **options,
     )
 
@@ -145,11 +147,10 @@ def test_bad_requests_are_answered_with_our_message_and_the_server_lives_on(clie
     assert ask(client, 1).choices[0].message.content is not None
 
 
-@pytest.mark.parametrize("option", ["--tensor-parallel-size", "--data-parallel-size"])
-def test_two_processes_say_the_same(home, expected, option, monkeypatch):
+def test_two_data_parallel_processes_say_the_same(home, expected, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    if option.startswith("--tensor") and os.cpu_count() < 2:
-        pytest.skip("two processes need two cores")
-    with running(str(home), "--pruner", "hiprune", "--keep", str(KEEP), option, "2", patience=400) as client:
+    with running(
+        str(home), "--pruner", "hiprune", "--keep", str(KEEP), "--data-parallel-size", "2", patience=400
+    ) as client:
         for seed in range(4):
             same(ask(client, seed), expected[seed])
