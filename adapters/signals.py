@@ -123,7 +123,7 @@ class EncoderTap(Tap, ABC):
 
     def __init__(self, blocks: Sequence[nn.Module], signals: Iterable[Signal]) -> None:
         super().__init__()
-        signals = set(signals)
+        signals = dict.fromkeys(signals)  # not a set: tensor-parallel processes must reduce in one order
         for i in {s.layer for s in signals}:
             mine = [s for s in signals if s.layer == i]
             features = [s for s in mine if isinstance(s, FEATURES)]

@@ -87,7 +87,8 @@ class Pruning:
         servings = [
             None if p.entry is None else Serving(self.foveate_adapter.adapter, parse(p.entry)) for p in promises
         ]
-        signals = {signal for serving in servings if serving is not None for signal in serving.signals}
+        # in one order in all processes, which a set would not have
+        signals = dict.fromkeys(signal for serving in servings if serving is not None for signal in serving.signals)
         tap = self._tap(tuple(signals), kwargs)
         tap.open = True
         try:

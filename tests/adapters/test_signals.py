@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import foveate
+from foveate.adapters.signals import EncoderTap
 from foveate.pruners.base import (
     ClassAttention,
     ClassFeatures,
@@ -256,3 +257,20 @@ def test_instructions_are_the_words_behind_the_picture(family: str) -> None:
         words = given["input_ids"][row][(visual.cumsum(0) > 0) & ~visual]
         assert tokens.instruction_ids[i][tokens.instruction_mask[i]].tolist() == words.tolist()
         torch.testing.assert_close(tokens.instruction[i][tokens.instruction_mask[i]], embed(words))
+
+
+def test_statistics_of_a_block_are_taken_in_the_order_in_which_they_were_asked_for():
+    """Tensor-parallel processes add theirs up one after the other: in another order, different statistics."""
+
+    class Orders(EncoderTap):
+        def _tap_features(self, block: nn.Module, signals: list[Signal]) -> None:
+            taken.append(signals)
+
+        def _tap_attention(self, block: nn.Module, signals: list[Signal]) -> None:
+            taken.append(signals)
+
+    asked = [ReceivedAttention(0), GivenAttention(0), ClassAttention(0), EncoderKeys(0), GivenAttention(0, logits=True)]
+    for order in (asked, asked[::-1]):
+        taken: list[list[Signal]] = []
+        Orders([nn.Identity()], order)
+        assert taken == [order]
