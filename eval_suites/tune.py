@@ -385,8 +385,10 @@ def tune(
         one_of("positions", policy, ("auto", *POLICIES))
     if not positions:
         raise ParameterError("positions is empty; give keep, compact, or both")
-    suite = suites.find(suite) if isinstance(suite, str) else suite
     budgets = [check_keep(k) for k in (keep if isinstance(keep, Sequence) else [keep])]
+    if not budgets:
+        raise ParameterError("keep is empty; give budgets to search, for example 0.5,0.25")
+    suite = suites.find(suite) if isinstance(suite, str) else suite
     if not isinstance(model, models.Loaded):
         model = models.load(model, device, dtype)
     seed = suite.seed if seed is None else seed

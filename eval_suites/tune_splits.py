@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +68,12 @@ def splits(
     """
     scores = {key: np.asarray(row.scores) for key, row in rows.items()}
     truth = {key: relative_accuracy(found, whole) for key, found in scores.items()}
+    declared = _chains(rows)
     rng, found = np.random.default_rng(seed), []
     for _ in range(count):
         order = rng.permutation(len(whole))
         here, there = order[: len(order) // 2], order[len(order) // 2 :]
-        chains = _chains(rows)
+        chains = [Chain([replace(setting) for setting in chain.settings]) for chain in declared]
         search(chains, lambda s, here=here: scores[_key(s)][here], whole[here], target, 1 - confidence)
         certified = [_key(s) for chain in chains for s in chain.settings if s.certified]
         chosen = min(certified, key=lambda key: rows[key].tokens_mean, default=None)
