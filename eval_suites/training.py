@@ -102,6 +102,11 @@ class Run(ABC):
         self.work.mkdir(parents=True, exist_ok=True)
         self.modules: dict[str, nn.Module] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a worker that draws batches gets where workers are not forked: no modules, and nothing compiled."""
+        left_out = (nn.Module, _Compiled)
+        return {k: v for k, v in vars(self).items() if k != "modules" and not isinstance(v, left_out)}
+
     @abstractmethod
     def batch(self, stage: str, step: int) -> dict[str, Tensor]:
         """The training batch of a step, or of a held-out check where `step` is negative."""
@@ -145,8 +150,7 @@ class Run(ABC):
         """
         if not self.options.compile:
             return function
-        fast = torch.compile(function, dynamic=False)
-        return lambda *args, **kwargs: (fast if self.model.training else function)(*args, **kwargs)
+        return _Compiled(self.model, function, torch.compile(function, dynamic=False))
 
     def parameters(self, stage: str) -> list[dict]:
         """Parameter groups for the optimiser: weight decay on matrices only."""
@@ -247,6 +251,18 @@ class Run(ABC):
             if now - saved > 180 or done == total:
                 self.save(name, step=done, minutes=minutes, optimizer=optimizer.state_dict())
                 saved = now
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    """``fast`` while ``model`` trains, and ``plain`` otherwise."""
+
+    model: nn.Module
+    plain: Callable
+    fast: Callable
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return (self.fast if self.model.training else self.plain)(*args, **kwargs)
 
 
 class _Batches(IterableDataset):

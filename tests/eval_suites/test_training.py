@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import sys
 from pathlib import Path
 
@@ -61,6 +62,22 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, monkeypa
     resumed = decoder("halves", 3, "--resume")
     assert any(not torch.equal(whole[name], stopped[name]) for name in whole)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_workers_that_are_not_forked_draw_the_same_batches(tmp_path, monkeypatch):
+    """They get the recipe pickled: compiled functions must not be in it, nor the model."""
+    runs = []
+    monkeypatch.setattr(train.Training, "train", lambda self, stage: runs.append(self))
+    options = [option for option in SMALL if option != "--no-compile"]
+    monkeypatch.setattr(
+        sys, "argv", ["train", "--out", str(tmp_path), *options, *steps(1, "decoder"), "--stages", "decoder"]
+    )
+    train.Training.main("a recipe")
+    worker = pickle.loads(pickle.dumps(runs[0].batch))
+    assert not {"model", "modules", "see", "decode"} & vars(worker.__self__).keys()
+    drawn, there = runs[0].batch("decoder", 0), worker("decoder", 0)
+    assert drawn.keys() == there.keys()
+    assert all(torch.equal(drawn[name], there[name]) for name in drawn)
 
 
 def test_a_stage_without_the_one_before_is_refused(tmp_path, monkeypatch):
