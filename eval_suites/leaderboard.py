@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 from collections.abc import Callable, Sequence
@@ -167,9 +168,20 @@ def _difference(line: Line) -> float | None:
     return None if line.first.versus_random is None else line.first.versus_random.mean
 
 
+def _quoted(line: Line) -> str:
+    found = line.mean("quoted")
+    return f"{found:.1f}" if found is not None else "?" if line.measured else ""
+
+
 COLUMNS = (
     Column("accuracy", lambda line: line.accuracy, lambda line: line.mean("accuracy")),
-    _column("quoted", "quoted", lambda value: f"{value:.1f}", "quoted: the score as papers give it.", rank=1),
+    Column(
+        "quoted",
+        _quoted,
+        lambda line: line.mean("quoted"),
+        "quoted: the score as papers give it; ? where samples failed, or lmms-eval gave none.",
+        rank=1,
+    ),
     Column(
         "vs random",
         lambda line: line.versus_random,
@@ -295,7 +307,19 @@ class Leaderboard:
     def columns(self) -> list[Column]:
         """Those that have something to show."""
         lines = [line for section in self.sections for line in section.lines]
-        return [column for column in COLUMNS if any(column.text(line) for line in lines)]
+        return [
+            column
+            for column in COLUMNS
+            if any(column.text(line) for line in lines) and (column.head != "quoted" or self._quotes_otherwise)
+        ]
+
+    @property
+    def _quotes_otherwise(self) -> bool:
+        """Whether there are quoted numbers, and they are not all the accuracy."""
+        found = [(row.quoted, 100 * row.accuracy) for row in self.rows if row.accuracy is not None]
+        return any(quoted is not None for quoted, _ in found) and not all(
+            quoted is not None and math.isclose(quoted, accuracy, abs_tol=1e-6) for quoted, accuracy in found
+        )
 
     def table(self, columns: Sequence[Column], tasks: Sequence[str] = (), title: str | None = None) -> Table:
         """A rich table of these columns and of the accuracy in these tasks."""

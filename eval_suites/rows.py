@@ -147,7 +147,7 @@ class Row:
             of the last one.
         n, correct, accuracy, interval: over all samples, with the 95 % :func:`interval`; tasks: accuracy by task.
         errors: samples that failed; they count as wrong.
-        quoted: the number that papers quote, of benchmarks where that is no mean of scores.
+        quoted: the number that papers quote, of public benchmarks in which no sample failed.
         relative_accuracy: accuracy divided by that of the unpruned model; loyalty: :func:`agreement`.
         versus_random: accuracy minus that of random choice with as many tokens on the average; hard: accuracy on the ``hard_n``
             samples that the downsampled picture of the same budget gets wrong; leads: not told from the best method of its

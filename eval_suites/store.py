@@ -95,7 +95,7 @@ CREATE TABLE timing (
 
 _CACHED = "ALTER TABLE answer ADD COLUMN cached TEXT"  # JSON list: visual tokens in each layer's KV cache
 
-_QUOTED = "ALTER TABLE run ADD COLUMN quoted REAL"  # the number that papers quote, where it is no mean of scores
+_QUOTED = "ALTER TABLE run ADD COLUMN quoted REAL"  # the number that papers quote
 
 _STEPS = {0: _TABLES, 1: _TIMINGS, 2: _CACHED, 3: _QUOTED}
 """What makes the next format out of each; 0 is an empty file."""
@@ -129,7 +129,8 @@ _RUN = (
 )  # fmt: skip
 _INSERT = (
     f"INSERT INTO answer (run, {', '.join(_ANSWER)}) VALUES ({', '.join('?' * (1 + len(_ANSWER)))}) "
-    "ON CONFLICT (run, number) DO UPDATE SET score = excluded.score WHERE score IS NULL AND error IS NULL"
+    "ON CONFLICT (run, number) DO UPDATE SET score = excluded.score, text = excluded.text "
+    "WHERE score IS NULL AND error IS NULL"
 )
 
 
@@ -198,6 +199,9 @@ class Store:
 
         Raises:
             StoreError: what is there was made with other settings or versions.
+
+        Facts that need not agree stay those of the first opening: ``commit`` may be older than a later run's, but the code
+        behind results is the same, for ``source_sha256`` must agree.
         """
         model, suite = str(facts["model"]), str(facts["suite"])
         with self._transaction():
@@ -252,7 +256,8 @@ class Store:
     ) -> None:
         """Add the answers of a batch, all or none of them; answers that are there already stay as they are.
 
-        An answer without a score waits for it, and counts as missing; the same with a score gives it.
+        An answer without a score waits for it, and counts as missing; the same with a score gives it, with the text that
+        was scored.
         """
         with self._transaction():
             self._db.executemany(_INSERT, [(run, *_values(answer)) for answer in answers])
@@ -307,6 +312,10 @@ class Store:
     def reason(self, run: int) -> str | None:
         """Why the run was given up."""
         return self._db.execute("SELECT reason FROM run WHERE id = ?", (run,)).fetchone()[0]
+
+    def quoted(self, run: int) -> float | None:
+        """The number that papers quote; None if it is not there."""
+        return self._db.execute("SELECT quoted FROM run WHERE id = ?", (run,)).fetchone()[0]
 
     def answers(self, run: int) -> dict[int, Answer]:
         """The answers of a run by sample number."""

@@ -13,13 +13,11 @@ import importlib.util
 import itertools
 import json
 import logging
-import math
 import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any
 
 import foveate
@@ -58,7 +56,10 @@ def check_installed() -> None:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one run of a benchmark gave: an answer per document, what was done with positions, and the number papers quote."""
+    """What one run of a benchmark gave: an answer per document, what was done with positions, and the number papers quote.
+
+    ``quoted`` is None where documents failed, and where the first ones hold none of what the number is made of.
+    """
 
     answers: list[Answer]
     positions: dict[str, str]
@@ -91,8 +92,8 @@ def bench(
         other arguments: see :func:`foveate.eval_suites.runner.bench`.
 
     Returns:
-        A leaderboard per benchmark, in the order of ``names``. The number that papers quote is in the rows where it is not
-        the mean of the scores.
+        A leaderboard per benchmark, in the order of ``names``. The number that papers quote is in the rows in which no
+        document failed.
 
     Raises:
         FoveateError: bad input, a data set that is not there, or a model that cannot answer without a method either.
@@ -281,17 +282,18 @@ def _measure(
 
 
 def _complete(store: Store, number: int, documents: int) -> bool:
-    """Whether every document of a run is scored, or has failed."""
+    """Whether every document of a run is scored, and the number that papers quote is there; or one has failed."""
     answers = store.answers(number).values()
-    return len(answers) == documents and all(a.score is not None or a.error is not None for a in answers)
+    failed = [answer.error is not None for answer in answers]
+    scored = len(answers) == documents and all(a.score is not None or a.error is not None for a in answers)
+    return scored and (any(failed) or store.quoted(number) is not None)
 
 
 def _keep(store: Store, number: int, outcome: Outcome, benchmark: Benchmark, called: str) -> None:
-    """Put scores beside the answers, and the number that papers quote where it is not their mean."""
+    """Put scores beside the answers, and the number that papers quote."""
     if outcome.quoted is not None:
         print(f"foveate: {called}: {' + '.join(benchmark.headline)} {outcome.quoted:.4g}", file=sys.stderr)
-        if not math.isclose(outcome.quoted, 100 * fmean(a.score or 0 for a in outcome.answers), abs_tol=1e-6):
-            store.quote(number, outcome.quoted)
+        store.quote(number, outcome.quoted)
     store.add(number, outcome.answers, outcome.positions)
 
 
@@ -341,7 +343,8 @@ def run(lm: Any, run: Run, benchmark: Benchmark, manager: Any, positions: str, l
     """One method over one benchmark.
 
     Raises:
-        BudgetMismatch: it kept another number of tokens than it should.
+        BudgetMismatch: it kept another number of tokens than it should. FoveateError: lmms-eval does not give the number
+            that papers quote, although all documents were asked.
     """
     from lmms_eval.evaluator import simple_evaluate
 
@@ -357,11 +360,22 @@ def run(lm: Any, run: Run, benchmark: Benchmark, manager: Any, positions: str, l
         process_docs_parallel=1,
         verbosity="ERROR",
     )
-    return Outcome(
-        answers(results["samples"][benchmark.task], benchmark, lm.watch.adapter.info.decoder_layers),
-        lm.watch.positions,
-        benchmark.quoted(results["results"][benchmark.task]),
-    )
+    read = answers(results["samples"][benchmark.task], benchmark, lm.watch.adapter.info.decoder_layers)
+    return Outcome(read, lm.watch.positions, _quoted(read, benchmark, results["results"][benchmark.task], limit))
+
+
+def _quoted(
+    read: Sequence[Answer], benchmark: Benchmark, results: Mapping[str, Any], limit: int | None
+) -> float | None:
+    """The number that papers quote. lmms-eval's takes what failed for the answer "", so that it is none then."""
+    if any(answer.error is not None for answer in read):
+        return None
+    try:
+        return benchmark.quoted(results)
+    except FoveateError:
+        if limit is None:
+            raise
+        return None  # the first documents of MME, say, are about cognition only
 
 
 def answers(samples: Sequence[Mapping[str, Any]], benchmark: Benchmark, layers: int) -> list[Answer]:

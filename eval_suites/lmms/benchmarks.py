@@ -44,10 +44,19 @@ class Benchmark:
             f"lmms-eval logged no {' or '.join(self.metric)} for {self.task}; it holds {', '.join(sorted(sample))}"
         )
 
-    def quoted(self, results: Mapping[str, Any]) -> float | None:
-        """The number that papers quote, from lmms-eval's aggregated results; None if it is not there."""
-        values = [results.get(f"{name},none") for name in self.headline]
-        return None if None in values else self.scale * sum(values)
+    def quoted(self, results: Mapping[str, Any]) -> float:
+        """The number that papers quote, from lmms-eval's aggregated results.
+
+        Raises:
+            FoveateError: it is not there.
+        """
+        values = {name: results.get(f"{name},none") for name in self.headline}
+        if missing := [name for name, value in values.items() if value is None]:
+            raise FoveateError(
+                f"lmms-eval's results of {self.task} hold no {' and no '.join(missing)}, which papers quote; they hold "
+                f"{', '.join(sorted(results)) or 'nothing'}: run its version that foveate[eval] names, on all documents"
+            )
+        return self.scale * sum(values.values())
 
 
 def _same(first: str, second: str) -> Callable[[Mapping[str, Any]], float]:

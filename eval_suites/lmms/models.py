@@ -35,6 +35,7 @@ __all__ = ["Journal", "LlavaHf", "LlavaHfChat", "LlavaOnevision", "LlavaOnevisio
 logger = logging.getLogger(__name__)
 
 _NEW_TOKENS = 1024  # where a task names no limit; lmms-eval's own
+_ALIKE = 5  # documents in a row with one and the same error: it is the device's or the method's, not theirs
 
 
 @dataclass
@@ -78,6 +79,7 @@ class Pruned:
 
     journal: Journal | None = None
     _silent = False  # lmms-eval's constructors ask for the rank
+    _failures: tuple[str, ...] = ()  # errors of the last documents, all of them alike
 
     def __init__(
         self,
@@ -91,9 +93,8 @@ class Pruned:
         own, kwargs = arguments.split(pruner, kwargs)
         method = arguments.method(pruner, own)
         device = str(kwargs.get("device", "cuda"))
-        if (
-            int(os.environ.get("WORLD_SIZE", "1")) == 1 or device == "cpu"
-        ):  # the defaults do not load under transformers 5
+        # the defaults do not load under transformers 5
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1 or device == "cpu":
             kwargs.setdefault("device_map", device)
         super().__init__(*args, **kwargs)
         self.kept_for_later = False
@@ -123,12 +124,13 @@ class Pruned:
 
         Raises:
             BudgetMismatch: a method kept another number of tokens than it should, or could not be watched.
+            Exception: what five documents in a row failed with; other failures are their documents' own.
         """
         numbers = [request.doc_id for request in requests]
         if self.journal is None or sorted(set(numbers)) != numbers:  # asked again and again, or in another order
             return [GenerationResult(counts.said.text, counts) for counts in self._said(requests)]
         known, results = dict(self.journal.known()), []
-        self._silent = True
+        self._silent, self._failures = True, ()
         try:
             for first in tqdm(range(0, len(requests), self.batch_size), desc=self.journal.label):
                 batch = requests[first : first + self.batch_size]
@@ -150,14 +152,20 @@ class Pruned:
     def _said_or_failed(self, batch: Sequence[Instance]) -> list[Said]:
         """What the model says; if a batch fails, to its documents one by one, so that the others go on."""
         try:
-            return [counts.said for counts in self._said(batch)]
+            said = [counts.said for counts in self._said(batch)]
         except FoveateError:  # the method or the model cannot go on
             raise
         except Exception as error:
             if len(batch) > 1:
                 return [one for request in batch for one in self._said_or_failed([request])]
+            what = f"{type(error).__name__}: {error}"
+            self._failures = (*(one for one in self._failures if one == what), what)
+            if len(self._failures) == _ALIKE:
+                raise
             logger.info("%s failed on document %s", self.journal.label, batch[0].doc_id, exc_info=True)
-            return [Said("", None, None, f"{type(error).__name__}: {error}")]
+            return [Said("", None, None, what)]
+        self._failures = ()
+        return said
 
     def _said(self, requests: Sequence[Instance]) -> list[_Counts]:
         """What the model says, beside lmms-eval's own counts."""

@@ -222,20 +222,21 @@ def _run(recipe: Recipe, model: str, chosen: list[str], args: argparse.Namespace
     return int(any(board.failures for board in boards))
 
 
-def _ours(boards: Sequence[Leaderboard], prefix: str) -> dict[tuple[str, str], float]:
-    """Our scores by benchmark and label of the run, in the paper's units; runs that failed have none."""
+def _ours(boards: Sequence[Leaderboard], prefix: str) -> dict[tuple[str, str], float | None]:
+    """Our numbers by benchmark and label of the run, as papers quote them; runs that failed are not there.
+
+    None where the run has no such number: documents failed, or lmms-eval gave none.
+    """
     return {
-        (board.environment["suite"].removeprefix(prefix), row.label): 100 * row.accuracy
-        if row.quoted is None
-        else row.quoted
+        (board.environment["suite"].removeprefix(prefix), row.label): row.quoted
         for board in boards
         for row in board.rows
         if row.accuracy is not None
     }
 
 
-def _compare(recipe: Recipe, ours: Mapping[tuple[str, str], float]) -> None:
-    """Print published scores and ours; ``ours`` by benchmark and label of the run."""
+def _compare(recipe: Recipe, ours: Mapping[tuple[str, str], float | None]) -> None:
+    """Print published scores and ours; ``ours`` by benchmark and label of the run, None (``?``) if there is no number."""
     from rich.table import Table
 
     table = Table(box=None)
@@ -244,13 +245,17 @@ def _compare(recipe: Recipe, ours: Mapping[tuple[str, str], float]) -> None:
     names = dict.fromkeys([*recipe.published, *(name for name, _ in ours)])
     for name in names:
         theirs = recipe.unpruned.get(name), recipe.published.get(name)
-        mine = ours.get((name, "unpruned")), ours.get((name, recipe.method))
-        cells = [_number(theirs[0]), _number(mine[0]), _number(theirs[1]), _number(mine[1])]
+        runs = (name, "unpruned"), (name, recipe.method)
+        mine = ours.get(runs[0]), ours.get(runs[1])
+        shown = ["?" if run in ours and ours[run] is None else _number(ours.get(run)) for run in runs]
+        cells = [_number(theirs[0]), shown[0], _number(theirs[1]), shown[1]]
         cells += [_relative(theirs), _relative(mine)]
         why = f" (not run: {ELSEWHERE[name]})" if name in ELSEWHERE else ""
         table.add_row(name + why, *cells)
     if names:
         console(160).print(table)
+        if None in ours.values():
+            print("?: documents failed, or lmms-eval gave no number of the kind that papers quote")
     else:
         print("no score by benchmark was published, or none could be read")
 

@@ -73,6 +73,20 @@ def test_intervals_of_right_and_wrong_or_equal_scores_are_wilsons():
     assert interval([0.2, 0.9, 0.4]) == interval([0.4, 0.2, 0.9])
 
 
+def test_quoted_numbers_have_a_column_where_they_are_not_the_accuracy():
+    """And ``?`` stands where a run has none."""
+
+    def cells(*quoted: float | None) -> list[str]:
+        rows = [Row(f"m{n}", f"m{n}", accuracy=0.8, interval=(0.7, 0.9), quoted=one) for n, one in enumerate(quoted)]
+        column = next((c for c in Leaderboard(rows, {}).columns() if c.head == "quoted"), None)
+        lines = Leaderboard(rows, {}).sections[0].lines
+        return [] if column is None else [column.text(line) for line in lines]
+
+    assert cells(80.0, 80.0) == cells(None, None) == []
+    assert cells(1800.0, 80.0) == ["1800.0", "80.0"]
+    assert cells(80.0, None) == ["80.0", "?"]
+
+
 def test_mean_and_sample_standard_deviation():
     mean, sd = mean_sd([2, 4, 4, 4, 5, 5, 7, 9])
     assert (mean, sd) == (5.0, pytest.approx((32 / 7) ** 0.5))

@@ -15,10 +15,11 @@ from foveate.cli import main
 from foveate.errors import FoveateError, ParameterError, UnknownNameError, UnsupportedModelError
 from foveate.eval_suites import models, shapes, suites
 from foveate.eval_suites.lmms import arguments, benchmarks, manifests, tasks
-from foveate.eval_suites.lmms.bench import answers, bench
+from foveate.eval_suites.lmms.bench import _complete, _quoted, answers, bench
 from foveate.eval_suites.lmms.watch import Watch
 from foveate.eval_suites.meter import BudgetMismatch
-from foveate.eval_suites.rows import Row, summarise
+from foveate.eval_suites.rows import Answer, Row, summarise
+from foveate.eval_suites.store import Store
 from foveate.pruners.control import RandomLike
 from foveate.pruners.registry import create
 
@@ -179,7 +180,36 @@ def test_quoted_numbers_are_those_of_papers() -> None:
     assert benchmarks.find("mme").quoted(mme) == 1850.0
     assert benchmarks.find("mme-perception").quoted(mme) == 1500.0
     assert benchmarks.find("pope").quoted({"pope_f1_score,none": 0.859}) == pytest.approx(85.9)
-    assert benchmarks.find("pope").quoted({}) is None
+
+
+def test_a_headline_that_lmms_eval_does_not_give_is_named() -> None:
+    with pytest.raises(FoveateError, match=r"of mme hold no mme_cognition_score.*hold mme_perception_score,none"):
+        benchmarks.find("mme").quoted({"mme_perception_score,none": 1500.0})
+
+
+def test_nothing_is_quoted_where_documents_failed_or_the_first_ones_do_not_tell() -> None:
+    pope, results = benchmarks.find("pope"), {"pope_f1_score,none": 0.859}
+    whole = [Answer(0, "pope-0", "pope", text="yes", score=1.0)]
+    failed = [*whole, Answer(1, "pope-1", "pope", error="OSError: gone")]
+    assert _quoted(whole, pope, results, None) == pytest.approx(85.9)
+    assert _quoted(failed, pope, results, None) is None
+    assert _quoted(whole, pope, {}, 1) is None
+    with pytest.raises(FoveateError, match="hold no pope_f1_score"):
+        _quoted(whole, pope, {}, None)
+
+
+def test_a_run_without_the_quoted_number_is_not_complete(tmp_path: pathlib.Path) -> None:
+    """As in files of format 3; where a document failed there is none."""
+    with Store(tmp_path / "r.db") as store:
+        number = store.open_bench({"model": "m", "suite": "lmms:pope", "limit": 2}, ("pope",))
+        whole, failed = store.open_runs(number, [Row("unpruned", "unpruned"), Row("grid", "grid", 0.5)])
+        said = [Answer(n, f"pope-{n}", "pope", text="yes", score=1.0) for n in range(2)]
+        store.add(whole, said)
+        store.add(failed, [said[0], Answer(1, "pope-1", "pope", error="OSError: gone")])
+        assert not _complete(store, whole, 2)
+        assert _complete(store, failed, 2)
+        store.quote(whole, 100.0)
+        assert _complete(store, whole, 2)
 
 
 def test_unknown_benchmarks_are_named() -> None:

@@ -8,7 +8,6 @@ import pytest
 
 from foveate.cli import main
 from foveate.errors import UnknownNameError
-from foveate.eval_suites import recipes as module
 from foveate.eval_suites.leaderboard import Leaderboard
 from foveate.eval_suites.lmms.benchmarks import BENCHMARKS
 from foveate.eval_suites.recipes import ELSEWHERE, Recipe, find, recipes
@@ -132,7 +131,7 @@ def test_ours_stands_beside_theirs(monkeypatch: pytest.MonkeyPatch, capsys: pyte
         assert [run.label for run in runs] == ["unpruned", "hiprune"]
         assert runs[1].pruner == find("hiprune-llava15-192").pruner
         whole, pruned = (Row(run.method, run.label, accuracy=0.7) for run in runs)
-        whole.quoted, pruned.accuracy = 86.0, 0.43  # F1 is kept beside the scores; what is their mean is not
+        whole.quoted, pruned.quoted = 86.0, 43.0
         failed = Row("hiprune", "another", status=Status.FAILED)
         return [Leaderboard([whole, pruned, failed], {"suite": "lmms:pope"})]
 
@@ -140,4 +139,23 @@ def test_ours_stands_beside_theirs(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert main(["reproduce", "hiprune-llava15-192", "--benchmarks", "pope"]) == 1, "one of the runs failed"
     line = next(line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["pope"])
     assert line.split() == ["pope", "85.9", "86.0", "86.1", "43.0", "100.2", "%", "50.0", "%"]
-    assert module.recipes()
+
+
+def test_the_mean_score_does_not_stand_for_a_number_that_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """80 of MME's samples in 100 are no 80 points."""
+    from foveate.eval_suites.lmms import bench
+
+    def measured(model: str, names: str, *, runs: list, **options: object) -> list:
+        whole, pruned = (Row(run.method, run.label, accuracy=0.8) for run in runs)
+        whole.quoted = 1800.0
+        return [Leaderboard([whole, pruned], {"suite": "lmms:mme"})]
+
+    monkeypatch.setattr(bench, "bench", measured)
+    assert main(["reproduce", "hiprune-llava15-192", "--benchmarks", "mme"]) == 0
+    out = capsys.readouterr().out
+    line = next(line for line in out.splitlines() if line.split()[:1] == ["mme"])
+    assert line.split()[2::2][:2] == ["1800.0", "?"]
+    assert line.split()[-1] == "-"
+    assert "?: documents failed, or" in out

@@ -108,7 +108,7 @@ def test_unfinished_rows_have_no_accuracy(path):
 
 
 def test_answers_wait_for_their_scores_and_count_as_missing(path):
-    """As those of lmms-eval do: what was said is safe before the whole run is scored."""
+    """As those of lmms-eval do: what was said is safe before the whole run is scored, and becomes what was scored."""
     with Store(path) as store:
         bench = store.open_bench(FACTS, TASKS)
         (run, _) = store.open_runs(bench, rows())
@@ -119,7 +119,7 @@ def test_answers_wait_for_their_scores_and_count_as_missing(path):
         store.add(run, [answer(n, text="cut", score=0.5) for n in range(3)])
         store.add(run, [answer(n, score=1.0) for n in range(3)])
         row = store.board(bench).rows[0]
-    assert (row.accuracy, row.answers) == (0.5, ["as said"] * 3)
+    assert (row.accuracy, row.answers) == (0.5, ["cut"] * 3)
 
 
 def test_the_quoted_number_is_kept_exported_and_dropped_when_samples_are_done_again(path, tmp_path):
@@ -134,8 +134,10 @@ def test_the_quoted_number_is_kept_exported_and_dropped_when_samples_are_done_ag
             (board,) = copy.boards()
         assert board.rows[0].quoted == 85.9
         assert "| 85.9 |" in board.markdown()
+        assert store.quoted(run) == 85.9
         store.retry(bench)
         assert store.board(bench).rows[0].quoted is None
+        assert store.quoted(run) is None
 
 
 def test_failed_samples_count_as_wrong_and_are_told(path):
