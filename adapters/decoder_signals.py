@@ -225,8 +225,8 @@ class DecoderTap(Tap):
         q, k = q.transpose(1, 2), k.transpose(1, 2)
         rotate = _rotation(attention)
         here = (x.gather(-2, rows[..., None].expand(*x.shape[:-2], -1, x.shape[-1])) for x in rotary)
-        q = rotate(q, q[:, :0], *here)[0]  # models rotate both at once; here the other has no heads
-        k = rotate(k[:, :0], k, *rotary)[1]
+        q = rotate(q, q[:, :1], *here)[0]  # models rotate both at once; of the other one head will do
+        k = rotate(k[:, :1], k, *rotary)[1]
         k = _with_past(k, cache, signal.layer, stored=False)
         return self._ahead(q, k, rows, counted, present, _scale(attention))
 

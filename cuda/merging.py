@@ -31,9 +31,9 @@ def similarity_energy(metric: Tensor, margin: float, *, alpha: float = 1.0, jump
         jump: the paper's f, which is ``x`` itself above the margin; the published code subtracts the margin.
 
     Returns:
-        ``(B, N)`` float32. O(N^2 C) time; a block of rows of the N x N similarities is held at a time.
+        ``(B, N)`` float32, without gradient. O(N^2 C) time; a block of rows of the N x N similarities is held at a time.
     """
-    return _energy(metric, margin, alpha, jump)
+    return _energy(metric.detach(), margin, alpha, jump)
 
 
 def best_match(
@@ -46,12 +46,12 @@ def best_match(
         source_valid: ``(B, S)`` bool, False gives score -inf; target_valid: ``(B, T)`` bool, False is never a match.
 
     Returns:
-        ``(B, S)`` float32 similarity and ``(B, S)`` int64 target, the lower of equally similar ones. O(S T C) time; a block
-        of rows of the S x T similarities is held at a time.
+        ``(B, S)`` float32 similarity, without gradient, and ``(B, S)`` int64 target, the lower of equally similar ones.
+        O(S T C) time; a block of rows of the S x T similarities is held at a time.
     """
-    score, index = _match(sources, targets, target_valid)
+    score, index = _match(sources.detach(), targets.detach(), None if target_valid is None else target_valid.bool())
     if source_valid is not None:
-        score = score.masked_fill(~source_valid, -torch.inf)
+        score = score.masked_fill(~source_valid.bool(), -torch.inf)
     return score, index
 
 
@@ -71,7 +71,7 @@ def merge_tokens(
         sizes: ``(B, N)`` float32 weights, the number of patches in each row; None = all one.
 
     Returns:
-        ``(B, K, C)`` in the dtype of ``x``, and ``(B, K)`` float32 new sizes. Means are taken in float32.
+        ``(B, K, C)`` in the dtype of ``x``, and ``(B, K)`` float32 new sizes. Means are taken in float32, of float64 in float64.
     """
     return _merge(x, keep, source, target, sizes)
 
@@ -161,7 +161,7 @@ def _match(sources: Tensor, targets: Tensor, target_valid: Tensor | None) -> tup
 def _unit(x: Tensor) -> Tensor:
     """Rows of length one in float32; zero rows stay zero. Cheaper than `normalize`, which divides."""
     x = x.float()
-    return x * torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_(min=_TINY).reciprocal_()
+    return x * torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=_TINY).reciprocal()
 
 
 def _row_blocks(rows: Tensor, columns: int) -> Iterator[Tensor]:
@@ -186,13 +186,12 @@ def _merge(x: Tensor, keep: Tensor, source: Tensor, target: Tensor, sizes: Tenso
     kept = rows.index_select(0, (keep + image * n).flatten()).to(wide)  # by whole rows, where `gather` goes by elements
     moved = rows.index_select(0, (source + image * n).flatten()).to(wide)
     place = (target + image * keep.shape[1]).flatten()
+    sizes = None if sizes is None else sizes.to(wide)
     after = merged_sizes(keep, source, target, sizes)
-    share = after.gather(1, target).reciprocal_()
-    if sizes is not None:
-        share *= sizes.gather(1, source)
+    share = (1 if sizes is None else sizes.gather(1, source)) / after.gather(1, target)
     # the mean of a group is its target and, for each source, that one's share of the way from the target to it
     kept.index_add_(0, place, (moved - kept.index_select(0, place)) * share.view(-1, 1))
-    return kept.to(x.dtype).view(batch, -1, width), after
+    return kept.to(x.dtype).view(batch, -1, width), after.float()
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:

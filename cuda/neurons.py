@@ -48,15 +48,14 @@ def neuron_counts(hidden: Tensor, rho: float, *, valid: Tensor | None = None, to
     k = k * valid
     counts = torch.zeros(batch, neurons, dtype=torch.long, device=hidden.device)
     waits = hidden.device.type != "cpu"  # asking for a value would stop the queue
-    most = (
-        int(rho * neurons) if waits else int(k.max()) if k.numel() else 0
-    )  # no token has more active neurons than there are
+    # no token has more active neurons than there are; one more, since the mean's rounding differs
+    most = min(neurons, int(rho * neurons) + 1) if waits else int(k.max()) if k.numel() else 0
     step = max(1, (_BLOCK_ELEMENTS if waits else _CPU_BLOCK_ELEMENTS) // max(1, batch * neurons))
     step = step if waits else min(step, 255)
     for start in range(0, length if most else 0, step):
         block, wanted = hidden[:, start : start + step], k[:, start : start + step, None]
         if not waits:
-            block = block.detach().to(torch.promote_types(block.dtype, torch.float32))
+            block = block.detach().to(torch.promote_types(block.dtype, torch.float32)).contiguous()
         weakest = _weakest(block, wanted, most)
         chosen = block >= weakest
         if waits or bool((_trues(chosen)[..., None] > wanted).any()):  # several neurons at the boundary, or none wanted
@@ -112,7 +111,7 @@ def match_counts(active: Tensor, core: Tensor) -> Tensor:
         ``(B, N)`` int64. Reads ``active`` once; on CUDA activations become bits in registers, so hand them over as they are:
         ``hidden > 0`` would write them once and read them once more.
     """
-    return _matches(active, core)
+    return _matches(active, core.bool())
 
 
 # the unsigned integer of each dtype's size, and the bits of its infinity
@@ -126,7 +125,7 @@ _BITS = {
 
 def _matches_kernel(active: Tensor, core: Tensor) -> Tensor:
     active = aligned(active if active.dtype in _BITS else active > 0)
-    core = pad(core.bool(), (0, -core.shape[-1] % 16)).contiguous()
+    core = pad(core, (0, -core.shape[-1] % 16)).contiguous()
     batch, n, width = active.shape
     counts = torch.empty(batch, n, dtype=torch.int64, device=active.device)
     args = (active, *map(np.int64, active.stride()[:2]), core, np.int32(n), np.int32(width), counts)

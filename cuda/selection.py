@@ -21,9 +21,8 @@ from foveate.cuda.similarity import gram, inverse_norms
 from foveate.errors import ParameterError
 
 _TINY = 1e-12
-_ROUND_OFF = (
-    1e-5  # of a determinantal gain, relative to the token's own kernel entry, after hundreds of float32 updates
-)
+# of a determinantal gain, relative to the token's own kernel entry, after hundreds of float32 updates
+_ROUND_OFF = 1e-5
 _GRAM_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 27}  # similarities held at once: 128 and 512 MiB of float32
 _BLOCK_ELEMENTS = 1 << 22  # the same where they are only looked through
 _OBJECTIVES = ("max_min", "max_sum")
@@ -51,7 +50,7 @@ def diverse_subset(features: Tensor, k: int, start: Tensor | None = None, *, obj
     _check_k(k, features)
     if objective not in _OBJECTIVES:
         raise ParameterError(f"objective={objective!r} is not one of {', '.join(map(repr, _OBJECTIVES))}")
-    return _diverse(features, k, start, objective == "max_sum")
+    return _diverse(features.detach(), k, start, objective == "max_sum")
 
 
 def conditional_dpp(features: Tensor, relevance: Tensor, k: int) -> Tensor:
@@ -70,7 +69,7 @@ def conditional_dpp(features: Tensor, relevance: Tensor, k: int) -> Tensor:
         ParameterError: ``k``.
     """
     _check_k(k, features)
-    return _dpp(features, relevance, k)
+    return _dpp(features.detach(), relevance.detach(), k)
 
 
 def _check_k(k: int, features: Tensor) -> None:

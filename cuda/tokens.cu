@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(256, 4)
     const int each = (merged + 7) / 8, stop = min((mine + 1) * each, merged);
     int count = 0;
     for (int from = mine * each; from < stop; from += 32) {
-        const int s = from + lane, into = s < stop ? int(target[s]) - first : -1;
+        const int s = from + lane, into = s < stop ? int(existing(target[s], kept)) - first : -1;
         const bool here = into >= 0 && into < 8;
         const unsigned lanes = __ballot_sync(ALL_LANES, here);
         if (here) found[mine * each + count + __popc(lanes & ((1u << lane) - 1))] = unsigned(into) << PLACE | unsigned(s);

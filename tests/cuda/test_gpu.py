@@ -110,17 +110,17 @@ def _diverse_shortfall(x: Tensor, picks: Tensor) -> float:
 
 def _dpp_shortfall(x: Tensor, picks: Tensor) -> float:
     """Relative to the best gain."""
-    relevance, items, worst = _relevance(x).double(), torch.arange(len(x), device=x.device), 0.0
+    relevance, items, worst = _relevance(x).double(), torch.arange(len(x), device=x.device), []
     kernel = relevance[:, :, None] * _cosines(x) * relevance[:, None]
     gain, factors = kernel.diagonal(dim1=1, dim2=2).clone(), []
     for pick in picks.T:
         left, best = gain[items, pick], gain.amax(dim=1)
-        worst = max(worst, (1 - left / best).max().item())
+        worst.append((1 - left / best).amax())
         factor = kernel[items, pick] - sum(f[items, pick, None] * f for f in factors)
         factors.append(factor / left.sqrt()[:, None])
         gain = gain - factors[-1].square()
         gain[items, pick] = -torch.inf
-    return worst
+    return torch.stack(worst).amax().item()  # NaN if one is
 
 
 def _match_shortfall(x: Tensor, index: Tensor) -> float:

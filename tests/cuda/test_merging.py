@@ -105,3 +105,19 @@ def test_gradients_reach_every_member() -> None:
     assert torch.equal(x.grad[0, 5], torch.full((4,), 0.5))
     torch.testing.assert_close(x.grad[0, 1], torch.full((4,), 1 / 3))
     assert torch.equal(x.grad[1, 1], torch.ones(4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
+def test_sizes_of_any_type_weigh_alike(dtype: torch.dtype) -> None:
+    """Statement: sizes may be of any number type; the new ones are float32."""
+    x, sizes = drawn(2, 6, 4), torch.tensor([[1, 2, 3, 1, 5, 1], [2, 1, 1, 4, 1, 3]])
+    expected = merge_tokens(x, **GROUPS, sizes=sizes.float())
+    for found, right in zip(merge_tokens(x, **GROUPS, sizes=sizes.to(dtype)), expected):
+        assert found.dtype == torch.float32
+        assert torch.equal(found, right)
+
+
+def test_gradients_reach_sizes() -> None:
+    """Statement: merging is differentiable by sizes, as finite differences say."""
+    x, sizes = drawn(2, 6, 4).double(), (1 + drawn(2, 6).abs()).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda s: merge_tokens(x, **GROUPS, sizes=s)[0], (sizes,))

@@ -64,3 +64,9 @@ def test_match_counts() -> None:
 def test_unknown_rule() -> None:
     with pytest.raises(ParameterError, match="median"):
         neuron_counts(torch.ones(1, 1, 1), 0.2, topk="median")
+
+
+def test_layout_of_activations_does_not_matter() -> None:
+    """Statement: permuted activations with ties count like contiguous ones."""
+    hidden = torch.randint(0, 3, (2, 12, 5), generator=torch.Generator().manual_seed(0)).float()
+    assert torch.equal(neuron_counts(hidden.mT, 0.5), neuron_counts(hidden.mT.contiguous(), 0.5))

@@ -192,3 +192,13 @@ def test_dpp_kernel_beyond_the_rank_and_with_ties(k, held, kernels_on_cpu, monke
 def test_dpp_kernel_of_one_token(held, kernels_on_cpu, monkeypatch):
     monkeypatch.setattr(selection, "_GRAM_ELEMENTS", {"cpu": held})
     assert conditional_dpp(torch.randn(2, 1, 8), torch.ones(2, 1), 1).tolist() == [[0], [0]]
+
+
+def test_features_that_need_gradients_choose_alike(monkeypatch) -> None:
+    """Choices are no function to differentiate: features under training choose what detached ones do, row by row as well."""
+    x, relevance = torch.randn(2, 9, 4, requires_grad=True), torch.rand(2, 9)
+    expected = diverse_subset(x.detach(), 4), conditional_dpp(x.detach(), relevance, 4)
+    for elements in (selection._GRAM_ELEMENTS, {"cpu": 0}):
+        monkeypatch.setattr(selection, "_GRAM_ELEMENTS", elements)
+        assert torch.equal(diverse_subset(x, 4), expected[0])
+        assert torch.equal(conditional_dpp(x, relevance, 4), expected[1])

@@ -173,10 +173,12 @@ def test_gather_refuses_rows_that_are_not_there(kernels_on_cpu):
         gather_tokens(torch.rand(1, 9, 4), torch.tensor([[9]]))
 
 
-@pytest.mark.parametrize(("keep", "source"), [(9, 1), (0, 9), (-1, 1), (0, -1)])
-def test_merge_refuses_rows_that_are_not_there(keep, source, kernels_on_cpu):
+@pytest.mark.parametrize(
+    ("keep", "source", "target"), [(9, 1, 0), (0, 9, 0), (-1, 1, 0), (0, -1, 0), (0, 1, 1), (0, 1, -1)]
+)
+def test_merge_refuses_rows_that_are_not_there(keep, source, target, kernels_on_cpu):
     with pytest.raises(AssertionError, match="__trap"):
-        merge_tokens(torch.rand(1, 9, 4), torch.tensor([[keep]]), torch.tensor([[source]]), torch.tensor([[0]]))
+        merge_tokens(torch.rand(1, 9, 4), torch.tensor([[keep]]), torch.tensor([[source]]), torch.tensor([[target]]))
 
 
 def test_gather_by_another_integer_type(both):
