@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import gradio as gr
+from gradio.data_classes import ImageData
 from gradio.processing_utils import save_bytes_to_cache
 
 from foveate.adapters.trace import ImageTrace
@@ -162,6 +163,15 @@ class App:
         with readable():
             asked = question or "", composed(name, inner), unit, budget, more or "", positions
             return self._shown(self._ask(self.engines[model], open_media(path), *asked), show, unit, budget)
+
+    def outdate(self, result: Result, path: str | None) -> str:
+        """The answers again, marked where the picture is not that of the result any more."""
+        with readable():
+            try:
+                outdated = key(open_media(path)) != key(result.media)
+            except InputError:  # told when it is asked about
+                outdated = True
+            return views.answers(result.unpruned, result.pruned, result.pruner, outdated)
 
     def _shown(self, result: Result, show: str, unit: str, budget: float) -> list[Any]:
         trace = result.trace
@@ -337,6 +347,7 @@ class App:
                     height=240,
                     elem_id="fv-picture",
                 )
+                picture.preprocess = uploaded
                 self._cache = picture.GRADIO_CACHE
                 video = gr.UploadButton("Upload a video", file_types=list(VIDEOS), size="sm", elem_id="fv-video")
                 known = gr.HTML(views.examples(shelf.examples), js_on_load=_PICK, elem_id="fv-examples")
@@ -398,6 +409,7 @@ class App:
                     code = gr.Code(
                         self._snippet(start),
                         language="python",
+                        wrap_lines=True,
                         label="Python code that repeats this",
                         elem_id="fv-code",
                     )
@@ -408,8 +420,10 @@ class App:
         ask = {"fn": self.inspect, "inputs": asked, "outputs": shown, "show_progress_on": [answers], **_MODEL}
         chosen = {"fn": self.choose, "inputs": [model, method, inner], "outputs": [about, inner, budget]}
         chosen |= {"show_progress": "hidden"}
-        anew = [run.click, question.submit, budget.release, positions.input, inner.input]
+        anew = [run.click, question.submit, budget.release, positions.input, inner.input, picture.upload]
         gr.on(anew, trigger_mode="always_last", **ask)
+        # in the queue of the answers, so that none can arrive between what is read here and what is written
+        picture.change(self.outdate, [state, picture], answers, show_progress="hidden", **_MODEL)
         method.input(**chosen).then(**ask)
         unit.input(self.convert, [state, unit, budget], budget, show_progress="hidden")
         known.select(self.example, model, [picture, question], show_progress="hidden").then(**ask)
@@ -437,6 +451,11 @@ class App:
             trigger_mode="always_last",
             **_MODEL,
         )
+
+
+def uploaded(payload: ImageData | None) -> str | None:
+    """Where the server keeps an upload, unopened: Gradio would open it, and tell the path of what it cannot read."""
+    return payload.path if payload else None
 
 
 def composed(name: str, inner: str | None) -> str:

@@ -181,6 +181,11 @@ def _sample(sample: Any, said: str, score: float) -> str:
     return (
         f'<article class="fv-card"><img src="{views.data_url(picture)}" alt="picture of sample {escape(sample.id)}">'
         f'<div class="text"><h3>{escape(sample.task)}<span class="fv-same {"yes" if right else "no"}">{"right" if right else "wrong"}'
-        f'</span></h3><p class="fv-note">{escape(sample.question)}</p><p class="said">{escape(said) or "(nothing)"}</p>'
-        f'<p class="facts">right: <b>{escape(sample.answer)}</b></p></div></article>'
+        f'</span></h3><p class="fv-note">{escape(sample.question)}</p><p class="said">{_words(said) or "(nothing)"}</p>'
+        f'<p class="facts">expected: <b>{_words(sample.answer)}</b></p></div></article>'
     )
+
+
+def _words(text: str) -> str:
+    """An answer as people write it: the embedded models have single tokens such as ``top_left``."""
+    return escape(text.replace("_", " "))

@@ -50,6 +50,7 @@ def main(args: argparse.Namespace) -> int:
         raise ParameterError(f"--port {args.port}: give a number from 1 to 65535")
     if args.max_new_tokens < 1:
         raise ParameterError(f"--max-new-tokens {args.max_new_tokens}: give at least 1")
+    print(f"loading {args.model} …", flush=True)
     app = create(args.model, args.device, args.dtype, args.max_new_tokens, args.results)
     try:
         serve(app, host=args.host, port=args.port, share=args.share)
@@ -108,7 +109,7 @@ def _no_stub_files() -> Iterator[None]:
 
 
 def serve(app: App, host: str = "127.0.0.1", port: int | None = None, share: bool = False, block: bool = True) -> str:
-    """Start the server; returns its address (if it does not block)."""
+    """Start the server and return its address; with ``block`` print that and serve until interrupted."""
     from foveate.demo.app import HERE, theme
     from foveate.demo.media import MAX_VIDEO_BYTES
 
@@ -117,7 +118,7 @@ def serve(app: App, host: str = "127.0.0.1", port: int | None = None, share: boo
         server_port=port,
         share=share,
         inbrowser=False,
-        prevent_thread_lock=not block,
+        prevent_thread_lock=True,
         show_error=True,
         max_file_size=MAX_VIDEO_BYTES,
         footer_links=["settings"],
@@ -127,6 +128,9 @@ def serve(app: App, host: str = "127.0.0.1", port: int | None = None, share: boo
         mcp_server=False,
         theme=theme(),
         css_paths=[HERE / "style.css"],
-        quiet=not block,
+        quiet=True,
     )
+    if block:
+        print(f"open {address} in a browser; Ctrl-C ends it", flush=True)
+        app.blocks.block_thread()
     return address

@@ -21,6 +21,7 @@ from foveate.pruners import PRUNERS, Pruner, create
 WIDTH = 768
 
 _HINT = "Point at a token, or move with the arrow keys, to see what became of it."
+_OUTDATED = '<p class="fv-note fv-outdated">This is the result of the picture before; press <strong>Run</strong> for the new one.</p>'
 _KNOWS = {
     "shapes-llava": "coloured shapes and two-letter codes, by six kinds of question",
     "shapes-next": "coloured shapes and two-letter codes in pictures twice as wide as high, by six kinds of question",
@@ -33,27 +34,41 @@ _LEGENDS = {
 }
 
 
-def answers(unpruned: Answer, pruned: Answer, pruner: Pruner) -> str:
-    """Both answers side by side, with what they cost."""
-    same = unpruned.text == pruned.text
-    mark = f'<span class="fv-same {"yes" if same else "no"}">{"same answer" if same else "another answer"}</span>'
+def answers(unpruned: Answer, pruned: Answer, pruner: Pruner, outdated: bool = False) -> str:
+    """Both answers side by side, with what they cost; ``outdated``: they are about another picture than is there now."""
     return (
-        '<div class="fv-answers">'
+        (_OUTDATED if outdated else "")
+        + '<div class="fv-answers">'
         + _card("All tokens", unpruned, unpruned, "", "unpruned")
-        + _card(f"With {pruner.name}", pruned, unpruned, mark, "pruned")
+        + _card(f"With {pruner.name}", pruned, unpruned, _mark(unpruned, pruned), "pruned")
         + "</div>"
     )
 
 
+def _mark(unpruned: Answer, pruned: Answer) -> str:
+    same = unpruned.text == pruned.text
+    return f'<span class="fv-same {"yes" if same else "no"}">{"same answer" if same else "another answer"}</span>'
+
+
 def _card(title: str, answer: Answer, whole: Answer, mark: str, kind: str) -> str:
-    share = answer.mean_tokens / max(whole.mean_tokens, 1e-9)
+    share = _share(answer, whole)
     return (
         f'<section class="fv-card {kind}"><h3>{escape(title)}{mark}</h3>'
         f'<p class="said">{escape(answer.text) or "(nothing)"}</p>'
-        f'<p class="facts"><b>{_count(answer.mean_tokens)}</b> visual tokens per layer ({share:.0%}) · '
-        f"{_seconds(answer.seconds)}{_scoring(answer)}</p>"
+        f'<p class="facts">{_cost(answer, whole)}</p>'
         f'<div class="fv-bar" role="img" aria-label="{share:.0%} of the visual tokens"><i style="width:{share:.1%}"></i></div>'
         "</section>"
+    )
+
+
+def _share(answer: Answer, whole: Answer) -> float:
+    return answer.mean_tokens / max(whole.mean_tokens, 1e-9)
+
+
+def _cost(answer: Answer, whole: Answer) -> str:
+    return (
+        f"<b>{_count(answer.mean_tokens)}</b> visual tokens per layer ({_share(answer, whole):.0%}) · "
+        f"{_seconds(answer.seconds)}{_scoring(answer)}"
     )
 
 
@@ -73,12 +88,18 @@ def figure(trace: ImageTrace, media: Media, show: str, layer: int) -> str:
     data = escape(json.dumps(_tokens(trace, known, layer, drawing.size, media), separators=(",", ":"), allow_nan=False))
     return (
         f'<figure class="fv-figure" data-tokens="{data}">'
-        f'<figcaption><span>{seen} {caption}</span><span class="legend">{_LEGENDS[show]}</span></figcaption>'
+        f'<figcaption><span>{seen} {caption}</span><span class="legend">{_LEGENDS[show]}</span>{_cropped(trace, pictures)}'
+        "</figcaption>"
         f'<div class="fv-stage" tabindex="0" role="group" aria-label="Picture with {kept} of {total} tokens kept; '
         f'arrow keys move from token to token"><img src="{data_url(drawing)}" alt="" width="{width}" height="{height}">'
         f'<svg viewBox="0 0 {width} {height}" aria-hidden="true"></svg></div>'
         f'<p class="fv-token" aria-live="polite" data-hint="{_HINT}">{_HINT}</p></figure>'
     )
+
+
+def _cropped(trace: ImageTrace, pictures: Image.Image | Sequence[Image.Image]) -> str:
+    oblong = isinstance(pictures, Image.Image) and pictures.width != pictures.height
+    return '<span class="legend">the model sees only the middle square</span>' if trace.centre_crop and oblong else ""
 
 
 def _tokens(trace: ImageTrace, known: Facts, layer: int, size: tuple[int, int], media: Media) -> dict:
@@ -131,7 +152,7 @@ def comparison(media: Media, unpruned: Answer, rows: Sequence[tuple[Pruner, Answ
     cards = "".join(_compared(media, unpruned, pruner, answer) for pruner, answer in rows)
     return (
         f'<p class="fv-note">Without a method the answer is <strong>{escape(unpruned.text)}</strong>, with '
-        f"{_count(unpruned.mean_tokens)} visual tokens in {_seconds(unpruned.seconds)}.</p>"
+        f"{_count(unpruned.mean_tokens)} visual tokens per layer in {_seconds(unpruned.seconds)}.</p>"
         f'<div class="fv-grid">{cards}</div>{_agreement(rows)}'
     )
 
@@ -140,13 +161,11 @@ def _compared(media: Media, unpruned: Answer, pruner: Pruner, answer: Answer) ->
     (trace,) = answer.trace.images
     layer = start_layer(trace)
     kept = len(trace.kept_at(layer))
-    same = unpruned.text == answer.text
     return (
         f'<article class="fv-card"><img src="{data_url(draw(trace, frames_of(media), layer=layer, width=384))}" '
         f'alt="{escape(pruner.name)}: {kept} of {trace.layout.size} tokens kept"><div class="text"><h3>{escape(pruner.name)}'
-        f'<span class="fv-same {"yes" if same else "no"}">{"same" if same else "other"}</span></h3>'
-        f'<p class="said">{escape(answer.text) or "(nothing)"}</p>'
-        f'<p class="facts"><b>{kept}</b> of {trace.layout.size} tokens · {_seconds(answer.seconds)}</p></div></article>'
+        f'{_mark(unpruned, answer)}</h3><p class="said">{escape(answer.text) or "(nothing)"}</p>'
+        f'<p class="facts">{_cost(answer, unpruned)}</p></div></article>'
     )
 
 

@@ -8,12 +8,14 @@ import inspect
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from html import unescape
 from pathlib import Path
+from types import SimpleNamespace
 
 import gradio as gr
 import httpx
@@ -21,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
 from PIL import Image
 
 import foveate
@@ -200,6 +203,25 @@ def test_the_server_opens_no_path_that_a_client_names(address, tmp_path):
     assert "event: complete" not in said
 
 
+def test_a_broken_upload_is_told_in_one_sentence_without_paths(address, tmp_path):
+    (tmp_path / "bad.png").write_text("no picture")
+    asked = [
+        "shapes-llava",
+        handle_file(tmp_path / "bad.png"),
+        QUESTION,
+        "random",
+        None,
+        "percent",
+        50,
+        "",
+        "keep",
+        "kept",
+    ]
+    with pytest.raises(AppError) as told:
+        Client(address, verbose=False).predict(*asked, api_name="/inspect")
+    assert str(told.value) == "the file cannot be read as a picture (PNG, JPEG, WEBP, GIF, BMP)"
+
+
 def test_it_serves_this_machine_only_and_sends_no_telemetry(app, address):
     assert address.startswith("http://127.0.0.1:")
     config = httpx.get(f"{address}config").json()
@@ -304,6 +326,17 @@ def test_an_unexpected_failure_hides_its_insides_and_leaves_the_model_free(app, 
             app.inspect(**{**DEFAULTS, "path": saved, "name": "random"})
     assert "secret" not in told.value.message
     assert app.engine.pruned(PICTURE, QUESTION, foveate.Random(keep=20), "keep").trace.method == "random"
+
+
+def test_a_result_is_marked_while_it_is_not_of_the_picture_that_is_there(app, saved, tmp_path):
+    result = app.inspect(**{**DEFAULTS, "path": saved})[0]
+    (tmp_path / "bad.png").write_text("no picture")
+    invoice().save(tmp_path / "other.png")
+    marked = [
+        "fv-outdated" in app.outdate(result, path)
+        for path in (saved, None, str(tmp_path / "bad.png"), str(tmp_path / "other.png"))
+    ]
+    assert marked == [False, True, True, True]
 
 
 def test_the_budget_counts_in_percent_or_in_tokens(app, saved):
@@ -451,6 +484,10 @@ def test_compare_shows_each_method_and_refuses_none(app, saved):
     shown = app.compare("shapes-llava", saved, QUESTION, ["random", "visionzip", "fastv"], 25, "keep")
     assert shown.count("<article") == 3
     assert shown.count('<th scope="row">') == 3
+    inspected = app.inspect(**{**DEFAULTS, "path": saved, "name": "fastv"})[1]
+    count = re.findall(r"<b>[\d.]+</b> visual tokens per layer \(\d+%\)", inspected)[1]
+    assert count in shown  # one quantity in both tabs
+    assert len(re.findall("visual tokens per layer", shown)) == 4
     with pytest.raises(gr.Error, match="no method is chosen"):
         app.compare("shapes-llava", saved, QUESTION, [], 25, "keep")
 
@@ -532,6 +569,38 @@ def test_bad_arguments_end_in_one_line(args, message, capsys):
 
     assert main(["demo", *args]) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_the_command_says_what_it_loads_and_then_where_it_serves(monkeypatch, capsys):
+    from foveate.cli import main
+
+    with gr.Blocks() as page:
+        gr.Markdown("here")
+    said = []
+
+    def create(*args) -> SimpleNamespace:
+        said.append(capsys.readouterr().out)
+        return SimpleNamespace(blocks=page)
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setattr(launch, "create", create)
+    monkeypatch.setattr(page, "block_thread", lambda: said.append(capsys.readouterr().out))
+    assert main(["demo", "--port", str(port)]) == 0
+    page.close(verbose=False)
+    assert said == ["loading shapes-llava …\n", f"open http://127.0.0.1:{port}/ in a browser; Ctrl-C ends it\n"]
+
+
+def test_oblong_pictures_say_what_of_them_is_seen(app):
+    """CLIP's processor crops the centre, AnyRes shows all of a picture."""
+    told = "only the middle square"
+    oblong, question = Image.new("RGB", (300, 200), "teal"), "What is here?"
+    for model, crops in (("shapes-llava", True), ("shapes-next", False)):
+        engine = app.engines[model]
+        trace = engine.pruned(oblong, question, foveate.Random(keep=0.5), "keep").trace.images[0]
+        assert (told in views.figure(trace, oblong, "kept", 0)) == crops == trace.centre_crop
+    assert told not in views.figure(app.start.trace, PICTURE, "kept", 0)
 
 
 def test_a_method_without_parameters_is_refused_clearly(app):

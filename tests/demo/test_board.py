@@ -72,6 +72,13 @@ def test_samples_come_with_pictures_and_failures_first():
     assert "&lt;b&gt;" in shown
 
 
+def test_answers_are_shown_as_words_beside_what_was_expected():
+    shown = board.samples(BOARD, row("grid", 0.5, 72, 0.0, answers=["top_left"] * 3, scores=[0.0] * 3))
+    assert shown.count('<p class="said">top left</p>') == 3
+    for sample in KNOWN:
+        assert f"expected: <b>{sample.answer}</b>" in shown
+
+
 def test_a_row_that_failed_says_why():
     assert "out of &lt;luck&gt;" in board.samples(BOARD, BOARD.rows[-1])
 

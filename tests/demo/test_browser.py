@@ -77,7 +77,10 @@ def test_a_visitor_uploads_asks_looks_closer_and_exports(browser, address, tmp_p
 
     own = tmp_path / "own.png"
     EXAMPLES[1].make().save(own)
+    before = page.locator(".fv-stage img").get_attribute("src")
     upload(page, own)
+    expect(page.locator(".fv-stage img")).not_to_have_attribute("src", before, timeout=PATIENCE)  # asked about at once
+    expect(page.locator(".fv-outdated")).to_have_count(0, timeout=PATIENCE)
     page.locator("#fv-question textarea").fill(EXAMPLES[1].question)
     before = page.locator(".fv-stage img").get_attribute("src")
     choose(page, "fastv")
@@ -133,10 +136,15 @@ def test_a_refused_upload_says_why_and_the_page_goes_on(browser, address, tmp_pa
     page = visit(window(browser), address)
     Image.new("1", (6000, 6000)).save(tmp_path / "huge.png")
     upload(page, tmp_path / "huge.png")
-    page.locator("#fv-run").click()
     expect(page.get_by_text("at most 20 million are accepted")).to_be_visible(timeout=PATIENCE)
+    expect(page.locator(".fv-outdated")).to_be_visible(timeout=PATIENCE)
+    page.get_by_role("button", name="Remove Image").click()
+    (tmp_path / "bad.png").write_text("no picture")
+    page.locator("#fv-picture input[type=file]").set_input_files(tmp_path / "bad.png")
+    expect(page.get_by_text("cannot be read as a picture")).to_be_visible(timeout=PATIENCE)
     page.locator("#fv-examples button").nth(1).click()
     expect(page.locator(".fv-card.unpruned .said")).to_have_text("c p", timeout=PATIENCE)
+    expect(page.locator(".fv-outdated")).to_have_count(0, timeout=PATIENCE)
     page.context.close()
 
 
@@ -144,9 +152,19 @@ def test_the_page_fits_a_phone(browser, address):
     page = visit(window(browser), address)
     page.set_viewport_size({"width": 390, "height": 844})
     expect(page.locator(".fv-stage img")).to_be_visible()
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    assert page.locator(".fv-stage").bounding_box()["width"] <= 390
+    fits_a_phone(page, ".fv-stage")
+    page.get_by_role("tab", name="Compare").click()
+    expect(page.locator("#fv-comparison article")).to_have_count(6, timeout=PATIENCE)
+    fits_a_phone(page, "#fv-comparison article")
     page.context.close()
+
+
+def fits_a_phone(page: Page, inside: str) -> None:
+    """Neither the page nor what is ``inside`` is wider than the screen."""
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    for box in page.locator(inside).all():
+        left, width = box.bounding_box()["x"], box.bounding_box()["width"]
+        assert 0 <= left <= left + width <= 390
 
 
 def test_eight_visitors_at_once_do_not_meet(browser, address, app):
@@ -206,5 +224,8 @@ def test_a_click_on_a_row_of_the_leaderboard_shows_its_samples_failures_first(br
     assert marks == sorted(marks, key=lambda mark: mark == "right")
     assert marks[0] == "wrong"
     assert samples.locator("img").count() == 12
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.wait_for_timeout(500)  # the plot follows the window
+    fits_a_phone(page, "#fv-samples article")
     page.context.close()
     app.blocks.close(verbose=False)
