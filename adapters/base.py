@@ -377,6 +377,13 @@ def bind(method: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> dic
     return call
 
 
+def _wrapped(model: nn.Module) -> nn.Module | None:
+    """The model inside what torch.compile, data parallelism or PEFT made of it."""
+    peft = getattr(model, "get_base_model", None)
+    inner = (getattr(model, "_orig_mod", None), getattr(model, "module", None), peft() if callable(peft) else None)
+    return next((x for x in inner if isinstance(x, nn.Module)), None)
+
+
 def adapter_for(model: nn.Module) -> Adapter:
     """The adapter of a model's family.
 
@@ -389,6 +396,11 @@ def adapter_for(model: nn.Module) -> Adapter:
                 family.check_transformers(type(model).__name__)
                 return family(model)
     known = ", ".join(family.classes[0] for family in FAMILIES)
+    inner = _wrapped(model)
+    if inner is not None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} wraps {type(inner).__name__}; attach to the model itself, not to what was made of it"
+        )
     reason = "" if hasattr(model, "forward") else " (and it is no torch module)"
     if not any("vision" in name or "visual" in name for name, _ in getattr(model, "named_children", list)()):
         reason += "; it has no vision tower, so there are no visual tokens to prune" if reason == "" else ""

@@ -123,7 +123,7 @@ def _function(file: str, kernel: str, device: int) -> Any:
     try:
         import cupy
     except ImportError as error:
-        return f"CuPy is not installed ({error}); pip install foveate[cuda13] or [cuda12]"
+        return f"CuPy is not installed ({error}); pip install 'foveate[cuda13]' or [cuda12]"
     try:
         module = cupy.RawModule(code=source(file), options=("-std=c++17",), name_expressions=(kernel,))
         function = module.get_function(kernel)

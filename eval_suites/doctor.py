@@ -140,7 +140,7 @@ def _kernels() -> Iterator[Finding]:
         yield Finding(part, "FOVEATE_KERNELS", *_outcome(failure, mode))
     version = next(filter(None, map(version_of, _CUPY_WHEELS)), None)
     if version is None:
-        help_ = "not installed; `pip install foveate[cuda13]` (or [cuda12]) makes selection faster on a GPU"
+        help_ = "not installed; `pip install 'foveate[cuda13]'` (or [cuda12]) makes selection faster on a GPU"
         yield Finding(
             part, "CuPy", State.NOTE, help_ if torch.cuda.is_available() else "not installed; of use with a GPU only"
         )
@@ -232,7 +232,7 @@ def _optional(full: bool) -> Iterator[Finding]:
     for module, (package, extra, enables) in OPTIONAL.items():
         version = next(filter(None, map(version_of, _CUPY_WHEELS if module == "cupy" else (package,))), None)
         if version is None:
-            how = f"`pip install foveate[{extra}]`" if extra else f"`pip install {package}`"
+            how = f"`pip install 'foveate[{extra}]'`" if extra else f"`pip install {package}`"
             yield Finding(part, package, State.NOTE, f"not installed; {how} for {enables}")
             continue
         failure: list[str] = []

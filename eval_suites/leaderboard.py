@@ -173,6 +173,8 @@ def _quoted(line: Line) -> str:
     return f"{found:.1f}" if found is not None else "?" if line.measured else ""
 
 
+_EIGHT = "×8: eight samples a call, for all of them."
+
 COLUMNS = (
     Column("accuracy", lambda line: line.accuracy, lambda line: line.mean("accuracy")),
     Column(
@@ -205,32 +207,39 @@ COLUMNS = (
         "FLOPs",
         "prefill_flops",
         _size(""),
-        "FLOPs, KV: of the decoder's prefill for a sample, by arithmetic from the tokens that each layer saw.",
+        "FLOPs: of the decoder's prefill for a sample, by arithmetic from the tokens that each layer saw.",
         rank=9,
         markdown=False,
     ),
-    _column("KV", "cache_bytes", _size("B"), rank=12, markdown=False),
+    _column("KV", "cache_bytes", _size("B"), "KV: of the caches behind it, likewise.", rank=12, markdown=False),
     _column(
         "prefill",
         "prefill/1",
         _ms,
-        "prefill, decode, select: milliseconds to the first token, per further token, and for choosing (a part of prefill; "
-        "empty where it happens inside the vision tower), one sample a call, warm, without the processor.",
+        "prefill: milliseconds to the first token, one sample a call, warm, without the processor.",
         rank=1,
+        markdown=False,
     ),
     _column(
         "gain",
         "prefill_speedup/1",
         _times,
-        "gain: the unpruned model's prefill divided by the row's, measured in turns.",
+        "gain: time to the first token of the unpruned model divided by the row's, one sample a call, measured in turns.",
         rank=4,
     ),
-    _column("decode", "decode/1", _ms, rank=14, markdown=False),
-    _column("select", "selection/1", _ms, rank=11, markdown=False),
-    _column("prefill ×8", "prefill/8", _ms, "×8: eight samples a call, for all of them.", rank=16, markdown=False),
-    _column("gain ×8", "prefill_speedup/8", _times, rank=10, markdown=False),
-    _column("decode ×8", "decode/8", _ms, rank=18, markdown=False),
-    _column("select ×8", "selection/8", _ms, rank=19, markdown=False),
+    _column("decode", "decode/1", _ms, "decode: milliseconds per further token.", rank=14, markdown=False),
+    _column(
+        "select",
+        "selection/1",
+        _ms,
+        "select: milliseconds for choosing, a part of prefill; empty where it happens inside the vision tower.",
+        rank=11,
+        markdown=False,
+    ),
+    _column("prefill ×8", "prefill/8", _ms, _EIGHT, rank=16, markdown=False),
+    _column("gain ×8", "prefill_speedup/8", _times, _EIGHT, rank=10, markdown=False),
+    _column("decode ×8", "decode/8", _ms, _EIGHT, rank=18, markdown=False),
+    _column("select ×8", "selection/8", _ms, _EIGHT, rank=19, markdown=False),
     _column(
         "peak",
         "peak_bytes/1",
@@ -239,7 +248,7 @@ COLUMNS = (
         rank=15,
         markdown=False,
     ),
-    _column("peak ×8", "peak_bytes/8", _size("B"), rank=17, markdown=False),
+    _column("peak ×8", "peak_bytes/8", _size("B"), _EIGHT, rank=17, markdown=False),
     _column("ms", "seconds_per_sample", _ms, rank=6),
     _column("speed", "speedup", _times, rank=7),
 )
@@ -428,12 +437,12 @@ class Leaderboard:
             notes.append(f"{italic}: baselines that read no content.")
         if any(line.first.guided for line in lines):
             notes.append("†: reads the question; the others choose the same tokens for every question.")
-        notes += [column.note for column in columns if column.note]
+        notes += dict.fromkeys(column.note for column in columns if column.note)
         if any(line.first.adaptive for line in lines):
             notes.append("~: not fixed by the budget alone.")
         if e.get("chance") is not None:
             notes.append(f"Guessing would get {_percent(e['chance'])} %.")
-        if any(column.head.startswith("prefill") for column in columns):
+        if any(column.head.startswith(("prefill", "gain")) for column in columns):
             notes.append(f"The unpruned model runs with {e.get('attention')} attention.")
         if any(column.head == "ms" for column in columns):
             notes.append(

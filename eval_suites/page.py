@@ -63,7 +63,7 @@ def _board(board: Leaderboard, colours: dict[str, str]) -> str:
         f"{e.get('transformers')}"
     )
     columns = board.columns()
-    notes = "".join(f"<li>{escape(note)}</li>" for note in board.notes(columns, "Bold green", "Grey, hollow dots"))
+    notes = "".join(f"<li>{escape(note)}</li>" for note in board.notes(columns, "Bold green", "Grey rows, hollow dots"))
     timed = any(row.timings for row in board.rows)
     plots = "".join(
         f'<figure class="card"><h3>{escape(title)}</h3>{plot(board, cost, unit, colours)}</figure>'

@@ -34,6 +34,7 @@ __all__ = ["Chain", "Setting", "Tuned", "add_arguments", "main", "search", "tune
 POLICIES = ("keep", "compact")
 _KEEP = "0.9,0.75,0.5,0.35,0.25,0.15,0.1"
 _UNPRUNED = Run("unpruned", None)
+_WORTH_IT = 1.05  # times as fast, below which a gain is not worth the words
 
 
 # ------------------------------------------------------------------------------------------------------ command line
@@ -264,11 +265,12 @@ class Tuned:
     def notes(self) -> list[str]:
         """How to read the table, and what could not be searched."""
         f = self.facts
+        chains = f"all {n} chains together" if (n := len(self.chains)) > 1 else "the one chain of budgets"
         lines = [
             f"{f['calibration']} questions calibrate, the unpruned model answers {100 * f['unpruned_accuracy']:.1f} % of them; {f['check']} others check.",
-            f"at least: one-sided bound at {100 * (1 - self.level):.2f} %, which is {100 * f['confidence']:g} % for all {len(self.chains)} chains together "
+            f"at least: one-sided bound at {100 * (1 - self.level):.2f} %, which is {100 * f['confidence']:g} % for {chains} "
             "(betting test, fixed sequence from gentle to aggressive, Bonferroni over methods and policies).",
-            "◆ no other tested setting is more accurate with as few tokens. speed: the unpruned model's time of an answer divided by its own.",
+            "▸ the choice; ◆ no other tested setting is more accurate with as few tokens. speed: the unpruned model's time of an answer divided by its own.",
         ]
         gentlest = [chain.settings[0] for chain in self.chains]
         if lost := [f"{s.label} ({s.positions})" for s in gentlest if s.p is not None and not s.certified]:
@@ -305,8 +307,8 @@ class Tuned:
             f"On the {f['check']} questions that were not searched on it has {100 * self.checked:.1f} % (at least {100 * self.checked_bound:.1f} %): "
             + ("the target is held." if self.checked >= f["target"] else "BELOW the target there."),
         ]
-        if c.speedup is not None and c.speedup <= 1:
-            said.append("Nothing that holds the target is faster than the unpruned model on this machine.")
+        if c.speedup is not None and c.speedup < _WORTH_IT:
+            said.append("Nothing that holds the target is noticeably faster than the unpruned model on this machine.")
         return [*said, f"wrote {out}: foveate.attach(model, {out!r})"]
 
 

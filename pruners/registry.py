@@ -63,7 +63,8 @@ def create(method: str | Pruner | type[Pruner], **params: Any) -> Pruner:
     known = [f.name for f in dataclasses.fields(cls)]
     for name in params:
         if name not in known:
-            raise UnknownNameError(f"{cls.name} has no parameter {name!r}; {nearest(name, known)}")
+            own = "it has a schedule of its own in place of a budget; " if name == "keep" else ""
+            raise UnknownNameError(f"{cls.name} has no parameter {name!r}; {own}{nearest(name, known)}")
     try:
         return cls(**params)
     except TypeError as error:  # a value that cannot even be compared

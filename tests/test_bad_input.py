@@ -56,6 +56,10 @@ ATTACH: dict[str, tuple[dict[str, Any], str]] = {
     "keep that is a truth value": ({"pruner": "grid", "keep": True}, "keep=True"),
     "keep of nothing": ({"pruner": "grid", "keep": None}, "keep=None"),
     "unknown parameter": ({"pruner": "hiprune", "kep": 3}, "kep"),
+    "budget for a method with a schedule": (
+        {"pruner": "tome", "keep": 0.5},
+        "a schedule of its own in place of a budget",
+    ),
     "layer that the tower lacks": ({"pruner": "hiprune", "object_layer": 99}, "blocks 0 .. 4"),
     "decoder layer too deep": ({"pruner": "fastv", "k": 4}, "1 .. 3"),
     "decoder layer zero": ({"pruner": "fastv", "k": 0}, "k=0"),
@@ -142,7 +146,13 @@ def test_attach_refuses(asked, row):
 
 def test_attach_refuses_what_is_no_model(asked):
     model, _ = asked
-    things = (nn.Linear(2, 2), "Linear"), (model.model.language_model, "no vision tower"), (object(), "known families")
+    things = (
+        (nn.Linear(2, 2), "Linear"),
+        (model.model.language_model, "no vision tower"),
+        (object(), "known families"),
+        (torch.compile(model), "OptimizedModule wraps LlavaForConditionalGeneration; attach to the model itself"),
+        (nn.DataParallel(model), "DataParallel wraps"),
+    )
     for thing, holds in things:
         with pytest.raises(FoveateError) as caught:
             foveate.attach(thing, "grid")

@@ -105,7 +105,7 @@ def test_absent_packages_say_what_they_would_enable(monkeypatch):
     monkeypatch.setattr(doctor, "version_of", lambda package: None)
     found = {f.what: f for f in doctor._optional(False)}
     assert all(f.state is State.NOTE for f in found.values())
-    assert "`pip install foveate[demo]` for `foveate demo`" in found["gradio"].told
+    assert "`pip install 'foveate[demo]'` for `foveate demo`" in found["gradio"].told
     assert all(f.state is State.FAILED for f in doctor._versions() if f.what in doctor._CORE)
 
 
