@@ -21,6 +21,7 @@ from foveate.eval_suites.rows import Row, Status
 COLUMNS = ("method", "budget", "seed", "accuracy %", "same answer %", "tokens per layer", "ms per sample", "status")
 FRONT, BEHIND, BASELINE = "on the Pareto front", "behind it", "baseline"
 _COLOURS = {FRONT: "#d55e00", BEHIND: "#0072b2", BASELINE: "#8a8f98"}
+_MEASURED = "measured"  # not "ok", which would sound like a verdict on the accuracy
 _SHOWN = 24  # samples of a row
 
 
@@ -38,7 +39,7 @@ def frame(board: Leaderboard, budgets: Iterable[str] = (), baselines: bool = Tru
 def front(board: Leaderboard, budgets: Iterable[str] = (), baselines: bool = True) -> pd.DataFrame:
     """What was measured, as points: tokens, accuracy, and whether nothing is better with as few tokens."""
     table = frame(board, budgets, baselines)
-    table = table[table["status"] == Status.OK.value].copy()
+    table = table[table["status"] == _MEASURED].copy()
     reads_nothing = {row.label for row in board.rows if row.baseline}
     points = table[["tokens per layer", "accuracy %"]].to_numpy(float)
     best = [
@@ -72,10 +73,15 @@ def samples(board: Leaderboard, row: Row) -> str:
     answered = sorted(zip(known, row.answers, row.scores), key=lambda item: item[2] >= 1)
     wrong = sum(score < 1 for *_, score in answered)
     cards = "".join(_sample(*item) for item in answered[:_SHOWN])
+    told = (
+        f"{wrong} of {len(answered)} answers are wrong, and come first"
+        if wrong
+        else f"All {len(answered)} answers are right"
+    )
     more = f"; the first {_SHOWN} are shown" if len(answered) > _SHOWN else ""
     return (
         f'<h3 class="fv-h">{escape(row.label)} at {_budget(row)}</h3>'
-        f'<p class="fv-note">{wrong} of {len(answered)} answers are wrong, and come first{more}.</p>'
+        f'<p class="fv-note">{told}{more}.</p>'
         f'<div class="fv-grid fv-small">{cards}</div>'
     )
 
@@ -92,8 +98,10 @@ def tab(path: str | None) -> None:
     names = [f"{b.environment['model']} on {b.environment['suite']} ({len(b.rows)} rows)" for b in boards]
     first = boards[0]
     with gr.Row():
-        which = gr.Dropdown(list(zip(names, range(len(names)))), value=0, label="Bench", scale=2)
-        budgets = gr.Dropdown(_budgets(first), value=[], multiselect=True, label="Budgets (none: all)", scale=2)
+        which = gr.Dropdown(list(zip(names, range(len(names)))), value=0, label="Bench", scale=2, min_width=240)
+        budgets = gr.Dropdown(
+            _budgets(first), value=[], multiselect=True, label="Budgets (none: all)", scale=2, min_width=240
+        )
         baselines = gr.Checkbox(True, label="Baselines", scale=1, min_width=120)
     plot = gr.ScatterPlot(
         front(first),
@@ -154,7 +162,7 @@ def _line(row: Row) -> list[Any]:
         _rounded(row.loyalty, 100),
         _rounded(row.tokens_mean),
         _rounded(row.seconds_per_sample, 1e3),
-        row.status.value,
+        _MEASURED if row.status is Status.OK else row.status.value,
     ]
 
 

@@ -50,6 +50,7 @@ def test_the_front_is_what_nothing_beats_with_as_few_tokens():
 
 def test_the_table_filters_by_budget_and_baseline():
     assert len(board.frame(BOARD)) == 6
+    assert board.frame(BOARD)["status"].tolist() == ["measured"] * 5 + ["failed"]
     assert board.frame(BOARD, ["0.1"])["method"].tolist() == ["unpruned", "divprune", "todre"]
     assert "random" not in board.frame(BOARD, baselines=False)["method"].tolist()
 
@@ -77,6 +78,13 @@ def test_answers_are_shown_as_words_beside_what_was_expected():
     assert shown.count('<p class="said">top left</p>') == 3
     for sample in KNOWN:
         assert f"expected: <b>{sample.answer}</b>" in shown
+
+
+def test_a_row_without_a_wrong_answer_says_so():
+    right = [sample.answer for sample in KNOWN]
+    assert "All 3 answers are right." in board.samples(
+        BOARD, row("grid", 0.5, 72, 1.0, answers=right, scores=[1.0] * 3)
+    )
 
 
 def test_a_row_that_failed_says_why():
