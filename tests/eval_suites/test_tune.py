@@ -120,7 +120,7 @@ def test_a_target_that_breaks_on_the_other_half_is_told(loaded, world):
 
 def test_a_slower_winner_is_told(loaded, world):
     world["seconds"] = lambda run: 2.0
-    assert "Nothing that holds the target is faster" in " ".join(found(loaded).verdict("p.yaml"))
+    assert "Nothing that holds the target is noticeably faster" in " ".join(found(loaded).verdict("p.yaml"))
 
 
 def test_fewest_tokens_win_where_time_does_not_count(loaded, world, monkeypatch):
