@@ -168,9 +168,11 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _print_all() -> None:
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("recipe", "method", "model", "tokens", "runs", "published, source", box=None)
+    # on a narrow terminal all may wrap, but for the name that is typed
+    name = Column("recipe", no_wrap=True, min_width=max(map(len, recipes())))
+    table = Table(name, "method", Column("model", overflow="fold"), "tokens", "runs", "published, source", box=None)
     for recipe in recipes().values():
         tokens = recipe.kept if recipe.kept is not None else f"{recipe.share:.1%}" if recipe.share else ""
         table.add_row(

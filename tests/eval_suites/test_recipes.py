@@ -81,7 +81,9 @@ def test_an_unknown_name_gets_the_nearest() -> None:
         find("hiprune-llava15-19")
 
 
-def test_list_and_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("columns", ["80", "220"])
+def test_list_and_dry_run(columns: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
     assert main(["reproduce", "--list"]) == 0
     out = capsys.readouterr().out
     assert all(recipe.name in out for recipe in ALL)
