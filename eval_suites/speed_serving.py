@@ -94,7 +94,8 @@ def main(args: argparse.Namespace) -> int:
             lines += _in_a_process(engine, model, users, args)
     lines.sort(key=lambda line: (line.users, ENGINES.index(line.engine)))
     if args.json:
-        facts = {name: value for name, value in vars(args).items() if isinstance(value, (str, int, float, dict))}
+        told = {name: value for name, value in vars(args).items() if name != "json"}  # a path is this machine's business
+        facts = {name: value for name, value in told.items() if isinstance(value, (str, int, float, dict))}
         text = json.dumps(
             {"settings": facts, "machine": machine(torch.device("cpu")), "rows": [asdict(line) for line in lines]},
             indent=2,
