@@ -94,7 +94,7 @@ def main(args: argparse.Namespace) -> int:
             lines += _in_a_process(engine, model, users, args)
     lines.sort(key=lambda line: (line.users, ENGINES.index(line.engine)))
     if args.json:
-        told = {name: value for name, value in vars(args).items() if name != "json"}  # a path is this machine's business
+        told = {name: value for name, value in vars(args).items() if name != "json"}  # no path of this machine
         facts = {name: value for name, value in told.items() if isinstance(value, (str, int, float, dict))}
         text = json.dumps(
             {"settings": facts, "machine": machine(torch.device("cpu")), "rows": [asdict(line) for line in lines]},
