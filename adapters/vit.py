@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from foveate.adapters.signals import exact
 from foveate.cuda import merge_tokens
 from foveate.cuda.merging import merged_sizes, size_bias
 from foveate.errors import AttachError, UnsupportedModelError
@@ -202,7 +203,8 @@ class BlockMerger:
         self.trace: MergeTrace | None = None
         self.active = True  # blocks run as their own while it is False
         self.sizes: Tensor | None = None  # (B, N) patches in each row; None = one each
-        self._keys: Tensor | None = None  # of the running block
+        self._due = False  # the running block will merge
+        self._keys: Tensor | None = None  # of the running block, mean over heads
         self._bias: Tensor | None = None  # of the current sizes
         self._undo: list[Callable[[], None]] = []
         self.holder: object = None  # whoever must live as long as the merger acts
@@ -246,7 +248,8 @@ class BlockMerger:
             return None
         if self._bias is None:
             self._bias = size_bias(self.sizes)
-        return self._bias[..., first:].to(dtype)
+        bias = self._bias[..., first:] if first else self._bias
+        return bias.to(dtype)
 
     def mean(self, x: Tensor, first: int) -> Tensor:
         """Mean over patches of the rows ``x (B, N, C)`` from number ``first`` on, each counted by its size: ``(B, C)``."""
@@ -292,11 +295,12 @@ class BlockMerger:
             return self._run(stage, halves, original, x, args, kwargs)
 
         if listens:
-            self.hook(halves.listen(self._hear))
+            self.hook(halves.listen(lambda keys: self._hear(keys, halves.heads_dim)))
         self.replace(block, "forward", forward)
 
-    def _hear(self, keys: Tensor) -> None:
-        self._keys = keys
+    def _hear(self, keys: Tensor, heads_dim: int) -> None:
+        if self._due:  # reduced at once: kept, they would hold memory that attention can use again
+            self._keys = _mean_of_heads(keys, heads_dim)
 
     def _begin(self, x: Tensor) -> None:
         if self.tower.checkpointing and torch.is_grad_enabled():
@@ -320,13 +324,14 @@ class BlockMerger:
             trace.counts.append(x.shape[1])
             return original(x, *args, **kwargs)
         bias = self.key_bias(x.dtype) if stage.proportional else None
+        self._due = count > 0
         x = halves.attend(x, bias, *args, **self._moved(kwargs))
-        keys, self._keys = self._keys, None
+        keys, self._keys, self._due = self._keys, None, False
         if not stage.behind_mlp:
-            x = self._merge(stage, x, count, keys, halves.heads_dim)
+            x = self._merge(stage, x, count, keys)
         x = halves.feed(x)
         if stage.behind_mlp:
-            x = self._merge(stage, x, count, keys, halves.heads_dim)
+            x = self._merge(stage, x, count, keys)
         trace.counts.append(x.shape[1])
         return x
 
@@ -343,12 +348,10 @@ class BlockMerger:
         table = rope[places][:, None] if rope.ndim == 2 else rope[:, places].transpose(0, 1)
         return {**kwargs, "rope": table}
 
-    def _merge(self, stage: BlockStage, x: Tensor, count: int, keys: Tensor | None, heads: int) -> Tensor:
+    def _merge(self, stage: BlockStage, x: Tensor, count: int, keys: Tensor | None) -> Tensor:
         if not count:
             return x
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            signals = {name: _mean_of_heads(keys, heads) for name in stage.signals}
-            groups = stage.select(BlockTokens(x, self.tower.prefix, count), **signals)
+        groups = _chosen(x, stage, BlockTokens(x, self.tower.prefix, count), keys)
         places = groups.keep, groups.source, groups.target
         if stage.weighting == "size":
             x, self.sizes = merge_tokens(x, *places, self.sizes)
@@ -363,15 +366,24 @@ class BlockMerger:
         return x
 
 
+@exact
+def _chosen(x: Tensor, stage: BlockStage, tokens: BlockTokens, keys: Tensor | None) -> Groups:
+    return stage.select(tokens, **dict.fromkeys(stage.signals, keys))
+
+
+@exact
 def _mean_of_heads(keys: Tensor, dim: int) -> Tensor:
     """Head keys, with the heads along ``dim``, as ``(B, N, d)`` float32."""
     if keys.is_cuda:
         return keys.float().mean(dim)
-    heads = keys.unbind(dim)  # on a CPU, adding whole heads is faster than a reduction that jumps between them
-    total = heads[0].to(torch.float32, copy=True)
-    for head in heads[1:]:
-        total += head
-    return total.div_(len(heads))
+    rows = keys.float().movedim(dim, 2)
+    heads, width = rows.shape[2:]
+    total, left = rows.flatten(2), heads
+    while left > 1 and left % 2 == 0:  # by halves: a CPU reads long rows faster than it jumps from head to head
+        left //= 2
+        total = total[..., : left * width] + total[..., left * width :]
+    first, *others = total.split(width, dim=-1)
+    return sum(others, start=first) / heads
 
 
 def block_stages(stages: Sequence[Stage]) -> list[BlockStage]:

@@ -80,8 +80,8 @@ def merged_sizes(keep: Tensor, source: Tensor, target: Tensor, sizes: Tensor | N
     """The sizes of :func:`merge_tokens` alone: ``(B, K)`` float32."""
     if sizes is None:
         ones = torch.ones(keep.shape, device=keep.device)
-        return ones.scatter_add(1, target, torch.ones(source.shape, device=keep.device))
-    return sizes.gather(1, keep).scatter_add(1, target, sizes.gather(1, source))
+        return ones.scatter_add_(1, target, torch.ones(source.shape, device=keep.device))
+    return sizes.gather(1, keep).scatter_add_(1, target, sizes.gather(1, source))
 
 
 def size_bias(sizes: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ def _energy(metric: Tensor, margin: float, alpha: float, jump: bool) -> Tensor:
     unit = _unit(metric)
     energy = []
     for block in _row_blocks(unit, unit.shape[1]):
-        excess = (block @ unit.mT).sub_(margin)  # (B, rows, N)
+        excess = torch.bmm(block, unit.mT).sub_(margin)  # (B, rows, N)
         above = excess.relu()
         if jump:
             above = above + margin * (above > 0)
@@ -149,7 +149,7 @@ def _match(sources: Tensor, targets: Tensor, target_valid: Tensor | None) -> tup
     sources, targets = _unit(sources), _unit(targets)
     scores, indices = [], []
     for block in _row_blocks(sources, targets.shape[1]):
-        similarity = block @ targets.mT  # (B, rows, T)
+        similarity = torch.bmm(block, targets.mT)  # (B, rows, T)
         if target_valid is not None:
             similarity = similarity.masked_fill(~target_valid[:, None], -torch.inf)
         score, index = similarity.max(dim=-1)  # of equal ones the first
@@ -181,20 +181,26 @@ def _fake_merge(x: Tensor, keep: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 )
 def _merge(x: Tensor, keep: Tensor, source: Tensor, target: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
     batch, n, width = x.shape
-    rows, image = x.reshape(batch * n, width), torch.arange(batch, device=x.device)[:, None]
-    wide = torch.promote_types(x.dtype, torch.float32)
-    kept = rows.index_select(0, (keep + image * n).flatten()).to(wide)  # by whole rows, where `gather` goes by elements
-    moved = rows.index_select(0, (source + image * n).flatten()).to(wide)
-    place = (target + image * keep.shape[1]).flatten()
-    sizes = None if sizes is None else sizes.to(wide)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    first = torch.arange(batch, device=x.device)[:, None]
+    rows = x.reshape(batch * n, width)
+    kept = rows.index_select(0, _flat(keep, first, n)).to(wide)  # by whole rows, where `gather` goes by elements
+    moved = rows.index_select(0, _flat(source, first, n)).to(wide)
+    sizes = torch.ones(x.shape[:2], dtype=wide, device=x.device) if sizes is None else sizes.to(wide)
     after = merged_sizes(keep, source, target, sizes)
-    share = (1 if sizes is None else sizes.gather(1, source)) / after.gather(1, target)
+    share = sizes.gather(1, source) / after.gather(1, target)
     # the mean of a group is its target and, for each source, that one's share of the way from the target to it
-    kept.index_add_(0, place, (moved - kept.index_select(0, place)) * share.view(-1, 1))
+    place = _flat(target, first, keep.shape[1])
+    kept.index_add_(0, place, moved.sub_(kept.index_select(0, place)).mul_(share.view(-1, 1)))
     return kept.to(x.dtype).view(batch, -1, width), after.float()
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
     """``x (B, N, C)`` at rows ``index (B, K)``: ``(B, K, C)``."""
-    start = torch.arange(len(index), device=index.device)[:, None] * x.shape[1]
-    return x.reshape(-1, x.shape[-1]).index_select(0, (index + start).flatten()).view(*index.shape, x.shape[-1])
+    first = torch.arange(len(index), device=index.device)[:, None]
+    return x.reshape(-1, x.shape[-1]).index_select(0, _flat(index, first, x.shape[1])).view(*index.shape, x.shape[-1])
+
+
+def _flat(index: Tensor, image: Tensor, n: int) -> Tensor:
+    """``index (B, K)`` into ``n`` rows of each ``image (B, 1)`` as one into all rows: ``(B * K,)``."""
+    return torch.add(index, image, alpha=n).view(-1)

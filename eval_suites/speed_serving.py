@@ -1,8 +1,9 @@
 """``foveate speed serving``: what pruning does to a vLLM engine under load, beside vLLM as it comes.
 
 Every concurrency is a number of users that ask one question after the other, each about a picture that nobody has asked
-about, so that no cache answers. Engines run one after the other in processes of their own; the stock engine does not load
-the plugin. ``--only`` measures one of them and adds it to the file, where machines must not be taken for long.
+about, so that no cache answers. Both engines stay up, in processes of their own, and answer by turns: whatever else the
+machine does hits both alike, and the gain is the median over rounds of ratios within a round. The stock engine does not
+load the plugin.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ from foveate.eval_suites.environment import machine
 from foveate.eval_suites.models import EMBEDDED, source
 from foveate.eval_suites.terminal import console
 
-__all__ = ["Line", "add_arguments", "as_hub", "main"]
+__all__ = ["Load", "add_arguments", "as_hub", "main"]
 
 ENGINES = ("stock", "pruned")
 
 
 @dataclass(frozen=True)
-class Line:
-    """One engine at one concurrency.
+class Load:
+    """One engine under the load of one concurrency in one round.
 
     Attributes:
         prompt: tokens of a prompt; first: seconds to the first token, median over requests; first_90: their ninth decile;
@@ -45,6 +46,7 @@ class Line:
 
     engine: str
     users: int
+    turn: int
     requests: int
     prompt: int
     first: float
@@ -64,8 +66,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--new", default=16, type=int, metavar="N", help="tokens of an answer (default: 16)")
     add("--side", default=96, type=int, metavar="N", help="of the square pictures in pixels (default: 96)")
     add("--prompt", metavar="TEXT", help="with the model's placeholder for a picture (default: its chat template's)")
-    add("--engine", type=json.loads, default={}, metavar="JSON", help="other arguments of vLLM's engine")
-    add("--only", choices=ENGINES, help="measure this engine alone, and keep what the file has of the other")
+    add("--rounds", default=5, type=int, metavar="N", help="turns of both engines at every concurrency (default: 5)")
+    add(
+        "--engine",
+        type=json.loads,
+        default={},
+        metavar="JSON",
+        help="other arguments of vLLM's engine; on a GPU, which two engines share: '{\"gpu_memory_utilization\": 0.45}'",
+    )
     add("--json", metavar="PATH", help="write all numbers and the environment")
 
 
@@ -83,33 +91,39 @@ def main(args: argparse.Namespace) -> int:
         users = [int(n) for n in args.users.split(",")]
     except ValueError:
         raise ParameterError(f"--users {args.users!r}: give numbers, for example 1,8,32") from None
-    if min(*users, args.requests, args.new, args.side) < 1:
-        raise ParameterError("--users, --requests, --new and --side must be at least 1")
-    lines = [] if args.only is None or not args.json else _known(args.json, args.only)
+    if min(*users, args.requests, args.new, args.side, args.rounds) < 1:
+        raise ParameterError("--users, --requests, --new, --side and --rounds must be at least 1")
     with tempfile.TemporaryDirectory() as place:
         model = args.model
         if model in EMBEDDED:
             model = str(as_hub(Path(source(model)), Path(place) / model))
-        for engine in [args.only] if args.only else ENGINES:
-            lines += _in_a_process(engine, model, users, args)
-    lines.sort(key=lambda line: (line.users, ENGINES.index(line.engine)))
+        loads = _by_turns(model, users, args)
     if args.json:
         told = {name: value for name, value in vars(args).items() if name != "json"}  # no path of this machine
         facts = {name: value for name, value in told.items() if isinstance(value, (str, int, float, dict))}
         text = json.dumps(
-            {"settings": facts, "machine": machine(torch.device("cpu")), "rows": [asdict(line) for line in lines]},
+            {"settings": facts, "machine": machine(torch.device("cpu")), "rows": [asdict(load) for load in loads]},
             indent=2,
         )
         Path(args.json).write_text(text + "\n")
-    _print(lines)
+    _print(loads)
     return 0
 
 
-def _known(path: str, but: str) -> list[Line]:
-    """Lines of other engines in a result file."""
-    if not Path(path).exists():
-        return []
-    return [Line(**row) for row in json.loads(Path(path).read_text())["rows"] if row["engine"] != but]
+def _by_turns(model: str, users: list[int], args: argparse.Namespace) -> list[Load]:
+    engines = {name: _Engine(name, model, args) for name in ENGINES}
+    try:
+        for engine in engines.values():
+            engine.answer()  # it is up
+        return [
+            engines[name].load(n, turn)
+            for turn in range(args.rounds)
+            for n in users
+            for name in (ENGINES if turn % 2 == 0 else ENGINES[::-1])
+        ]
+    finally:
+        for engine in engines.values():
+            engine.end()
 
 
 def as_hub(home: Path, into: Path) -> Path:
@@ -137,50 +151,77 @@ def _shallow(name: str) -> bool:
 # ------------------------------------------------------------------------------------------------------- one engine
 
 
-def _in_a_process(engine: str, model: str, users: list[int], args: argparse.Namespace) -> list[Line]:
-    fresh = multiprocessing.get_context("spawn")
-    ours, theirs = fresh.Pipe(duplex=False)
-    process = fresh.Process(target=_measure, args=(theirs, engine, model, users, args))
-    process.start()
-    theirs.close()
-    try:
-        lines = ours.recv()
-    except EOFError:
-        raise UnsupportedModelError(f"the {engine} engine ended early; what vLLM said of it stands above") from None
-    finally:
-        process.join()
-    return lines
+class _Engine:
+    """An engine in a process of its own, which answers one load after the other."""
+
+    def __init__(self, name: str, model: str, args: argparse.Namespace) -> None:
+        fresh = multiprocessing.get_context("spawn")
+        self._name, (self._pipe, theirs) = name, fresh.Pipe()
+        args = argparse.Namespace(**{name: value for name, value in vars(args).items() if not callable(value)})
+        self._process = fresh.Process(target=_serve, args=(theirs, name, model, args))
+        self._process.start()
+        theirs.close()
+
+    def load(self, users: int, turn: int) -> Load:
+        """Measure."""
+        self._pipe.send((users, turn))
+        return self.answer()
+
+    def answer(self) -> Any:
+        """The next answer.
+
+        Raises:
+            UnsupportedModelError: the engine is gone.
+        """
+        try:
+            return self._pipe.recv()
+        except EOFError:
+            raise UnsupportedModelError(
+                f"the {self._name} engine ended early; what vLLM said of it stands above"
+            ) from None
+
+    def end(self) -> None:
+        """Stop."""
+        self._pipe.close()
+        self._process.join()
 
 
-def _measure(answer: Any, engine: str, model: str, users: list[int], args: argparse.Namespace) -> None:
-    args = argparse.Namespace(**{name: value for name, value in vars(args).items() if not callable(value)})
+def _serve(pipe: Any, engine: str, model: str, args: argparse.Namespace) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if engine == "stock":
         os.environ["VLLM_PLUGINS"] = ""
-    answer.send(asyncio.run(_load(engine, model, users, args)))
+    asyncio.run(_answer(pipe, engine, model, args))
 
 
-async def _load(engine: str, model: str, users: list[int], args: argparse.Namespace) -> list[Line]:
+async def _answer(pipe: Any, engine: str, model: str, args: argparse.Namespace) -> None:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
     entry = {"pruner": args.pruner, "keep": args.keep}
     options = {"hf_overrides": {"foveate": entry}} if engine == "pruned" else {}
+    most = max(int(n) for n in args.users.split(","))
     served = AsyncLLM.from_engine_args(
-        AsyncEngineArgs(
-            model=model, limit_mm_per_prompt={"image": 1}, max_num_seqs=max(users), **options, **args.engine
-        )
+        AsyncEngineArgs(model=model, limit_mm_per_prompt={"image": 1}, max_num_seqs=most, **options, **args.engine)
     )
     try:
         prompt = args.prompt or _prompt(model)
         pictures = itertools.count()
-        await _users(served, engine, prompt, 2, 4, args, pictures)  # the first requests pay for what comes once
-        return [await _users(served, engine, prompt, n, max(args.requests, 2 * n), args, pictures) for n in users]
+        for users in (1, most):  # the first requests pay for what comes once
+            await _users(served, engine, prompt, users, 0, 2 * users, args, pictures)
+        pipe.send("up")
+        while True:
+            try:
+                users, turn = await asyncio.to_thread(pipe.recv)
+            except EOFError:
+                return
+            pipe.send(await _users(served, engine, prompt, users, turn, max(args.requests, 2 * users), args, pictures))
     finally:
         served.shutdown()
 
 
-async def _users(served: Any, engine: str, prompt: str, users: int, requests: int, args: Any, pictures: Any) -> Line:
+async def _users(
+    served: Any, engine: str, prompt: str, users: int, turn: int, requests: int, args: Any, pictures: Any
+) -> Load:
     waits: list[float] = []
     lengths: set[int] = set()
     left = iter(range(requests))
@@ -195,9 +236,10 @@ async def _users(served: Any, engine: str, prompt: str, users: int, requests: in
     await asyncio.gather(*(user() for _ in range(users)))
     took = time.perf_counter() - start
     waits.sort()
-    return Line(
+    return Load(
         engine,
         users,
+        turn,
         requests,
         max(lengths),
         median(waits),
@@ -232,18 +274,21 @@ def _prompt(model: str) -> str:
     )
 
 
-def _print(lines: list[Line]) -> None:
+def _print(loads: list[Load]) -> None:
     from rich.table import Table
 
-    table = Table("users", "engine", "prompt tokens", "first token (ms)", "9th decile", "requests/s", "tokens/s")
-    for line in lines:
-        table.add_row(
-            str(line.users),
-            line.engine,
-            str(line.prompt),
-            f"{1e3 * line.first:.0f}",
-            f"{1e3 * line.first_90:.0f}",
-            f"{line.per_second:.2f}",
-            f"{line.tokens_per_second:.1f}",
-        )
+    table = Table("users", "engine", "prompt tokens", "first token (ms)", "9th decile", "requests/s", "over stock")
+    for users in dict.fromkeys(load.users for load in loads):
+        by_engine = {name: [x for x in loads if (x.users, x.engine) == (users, name)] for name in ENGINES}
+        for name, turns in by_engine.items():
+            ratios = [x.per_second / stock.per_second for x, stock in zip(turns, by_engine["stock"])]
+            table.add_row(
+                str(users),
+                name,
+                str(turns[0].prompt),
+                f"{1e3 * median(x.first for x in turns):.0f}",
+                f"{1e3 * median(x.first_90 for x in turns):.0f}",
+                f"{median(x.per_second for x in turns):.2f}",
+                "" if name == "stock" else f"{median(ratios):.2f} ({min(ratios):.2f} .. {max(ratios):.2f})",
+            )
     console().print(table)

@@ -81,17 +81,13 @@ class ToMe(Merger):
 
     def block(self, i: int, model: ModelInfo) -> BlockStage:
         prefix, official = model.prefix_tokens, self.order == "official"
+        planned = schedule(self.r, model.encoder_layers, self.inflection)[i]
 
         def removes(n: int) -> int:
             patches = max(0, n - prefix)
             if self.matching == "kth":
                 return patches // self.k * (self.k - 1)
-            r = (
-                share(self.ratio, n)
-                if self.ratio is not None
-                else schedule(self.r, model.encoder_layers, self.inflection)[i]
-            )
-            return min(r, patches // 2)
+            return min(planned if self.ratio is None else share(self.ratio, n), patches // 2)
 
         def select(tokens: BlockTokens, metric: Tensor) -> Groups:
             if self.matching == "kth":
@@ -125,12 +121,14 @@ def bipartite(metric: Tensor, r: int, *, prefix: int = 0, ascending: bool = True
     even, odd = prefix + prefix % 2, prefix + 1 - prefix % 2
     score, match = best_match(metric[:, even::2], metric[:, odd::2])
     order = ranked(score)
+    target = match.gather(1, order[:, :r])
+    order = order.mul_(2).add_(even)  # as rows of the metric
     source, stay = order[:, :r], order[:, r:]
     if ascending or prefix:
         stay = stay.sort(dim=1).values
     rows = torch.arange(metric.shape[1], device=metric.device).expand(len(metric), -1)
-    keep = torch.cat([rows[:, :prefix], even + 2 * stay, rows[:, odd::2]], dim=1)
-    return Groups(keep, even + 2 * source, prefix + stay.shape[1] + match.gather(1, source))
+    keep = torch.cat([rows[:, :prefix], stay, rows[:, odd::2]], dim=1)
+    return Groups(keep, source, target + (prefix + stay.shape[1]))
 
 
 def kth(metric: Tensor, k: int, *, prefix: int = 0) -> Groups:
