@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import itertools
 import json
 import multiprocessing
@@ -18,6 +19,7 @@ import shutil
 import tempfile
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -28,9 +30,9 @@ import torch
 from foveate.errors import ParameterError, UnsupportedModelError
 from foveate.eval_suites.environment import machine
 from foveate.eval_suites.models import EMBEDDED, source
-from foveate.eval_suites.terminal import console
+from foveate.eval_suites.terminal import markdown_table
 
-__all__ = ["Load", "add_arguments", "as_hub", "main"]
+__all__ = ["Load", "add_arguments", "as_hub", "main", "table"]
 
 ENGINES = ("stock", "pruned")
 
@@ -106,7 +108,7 @@ def main(args: argparse.Namespace) -> int:
             indent=2,
         )
         Path(args.json).write_text(text + "\n")
-    _print(loads)
+    print(table(loads))
     return 0
 
 
@@ -191,6 +193,7 @@ def _serve(pipe: Any, engine: str, model: str, args: argparse.Namespace) -> None
     if engine == "stock":
         os.environ["VLLM_PLUGINS"] = ""
     asyncio.run(_answer(pipe, engine, model, args))
+    gc.collect()  # vLLM's engine cannot be torn down any more when Python is
 
 
 async def _answer(pipe: Any, engine: str, model: str, args: argparse.Namespace) -> None:
@@ -274,21 +277,24 @@ def _prompt(model: str) -> str:
     )
 
 
-def _print(loads: list[Load]) -> None:
-    from rich.table import Table
-
-    table = Table("users", "engine", "prompt tokens", "first token (ms)", "9th decile", "requests/s", "over stock")
+def table(loads: Sequence[Load]) -> str:
+    """Markdown: medians over rounds; the gain is the median of ratios within a round, with the smallest and the largest."""
+    head = ("users", "engine", "prompt tokens", "first token (ms)", "9th decile", "requests/s", "over stock")
+    rows = []
     for users in dict.fromkeys(load.users for load in loads):
-        by_engine = {name: [x for x in loads if (x.users, x.engine) == (users, name)] for name in ENGINES}
-        for name, turns in by_engine.items():
-            ratios = [x.per_second / stock.per_second for x, stock in zip(turns, by_engine["stock"])]
-            table.add_row(
-                str(users),
-                name,
-                str(turns[0].prompt),
-                f"{1e3 * median(x.first for x in turns):.0f}",
-                f"{1e3 * median(x.first_90 for x in turns):.0f}",
-                f"{median(x.per_second for x in turns):.2f}",
-                "" if name == "stock" else f"{median(ratios):.2f} ({min(ratios):.2f} .. {max(ratios):.2f})",
+        stock, pruned = ([x for x in loads if (x.users, x.engine) == (users, name)] for name in ENGINES)
+        gains = [mine.per_second / theirs.per_second for mine, theirs in zip(pruned, stock, strict=True)]
+        gain = f"{median(gains):.2f} ({min(gains):.2f} .. {max(gains):.2f})"
+        for turns, over in ((stock, ""), (pruned, gain)):
+            rows.append(
+                (
+                    str(users),
+                    turns[0].engine,
+                    str(turns[0].prompt),
+                    f"{1e3 * median(x.first for x in turns):.0f}",
+                    f"{1e3 * median(x.first_90 for x in turns):.0f}",
+                    f"{median(x.per_second for x in turns):.2f}",
+                    over,
+                )
             )
-    console().print(table)
+    return markdown_table(head, rows)
