@@ -48,7 +48,30 @@ def _check_at_start(registry: object) -> None:
 
             check_version()
             check_start(architectures, model_config.hf_config, given, model_config.model_impl)
+        _check_requests()
         return inspect(architectures, model_config)
 
     checked.foveate = True
     registry.inspect_model_cls = checked
+
+
+def _check_requests() -> None:
+    """Let vLLM refuse requests that ask for pruning where it serves a model of its own: that would not hear them."""
+    from vllm.multimodal.processing.context import InputProcessingContext as Context
+
+    call = Context.call_hf_processor
+    if hasattr(call, "foveate"):
+        return
+
+    def checked(self: Context, *args: object, **kwargs: object) -> object:
+        named = dict(zip(("hf_processor", "data", "kwargs"), args)) | kwargs
+        architecture = self.model_config.architecture
+        if architecture not in ARCHITECTURES and self.get_merged_mm_kwargs(named.get("kwargs", {})).get("foveate"):
+            raise ValueError(
+                f"foveate cannot prune {architecture} inside vLLM; it can prune {', '.join(ARCHITECTURES)}. Leave foveate out "
+                "of mm_processor_kwargs to ask the model unpruned"
+            )
+        return call(self, *args, **kwargs)
+
+    checked.foveate = True
+    Context.call_hf_processor = checked

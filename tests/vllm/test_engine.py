@@ -158,3 +158,22 @@ def test_a_model_without_pictures_is_refused_where_pruning_was_asked_for(tmp_pat
     transformers.AutoTokenizer.from_pretrained(EMBEDDED["llava"]).save_pretrained(tmp_path / "text")
     with pytest.raises(Exception, match="foveate cannot prune LlamaForCausalLM"):
         start(tmp_path / "text", HIPRUNE, limit_mm_per_prompt={})
+
+
+def test_a_request_for_pruning_is_refused_where_vllm_serves_a_model_of_its_own(tmp_path, monkeypatch):
+    """LLaVA stands for a family that the plugin does not know."""
+    from vllm import ModelRegistry
+
+    architecture = "LlavaForConditionalGeneration"
+    monkeypatch.setitem(ModelRegistry.models, architecture, _stock("llava", architecture))
+    monkeypatch.delitem(ARCHITECTURES, architecture)
+    with served("llava", tmp_path, None) as engine:
+        shown = picture("llava", 5)
+        for entry in ({"pruner": "hiprune"}, {"keep": 0.5}):
+            with pytest.raises(ValueError, match=f"foveate cannot prune {architecture}"):
+                engine.answer([engine.request([shown], entry)])
+        for entry in (None, False):
+            (output,) = engine.answer([engine.request([shown], entry)])
+            assert engine.compare(output, engine.expected([shown], None)) < 1e-4
+    with pytest.raises(Exception, match=f"foveate cannot prune {architecture}"):
+        start(engine.home, None, mm_processor_kwargs={"foveate": HIPRUNE})
