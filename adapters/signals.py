@@ -85,11 +85,11 @@ class Tap:
         self._handles.clear()
 
 
-def exact(reduce: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Statistics only choose: no gradient is kept for them, and autocast must not coarsen them."""
+def exact(reduce: Callable[..., Any]) -> Callable[..., Any]:
+    """Statistics and choices: no gradient is kept for them, and autocast must not coarsen them."""
 
     @wraps(reduce)
-    def run(*args: Any, **kwargs: Any) -> Tensor:
+    def run(*args: Any, **kwargs: Any) -> Any:
         device = next(arg.device for arg in args if isinstance(arg, Tensor))
         with torch.no_grad():
             if not torch.is_autocast_enabled(device.type):  # leaving autocast takes longer than many a statistic

@@ -222,6 +222,7 @@ class BlockMerger:
         while self._undo:
             self._undo.pop()()
         self.sizes = self._keys = self._bias = None
+        self._due = False
 
     # ---------------------------------------------------------------------------------------- what towers change with
 
@@ -307,7 +308,8 @@ class BlockMerger:
             raise AttachError(
                 f"{self.pruner.name} cannot merge under gradient checkpointing, which runs blocks twice; switch it off"
             )
-        self.sizes = self._bias = None
+        self.sizes = self._keys = self._bias = None
+        self._due = False
         self.trace = MergeTrace(
             self.pruner.name, self.pruner.parameters(), self.tower.prefix, [x.shape[1]], _batch=(len(x), x.device)
         )
@@ -351,7 +353,7 @@ class BlockMerger:
     def _merge(self, stage: BlockStage, x: Tensor, count: int, keys: Tensor | None) -> Tensor:
         if not count:
             return x
-        groups = _chosen(x, stage, BlockTokens(x, self.tower.prefix, count), keys)
+        groups = _chosen(x, stage, self.tower.prefix, count, keys)
         places = groups.keep, groups.source, groups.target
         if stage.weighting == "size":
             x, self.sizes = merge_tokens(x, *places, self.sizes)
@@ -367,8 +369,8 @@ class BlockMerger:
 
 
 @exact
-def _chosen(x: Tensor, stage: BlockStage, tokens: BlockTokens, keys: Tensor | None) -> Groups:
-    return stage.select(tokens, **dict.fromkeys(stage.signals, keys))
+def _chosen(x: Tensor, stage: BlockStage, prefix: int, count: int, keys: Tensor | None) -> Groups:
+    return stage.select(BlockTokens(x, prefix, count), **dict.fromkeys(stage.signals, keys))
 
 
 @exact

@@ -192,7 +192,7 @@ def _merge(x: Tensor, keep: Tensor, source: Tensor, target: Tensor, sizes: Tenso
     # the mean of a group is its target and, for each source, that one's share of the way from the target to it
     place = _flat(target, first, keep.shape[1])
     kept.index_add_(0, place, moved.sub_(kept.index_select(0, place)).mul_(share.view(-1, 1)))
-    return kept.to(x.dtype).view(batch, -1, width), after.float()
+    return kept.to(x.dtype).view(*keep.shape, width), after.float()
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
@@ -203,4 +203,4 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
 
 def _flat(index: Tensor, image: Tensor, n: int) -> Tensor:
     """``index (B, K)`` into ``n`` rows of each ``image (B, 1)`` as one into all rows: ``(B * K,)``."""
-    return torch.add(index, image, alpha=n).view(-1)
+    return torch.add(index, image, alpha=n).flatten()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import gc
 import itertools
 import json
 import multiprocessing
@@ -42,6 +41,7 @@ class Load:
     """One engine under the load of one concurrency in one round.
 
     Attributes:
+        turn: number of the round.
         prompt: tokens of a prompt; first: seconds to the first token, median over requests; first_90: their ninth decile;
             per_second: requests; tokens_per_second: produced tokens.
     """
@@ -64,17 +64,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--pruner", default="hiprune", metavar="NAME", help="method (default: hiprune)")
     add("--keep", default=0.25, type=json.loads, metavar="K", help="fraction or number of tokens (default: 0.25)")
     add("--users", default="1,8,32", metavar="N,N", help="concurrencies (default: 1,8,32)")
-    add("--requests", default=64, type=int, metavar="N", help="per concurrency (default: 64)")
+    add("--requests", default=64, type=int, metavar="N", help="in every turn, or two per user if more (default: 64)")
     add("--new", default=16, type=int, metavar="N", help="tokens of an answer (default: 16)")
     add("--side", default=96, type=int, metavar="N", help="of the square pictures in pixels (default: 96)")
     add("--prompt", metavar="TEXT", help="with the model's placeholder for a picture (default: its chat template's)")
-    add("--rounds", default=5, type=int, metavar="N", help="turns of both engines at every concurrency (default: 5)")
+    add("--rounds", default=5, type=int, metavar="N", help="turns of each engine at every concurrency (default: 5)")
     add(
         "--engine",
         type=json.loads,
         default={},
         metavar="JSON",
-        help="other arguments of vLLM's engine; on a GPU, which two engines share: '{\"gpu_memory_utilization\": 0.45}'",
+        help="other arguments of both engines of vLLM, which share the memory: gpu_memory_utilization is 0.45 unless you say so",
     )
     add("--json", metavar="PATH", help="write all numbers and the environment")
 
@@ -101,10 +101,12 @@ def main(args: argparse.Namespace) -> int:
             model = str(as_hub(Path(source(model)), Path(place) / model))
         loads = _by_turns(model, users, args)
     if args.json:
-        told = {name: value for name, value in vars(args).items() if name != "json"}  # no path of this machine
+        told = {**vars(args), "model": Path(args.model).name}
+        del told["json"]  # like a model's folder, a path of this machine
         facts = {name: value for name, value in told.items() if isinstance(value, (str, int, float, dict))}
+        here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         text = json.dumps(
-            {"settings": facts, "machine": machine(torch.device("cpu")), "rows": [asdict(load) for load in loads]},
+            {"settings": facts, "machine": machine(here), "rows": [asdict(load) for load in loads]},
             indent=2,
         )
         Path(args.json).write_text(text + "\n")
@@ -113,10 +115,11 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _by_turns(model: str, users: list[int], args: argparse.Namespace) -> list[Load]:
-    engines = {name: _Engine(name, model, args) for name in ENGINES}
+    engines: dict[str, _Engine] = {}
     try:
-        for engine in engines.values():
-            engine.answer()  # it is up
+        for name in ENGINES:  # one after the other: each looks for the memory that is left
+            engines[name] = _Engine(name, model, args)
+            engines[name].answer()
         return [
             engines[name].load(n, turn)
             for turn in range(args.rounds)
@@ -166,18 +169,19 @@ class _Engine:
 
     def load(self, users: int, turn: int) -> Load:
         """Measure."""
-        self._pipe.send((users, turn))
-        return self.answer()
+        return self.answer((users, turn))
 
-    def answer(self) -> Any:
-        """The next answer.
+    def answer(self, question: tuple[int, int] | None = None) -> Any:
+        """The answer to ``question``, or what the engine says unasked.
 
         Raises:
             UnsupportedModelError: the engine is gone.
         """
         try:
+            if question is not None:
+                self._pipe.send(question)
             return self._pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
             raise UnsupportedModelError(
                 f"the {self._name} engine ended early; what vLLM said of it stands above"
             ) from None
@@ -193,7 +197,9 @@ def _serve(pipe: Any, engine: str, model: str, args: argparse.Namespace) -> None
     if engine == "stock":
         os.environ["VLLM_PLUGINS"] = ""
     asyncio.run(_answer(pipe, engine, model, args))
-    gc.collect()  # vLLM's engine cannot be torn down any more when Python is
+    os._exit(
+        0
+    )  # the engine is shut down; it would try that again, and fail, when the interpreter takes everything apart
 
 
 async def _answer(pipe: Any, engine: str, model: str, args: argparse.Namespace) -> None:
@@ -204,7 +210,16 @@ async def _answer(pipe: Any, engine: str, model: str, args: argparse.Namespace) 
     options = {"hf_overrides": {"foveate": entry}} if engine == "pruned" else {}
     most = max(int(n) for n in args.users.split(","))
     served = AsyncLLM.from_engine_args(
-        AsyncEngineArgs(model=model, limit_mm_per_prompt={"image": 1}, max_num_seqs=most, **options, **args.engine)
+        AsyncEngineArgs(
+            **{
+                "model": model,
+                "limit_mm_per_prompt": {"image": 1},
+                "max_num_seqs": most,
+                "gpu_memory_utilization": 0.45,
+                **options,
+                **args.engine,
+            }
+        )
     )
     try:
         prompt = args.prompt or _prompt(model)
@@ -215,7 +230,7 @@ async def _answer(pipe: Any, engine: str, model: str, args: argparse.Namespace) 
         while True:
             try:
                 users, turn = await asyncio.to_thread(pipe.recv)
-            except EOFError:
+            except (EOFError, OSError):
                 return
             pipe.send(await _users(served, engine, prompt, users, turn, max(args.requests, 2 * users), args, pictures))
     finally:

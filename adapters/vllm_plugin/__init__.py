@@ -12,6 +12,8 @@ later, in the worker, picks exactly so many rows (``model.py``), reading what th
 
 from __future__ import annotations
 
+from typing import Any
+
 ARCHITECTURES = {
     "LlavaForConditionalGeneration": "llava:Llava",
     "LlavaNextForConditionalGeneration": "llava:LlavaNext",
@@ -56,22 +58,23 @@ def _check_at_start(registry: object) -> None:
 
 
 def _check_requests() -> None:
-    """Let vLLM refuse requests that ask for pruning where it serves a model of its own: that would not hear them."""
-    from vllm.multimodal.processing.context import InputProcessingContext as Context
+    """Let vLLM refuse requests that ask for pruning where one of its own processors serves them: that would not hear them."""
+    from vllm.multimodal.processing import BaseMultiModalProcessor
 
-    call = Context.call_hf_processor
-    if hasattr(call, "foveate"):
+    apply = BaseMultiModalProcessor.apply
+    if hasattr(apply, "foveate"):
         return
 
-    def checked(self: Context, *args: object, **kwargs: object) -> object:
-        named = dict(zip(("hf_processor", "data", "kwargs"), args)) | kwargs
-        architecture = self.model_config.architecture
-        if architecture not in ARCHITECTURES and self.get_merged_mm_kwargs(named.get("kwargs", {})).get("foveate"):
-            raise ValueError(
-                f"foveate cannot prune {architecture} inside vLLM; it can prune {', '.join(ARCHITECTURES)}. Leave foveate out "
-                "of mm_processor_kwargs to ask the model unpruned"
+    def checked(self: BaseMultiModalProcessor, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        asked = self.info.ctx.get_merged_mm_kwargs(inputs.hf_processor_mm_kwargs).get("foveate")
+        if asked not in (None, False) and not hasattr(self, "foveate"):
+            from foveate.errors import ParameterError
+
+            raise ParameterError(
+                f"foveate={asked!r}: vLLM serves {self.info.ctx.model_config.architecture} with {type(self).__name__}, which "
+                "foveate cannot prune; leave it out of mm_processor_kwargs to ask the model unpruned"
             )
-        return call(self, *args, **kwargs)
+        return apply(self, inputs, *args, **kwargs)
 
     checked.foveate = True
-    Context.call_hf_processor = checked
+    BaseMultiModalProcessor.apply = checked

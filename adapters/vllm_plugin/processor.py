@@ -50,6 +50,8 @@ class Announcement:
 class Announcing:
     """Goes in front of any of vLLM's processors whose pictures are replaced by repetitions of one token."""
 
+    foveate = True  # requests that ask for pruning are heard
+
     @property
     def _engine(self) -> Any:
         """The engine's own entry, None where it was started without one."""

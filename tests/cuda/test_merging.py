@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from foveate.cuda import best_match, merge_tokens, similarity_energy
+from foveate.cuda.merging import take_rows
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -121,3 +122,24 @@ def test_gradients_reach_sizes() -> None:
     """Statement: merging is differentiable by sizes, as finite differences say."""
     x, sizes = drawn(2, 6, 4).double(), (1 + drawn(2, 6).abs()).double().requires_grad_()
     assert torch.autograd.gradcheck(lambda s: merge_tokens(x, **GROUPS, sizes=s)[0], (sizes,))
+
+
+def test_indices_may_have_any_strides() -> None:
+    x = torch.randn(2, 5, 3)
+    keep, source, target = (
+        torch.tensor([[0, 4], [2, 1], [3, 3]]).t(),
+        torch.tensor([[2, 0]]).t(),
+        torch.tensor([[1, 0]]).t(),
+    )
+    assert not keep.is_contiguous()
+    assert torch.equal(take_rows(x, keep), take_rows(x, keep.contiguous()))
+    strided = merge_tokens(x, keep, source, target)
+    dense = merge_tokens(x, keep.contiguous(), source.contiguous(), target.contiguous())
+    assert all(torch.equal(a, b) for a, b in zip(strided, dense))
+
+
+def test_an_empty_batch_stays_empty() -> None:
+    none = torch.empty(0, 1, dtype=torch.int64)
+    merged, sizes = merge_tokens(torch.randn(0, 5, 3), none, none, none)
+    assert merged.shape == (0, 1, 3)
+    assert sizes.shape == (0, 1)

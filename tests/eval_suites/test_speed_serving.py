@@ -33,7 +33,8 @@ def test_the_gain_is_the_median_of_ratios_within_a_round() -> None:
 
 def test_concurrencies_are_told_apart() -> None:
     loads = [load(engine, 0, 10 * users, users) for users in (1, 8) for engine in ("stock", "pruned")]
-    assert [row.split("|")[1].strip() for row in table(loads).splitlines()[2:]] == ["1", "1", "8", "8"]
+    cells = [[cell.strip() for cell in row.split("|")] for row in table(loads).splitlines()[2:]]
+    assert [(row[1], row[6]) for row in cells] == [("1", "10.00"), ("1", "10.00"), ("8", "80.00"), ("8", "80.00")]
 
 
 def test_without_vllm_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,7 +43,9 @@ def test_without_vllm_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -
         speed_serving.main(settings())
 
 
-@pytest.mark.parametrize("given", [("--users", "one"), ("--users", "0"), ("--rounds", "0"), ("--requests", "0")])
+@pytest.mark.parametrize(
+    "given", [("--users", "one"), *((name, "0") for name in ("--users", "--rounds", "--requests", "--new", "--side"))]
+)
 def test_counts_that_cannot_be_are_refused(monkeypatch: pytest.MonkeyPatch, given: tuple[str, str]) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     with pytest.raises(ParameterError, match=given[0]):

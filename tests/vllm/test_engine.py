@@ -21,11 +21,12 @@ def test_vllm_still_has_what_the_plugin_overrides():
     """Private names: they may change with any minor version."""
     from vllm.config.multimodal import MultiModalConfig
     from vllm.model_executor.models import llava, llava_next, llava_onevision, qwen2_5_vl, qwen2_vl, qwen3_vl
-    from vllm.multimodal.processing import BaseMultiModalProcessor
+    from vllm.multimodal.processing import BaseMultiModalProcessor, InputProcessingContext
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     for name in ("_apply_hf_processor_main", "_get_prompt_updates", "_get_mm_fields_config", "_get_mm_hashes", "apply"):
         assert callable(getattr(BaseMultiModalProcessor, name))
+    assert callable(InputProcessingContext.get_merged_mm_kwargs)
     assert callable(GPUModelRunner._gather_mm_embeddings)
     assert callable(MultiModalConfig.is_multimodal_pruning_enabled)
     for module in (llava, llava_next, llava_onevision, qwen2_5_vl, qwen2_vl, qwen3_vl):
@@ -169,11 +170,11 @@ def test_a_request_for_pruning_is_refused_where_vllm_serves_a_model_of_its_own(t
     monkeypatch.delitem(ARCHITECTURES, architecture)
     with served("llava", tmp_path, None) as engine:
         shown = picture("llava", 5)
-        for entry in ({"pruner": "hiprune"}, {"keep": 0.5}):
-            with pytest.raises(ValueError, match=f"foveate cannot prune {architecture}"):
+        for entry in ({"pruner": "hiprune"}, {"keep": 0.5}, {}):
+            with pytest.raises(ValueError, match=f"vLLM serves {architecture} with LlavaMultiModalProcessor"):
                 engine.answer([engine.request([shown], entry)])
         for entry in (None, False):
             (output,) = engine.answer([engine.request([shown], entry)])
             assert engine.compare(output, engine.expected([shown], None)) < 1e-4
-    with pytest.raises(Exception, match=f"foveate cannot prune {architecture}"):
+    with pytest.raises(Exception, match=f"vLLM serves {architecture}"):
         start(engine.home, None, mm_processor_kwargs={"foveate": HIPRUNE})
