@@ -30,13 +30,14 @@ _BIASED = ("sdpa", "eager")  # attention implementations that take an additive m
 class _HFHalves(Halves):
     """Keys are heard at ``k_proj``, before heads are told apart."""
 
-    heads_dim: ClassVar[int] = 2
     attention: ClassVar[str] = "attention"
 
-    def listen(self, tell: Callable[[Tensor], None]) -> Any:
+    def listen(self, tell: Callable[[Tensor, int], None]) -> Any:
         attention = getattr(self.block, self.attention)
         width = attention.head_dim
-        return attention.k_proj.register_forward_hook(lambda module, args, keys: tell(keys.unflatten(-1, (-1, width))))
+        return attention.k_proj.register_forward_hook(
+            lambda module, args, keys: tell(keys.unflatten(-1, (-1, width)), 2)
+        )
 
     def branch(self, x: Tensor, bias: Tensor | None, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
         """The attention's output."""

@@ -21,9 +21,9 @@ class OpenClipHalves(Halves):
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__(block)
-        self._tell: Callable[[Tensor], None] | None = None
+        self._tell: Callable[[Tensor, int], None] | None = None
 
-    def listen(self, tell: Callable[[Tensor], None]) -> Any:
+    def listen(self, tell: Callable[[Tensor, int], None]) -> Any:
         self._tell = tell
         return self
 
@@ -46,7 +46,7 @@ class OpenClipHalves(Halves):
         qkv = linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
         q, k, v = (y.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for y in qkv.chunk(3, dim=-1))
         if self._tell is not None:
-            self._tell(k)
+            self._tell(k, 1)
         dropout = attention.dropout if attention.training else 0.0
         attended = scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
         return x + block.ls_1(attention.out_proj(attended.transpose(1, 2).flatten(2)))

@@ -90,12 +90,13 @@ def exact(reduce: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(reduce)
     def run(*args: Any, **kwargs: Any) -> Any:
-        device = next(arg.device for arg in args if isinstance(arg, Tensor))
-        with torch.no_grad():
-            if not torch.is_autocast_enabled(device.type):  # leaving autocast takes longer than many a statistic
-                return reduce(*args, **kwargs)
-            with torch.autocast(device.type, enabled=False):
-                return reduce(*args, **kwargs)
+        device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+        if not torch.is_grad_enabled() and not torch.is_autocast_enabled(
+            device
+        ):  # switching takes longer than choosing
+            return reduce(*args, **kwargs)
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            return reduce(*args, **kwargs)
 
     return run
 

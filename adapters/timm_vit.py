@@ -19,8 +19,8 @@ _MODELS = ("VisionTransformer", "Eva")
 class _TimmHalves(Halves):
     """Keys are heard behind their norm and in front of any rotation, so that they are comparable between positions."""
 
-    def listen(self, tell: Callable[[Tensor], None]) -> Any:
-        return self.block.attn.k_norm.register_forward_hook(lambda module, args, output: tell(output))
+    def listen(self, tell: Callable[[Tensor, int], None]) -> Any:
+        return self.block.attn.k_norm.register_forward_hook(lambda module, args, output: tell(output, 1))
 
 
 def _added(bias: Tensor | None, mask: Tensor | None) -> Tensor | None:

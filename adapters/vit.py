@@ -43,10 +43,10 @@ class Halves(ABC):
         """The rest of the block."""
 
     @abstractmethod
-    def listen(self, tell: Callable[[Tensor], None]) -> Any:
-        """Call ``tell(keys)`` with ``(B, H, N, d)`` or ``(B, N, H, d)`` head keys (see :attr:`heads_dim`); returns a hook's handle."""
-
-    heads_dim: ClassVar[int] = 1
+    def listen(self, tell: Callable[[Tensor, int], None]) -> Any:
+        """Call ``tell(keys, dim)`` with the keys of all heads, ``(B, H, N, d)`` or ``(B, N, H, d)``, and the dimension of the heads;
+        returns a hook's handle.
+        """
 
 
 class Tower(ABC):
@@ -204,7 +204,7 @@ class BlockMerger:
         self.active = True  # blocks run as their own while it is False
         self.sizes: Tensor | None = None  # (B, N) patches in each row; None = one each
         self._due = False  # the running block will merge
-        self._keys: Tensor | None = None  # of the running block, mean over heads
+        self._keys: Tensor | None = None  # of the running block, summed over heads
         self._bias: Tensor | None = None  # of the current sizes
         self._undo: list[Callable[[], None]] = []
         self.holder: object = None  # whoever must live as long as the merger acts
@@ -296,12 +296,12 @@ class BlockMerger:
             return self._run(stage, halves, original, x, args, kwargs)
 
         if listens:
-            self.hook(halves.listen(lambda keys: self._hear(keys, halves.heads_dim)))
+            self.hook(halves.listen(self._hear))
         self.replace(block, "forward", forward)
 
     def _hear(self, keys: Tensor, heads_dim: int) -> None:
         if self._due:  # reduced at once: kept, they would hold memory that attention can use again
-            self._keys = _mean_of_heads(keys, heads_dim)
+            self._keys = keys.detach().sum(heads_dim, dtype=torch.float32)
 
     def _begin(self, x: Tensor) -> None:
         if self.tower.checkpointing and torch.is_grad_enabled():
@@ -371,21 +371,6 @@ class BlockMerger:
 @exact
 def _chosen(x: Tensor, stage: BlockStage, prefix: int, count: int, keys: Tensor | None) -> Groups:
     return stage.select(BlockTokens(x, prefix, count), **dict.fromkeys(stage.signals, keys))
-
-
-@exact
-def _mean_of_heads(keys: Tensor, dim: int) -> Tensor:
-    """Head keys, with the heads along ``dim``, as ``(B, N, d)`` float32."""
-    if keys.is_cuda:
-        return keys.float().mean(dim)
-    rows = keys.float().movedim(dim, 2)
-    heads, width = rows.shape[2:]
-    total, left = rows.flatten(2), heads
-    while left > 1 and left % 2 == 0:  # by halves: a CPU reads long rows faster than it jumps from head to head
-        left //= 2
-        total = total[..., : left * width] + total[..., left * width :]
-    first, *others = total.split(width, dim=-1)
-    return sum(others, start=first) / heads
 
 
 def block_stages(stages: Sequence[Stage]) -> list[BlockStage]:

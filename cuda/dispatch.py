@@ -56,10 +56,11 @@ def operation(
         reference = full_precision(reference)
 
         def run(*args: Any) -> Any:
-            device, *others = (arg.device for arg in args if isinstance(arg, Tensor))
+            device = args[0].device
             forced = _wanted(device)
             if forced is None:
                 return reference(*args)
+            others = [arg.device for arg in args[1:] if isinstance(arg, Tensor)]
             if any(other != device for other in others):  # a kernel would read there what is here
                 raise ParameterError(f"{name} got tensors on {device} and {others}; move them to one device")
             try:
@@ -81,9 +82,11 @@ def operation(
         def call(*args: Any) -> Any:
             if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
                 return reference(*args)
-            if args[0].device.type == "cpu" and not torch.compiler.is_compiling():
-                return run(*args)  # the way through torch's dispatcher takes longer than a small operation
-            return operator(*args)
+            device = args[0].device
+            if device.type != "cpu" or torch.compiler.is_compiling():
+                return operator(*args)
+            # the way through torch's dispatcher takes longer than a small operation
+            return reference(*args) if _wanted(device) is None else run(*args)
 
         return call
 
@@ -91,16 +94,16 @@ def operation(
 
 
 def full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Run without autocast, and without TF32 on a GPU that is allowed to use it."""
+    """Run without autocast, and without TF32 on a GPU that is allowed to use it. The first argument is a tensor."""
 
     @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+    def run(*args: Any) -> Any:
+        device = args[0].device.type
         if device != "cuda":
-            if not torch.is_autocast_enabled(device):
-                return function(*args, **kwargs)
+            if not torch.is_autocast_enabled(device):  # leaving it takes longer than many a statistic
+                return function(*args)
             with torch.autocast(device, enabled=False):
-                return function(*args, **kwargs)
+                return function(*args)
         products = torch.backends.cuda.matmul
         # where torch has the newer of its two settings, reading the older one may fail
         setting, exact = ("fp32_precision", "ieee") if hasattr(products, "fp32_precision") else ("allow_tf32", False)
@@ -108,7 +111,7 @@ def full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
         setattr(products, setting, exact)
         try:
             with torch.autocast(device, enabled=False):
-                return function(*args, **kwargs)
+                return function(*args)
         finally:
             setattr(products, setting, before)
 

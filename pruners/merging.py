@@ -15,7 +15,10 @@ from foveate.pruners.base import Layout, ModelInfo, Pruner, Stage, number
 
 @dataclass(frozen=True)
 class BlockKeys:
-    """``(B, N, d)`` attention keys of the block itself, all rows, bias and key norm included, before any rotation; mean over heads."""
+    """``(B, N, d)`` float32: attention keys of the block itself, bias and key norm included, before any rotation, for all rows.
+
+    Summed over heads where papers take the mean: only cosines are read of them, which no scale changes.
+    """
 
 
 @dataclass
