@@ -2,7 +2,8 @@
 
 The *ceiling* of a method is the same model with the same number of rows in every block, where choosing and merging costs
 nothing: rows are cut off instead. All variants run in one process, round-robin with a rotating start, so that whatever else
-the machine does hits all alike; factors are medians over rounds of ratios within a round. One CPU thread
+the machine does hits all alike; factors are medians over rounds of ratios within a round. Where a process happens to lay its
+memory out shifts them by a per cent or so, hence rounds may be spread over several processes. One CPU thread
 is timed by its own clock, several by the one on the wall. Weights are random: nothing here depends on them.
 """
 
@@ -10,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,28 +60,29 @@ class Line:
 
 
 def measure(
-    name: str, batch: int, mergers: Sequence[tuple[str, Merger]], rounds: int, device: str = "cpu"
+    name: str,
+    batch: int,
+    mergers: Sequence[tuple[str, Merger]],
+    rounds: int,
+    device: str = "cpu",
+    processes: int = 1,
 ) -> list[Line]:
-    """Measure one timm model.
+    """Measure one timm model for ``rounds`` in each of ``processes``, one behind the other; a single one is this one.
 
     Raises:
         UnsupportedModelError: tokens cannot be merged in it. FoveateError: timm does not know it.
     """
-    import timm
-
-    torch.manual_seed(0)
-    try:
-        model = timm.create_model(name).eval().to(device)
-    except RuntimeError as error:
-        raise FoveateError(f"timm has no model {name!r} ({error}); see timm.list_models()") from None
-    tower = tower_for(model)
-    x = torch.randn(batch, *model.default_cfg["input_size"], device=device)
-    patches = model.patch_embed.num_patches
-    variants: dict[str, Callable[[], Any]] = {"": nullcontext}
-    for label, merger in mergers:
-        variants[label] = lambda merger=merger: attach(model, merger)
-        variants[f"ceiling {label}"] = lambda merger=merger: ceiling(tower, merger, patches)
-    seconds = _round_robin(model, x, variants, rounds)
+    model = _model(name, device)
+    tower, patches = tower_for(model), model.patch_embed.num_patches
+    if processes > 1:
+        fresh = multiprocessing.get_context("spawn")
+        threads = torch.get_num_threads()
+        with ProcessPoolExecutor(1, fresh, torch.set_num_threads, (threads,), max_tasks_per_child=1) as pool:
+            runs = [pool.submit(_seconds, name, batch, mergers, rounds, device) for _ in range(processes)]
+            parts = [run.result() for run in runs]
+        seconds = {variant: [x for part in parts for x in part[variant]] for variant in parts[0]}
+    else:
+        seconds = _seconds(name, batch, mergers, rounds, device)
     plain = seconds[""]
     lines = [Line(name, batch, "unmodified", patches + tower.prefix, batch / median(plain), 1.0, 1.0, 1.0)]
     for label, merger in mergers:
@@ -98,25 +102,42 @@ def measure(
     return lines
 
 
+def _model(name: str, device: str) -> nn.Module:
+    import timm
+
+    torch.manual_seed(0)
+    try:
+        return timm.create_model(name).eval().to(device)
+    except RuntimeError as error:
+        raise FoveateError(f"timm has no model {name!r} ({error}); see timm.list_models()") from None
+
+
 def _ratio(over: Sequence[float], under: Sequence[float]) -> float:
     return median(a / b for a, b in zip(over, under))
 
 
-def _round_robin(
-    model: nn.Module, x: Tensor, variants: dict[str, Callable[[], Any]], rounds: int
+def _seconds(
+    name: str, batch: int, mergers: Sequence[tuple[str, Merger]], rounds: int, device: str
 ) -> dict[str, list[float]]:
-    """Seconds of every variant in every round; a first round warms up."""
-    names, seconds = list(variants), {name: [] for name in variants}
+    """Seconds of every variant of a model in every round, "" being the unmodified one; a first round warms up."""
+    model = _model(name, device)
+    tower, patches = tower_for(model), model.patch_embed.num_patches
+    x = torch.randn(batch, *model.default_cfg["input_size"], device=device)
+    variants: dict[str, Callable[[], Any]] = {"": nullcontext}
+    for label, merger in mergers:
+        variants[label] = lambda merger=merger: attach(model, merger)
+        variants[f"ceiling {label}"] = lambda merger=merger: ceiling(tower, merger, patches)
+    names, seconds = list(variants), {variant: [] for variant in variants}
     with torch.inference_mode():
         for turn in range(rounds + 1):
             start = turn % len(names)
-            for name in names[start:] + names[:start]:
-                with variants[name]():
+            for variant in names[start:] + names[:start]:
+                with variants[variant]():
                     began = now(x.device)
                     model(x)
                     elapsed = now(x.device) - began
                 if turn:
-                    seconds[name].append(elapsed)
+                    seconds[variant].append(elapsed)
     return seconds
 
 
@@ -162,6 +183,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", default=METHODS, help=f"merging methods (default: {METHODS})")
     parser.add_argument("--batch", default="8", help="batch sizes, by comma (default: 8)")
     parser.add_argument("--rounds", type=int, default=9, help="measured rounds (default: 9)")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        help="processes, one behind the other, that take these rounds each (default: 1)",
+    )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
     parser.add_argument("--out", type=Path, help="also add to FILE.json and FILE.md")
@@ -190,12 +217,16 @@ def main(args: argparse.Namespace) -> int:
     try:
         names = args.model.split(",")
         lines = [
-            x for name in names for batch in batches for x in measure(name, batch, mergers, args.rounds, args.device)
+            line
+            for name in names
+            for batch in batches
+            for line in measure(name, batch, mergers, args.rounds, args.device, args.processes)
         ]
         facts = {
             **machine(torch.device(args.device)),
             "timm": version_of("timm"),
-            "rounds": args.rounds,
+            "rounds": args.rounds * args.processes,
+            "processes": args.processes,
             "dtype": "float32",
         }
     finally:
@@ -220,6 +251,7 @@ def _write(base: Path, result: dict[str, Any]) -> None:
     for one in results:
         facts = one["environment"]
         about = f"{facts['hardware']}, torch {facts['torch']}, timm {facts['timm']}, {facts['dtype']}, {facts['date']}"
-        parts.append(f"{table([Line(**line) for line in one['lines']])}\n\n{about}; {facts['rounds']} rounds.\n")
+        rounds = f"{facts['rounds']} rounds" + (f" in {n} processes" if (n := facts.get("processes", 1)) > 1 else "")
+        parts.append(f"{table([Line(**line) for line in one['lines']])}\n\n{about}; {rounds}.\n")
     parts.append(_NOTE)
     base.with_suffix(".md").write_text("\n".join(parts), encoding="utf-8")

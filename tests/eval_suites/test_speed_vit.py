@@ -27,9 +27,9 @@ def test_measurements_gather_in_one_file(tmp_path, capsys):
     pytest.importorskip("timm")
     out = tmp_path / "speed.json"
 
-    def measure(batch: str, method: str) -> list[list[Line]]:
+    def measure(batch: str, method: str, *options: str) -> list[list[Line]]:
         command = ["speed", "vit", "--model", "vit_tiny_patch16_224", "--batch", batch, "--method", method]
-        assert main([*command, "--rounds", "1", "--out", str(out)]) == 0
+        assert main([*command, "--rounds", "1", "--out", str(out), *options]) == 0
         return [[Line(**line) for line in one["lines"]] for one in json.loads(out.read_text())]
 
     (first,) = measure("1", "tome(r=13),pitome(ratio=0.9)")
@@ -43,7 +43,7 @@ def test_measurements_gather_in_one_file(tmp_path, capsys):
     second = measure("2", "tome(r=13)")
     assert [len(lines) for lines in second] == [3, 2]
     assert second[0] == first
-    third = measure("1", "tome(r=13)")
+    third = measure("1", "tome(r=13)", "--processes", "2")
     assert [[(line.batch, line.method) for line in lines] for lines in third] == [
         [(1, "pitome(ratio=0.9)")],
         [(2, "unmodified"), (2, "tome(r=13)")],
@@ -51,3 +51,5 @@ def test_measurements_gather_in_one_file(tmp_path, capsys):
     ]
     written = out.with_suffix(".md").read_text()
     assert all(table(lines) in written for lines in third)
+    assert "; 1 rounds.\n" in written
+    assert "; 2 rounds in 2 processes.\n" in written
