@@ -91,11 +91,12 @@ def exact(reduce: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(reduce)
     def run(*args: Any, **kwargs: Any) -> Any:
         device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
-        if not torch.is_grad_enabled() and not torch.is_autocast_enabled(
-            device
-        ):  # switching takes longer than choosing
+        if torch.is_autocast_enabled(device):
+            with torch.no_grad(), torch.autocast(device, enabled=False):
+                return reduce(*args, **kwargs)
+        if not torch.is_grad_enabled():  # switching takes longer than many a statistic
             return reduce(*args, **kwargs)
-        with torch.no_grad(), torch.autocast(device, enabled=False):
+        with torch.no_grad():
             return reduce(*args, **kwargs)
 
     return run

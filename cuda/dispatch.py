@@ -43,7 +43,7 @@ def operation(
     """Decorate a torch reference: make it the operator ``foveate::<schema>`` and return what calls that.
 
     Args:
-        schema: as for ``torch.library.define``, all arguments positional and without defaults.
+        schema: as for ``torch.library.define``, all arguments positional and without defaults, the first a tensor.
         kernel: same arguments and results as the reference, for CUDA tensors; may raise :class:`KernelUnavailable`.
         fake: same arguments; returns empty tensors of the right shape, dtype and device.
 
@@ -82,11 +82,9 @@ def operation(
         def call(*args: Any) -> Any:
             if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
                 return reference(*args)
-            device = args[0].device
-            if device.type != "cpu" or torch.compiler.is_compiling():
+            if args[0].device.type != "cpu" or torch.compiler.is_compiling():
                 return operator(*args)
-            # the way through torch's dispatcher takes longer than a small operation
-            return reference(*args) if _wanted(device) is None else run(*args)
+            return run(*args)  # the way through torch's dispatcher takes longer than a small operation
 
         return call
 
@@ -94,7 +92,7 @@ def operation(
 
 
 def full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Run without autocast, and without TF32 on a GPU that is allowed to use it. The first argument is a tensor."""
+    """Run without autocast, and without TF32 on a GPU that is allowed to use it. Arguments are positional, the first is a tensor."""
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:

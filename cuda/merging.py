@@ -126,12 +126,12 @@ def _energy(metric: Tensor, margin: float, alpha: float, jump: bool) -> Tensor:
     energy = []
     for block in _row_blocks(unit, unit.shape[1]):
         excess = torch.bmm(block, unit.mT).sub_(margin)  # (B, rows, N)
-        above = excess.mean(dim=-1)
+        above = excess.relu()
         if jump:
-            above = above + margin * (excess > 0).float().mean(dim=-1)
-        below = excess.clamp_(max=0)  # in place, as is its `exp`: each of both parts of f costs one pass and a mean
-        above = above - below.mean(dim=-1)
-        energy.append(above + alpha * (below.exp_().mean(dim=-1) - 1))
+            above = above + margin * (above > 0)
+        # the two halves of an ELU: `exp` of what lies below, 1 for the rest, is far cheaper than the `expm1` in `elu`
+        below = excess.clamp_(max=0).exp_().mean(dim=-1) - 1
+        energy.append(above.mean(dim=-1).add_(below, alpha=alpha))
     return torch.cat(energy, dim=1) if len(energy) > 1 else energy[0]
 
 
@@ -151,10 +151,15 @@ def _match(sources: Tensor, targets: Tensor, target_valid: Tensor | None) -> tup
     for block in _row_blocks(sources, targets.shape[1]):
         score = torch.bmm(block, targets.mT)  # (B, rows, T)
         if target_valid is not None:
-            score = score.masked_fill(~target_valid[:, None], -torch.inf)
+            score.masked_fill_(~target_valid[:, None], -torch.inf)
         best.append(score.max(dim=-1))  # of equal ones the first
     score, index = best[0] if len(best) == 1 else (torch.cat(parts, dim=1) for parts in zip(*best))
-    return score * _shrink(sources), index  # all scores of a source have its length as a factor
+    score = score * _shrink(sources)  # all scores of a source have its length as a factor
+    if target_valid is not None:
+        score = score.masked_fill(
+            ~target_valid.any(dim=1, keepdim=True), -torch.inf
+        )  # also of sources without a length
+    return score, index
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -165,7 +170,7 @@ def _unit(x: Tensor) -> Tensor:
 
 def _shrink(x: Tensor) -> Tensor:
     """One over the length of rows ``x (..., C)``; large for zero rows."""
-    return torch.linalg.vector_norm(x, dim=-1).clamp_(min=_TINY).reciprocal_()
+    return torch.linalg.vector_norm(x, dim=-1).clamp(min=_TINY).reciprocal()
 
 
 def _row_blocks(rows: Tensor, columns: int) -> Sequence[Tensor]:
@@ -184,19 +189,19 @@ def _fake_merge(x: Tensor, keep: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     fake=_fake_merge,
 )
 def _merge(x: Tensor, keep: Tensor, source: Tensor, target: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
-    (batch, n, width), left = x.shape, keep.shape[1]
+    batch, n, width = x.shape
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     first = torch.arange(batch, device=x.device)[:, None]
     rows = x.reshape(batch * n, width)
-    keep, source, target = _flat(keep, first, n), _flat(source, first, n), _flat(target, first, left)
-    kept = rows.index_select(0, keep).to(wide)  # by whole rows, where `gather` goes by elements
-    moved = rows.index_select(0, source).to(wide)
-    sizes = torch.ones(batch * n, dtype=wide, device=x.device) if sizes is None else sizes.to(wide).flatten()
-    weight, after = sizes.index_select(0, source), sizes.index_select(0, keep)
-    share = weight / after.index_add_(0, target, weight).index_select(0, target)
+    sizes = torch.ones(x.shape[:2], dtype=wide, device=x.device) if sizes is None else sizes.to(wide)
+    after = merged_sizes(keep, source, target, sizes)  # by `gather`, which finds wrong indices
+    share = sizes.gather(1, source) / after.gather(1, target)
+    kept = rows.index_select(0, _flat(keep, first, n)).to(wide)  # by whole rows, where `gather` goes by elements
+    moved = rows.index_select(0, _flat(source, first, n)).to(wide)
     # the mean of a group is its target and, for each source, that one's share of the way from the target to it
-    kept.index_add_(0, target, moved.sub_(kept.index_select(0, target)).mul_(share[:, None]))
-    return kept.to(x.dtype).view(batch, left, width), after.float().view(batch, left)
+    place = _flat(target, first, keep.shape[1])
+    kept.index_add_(0, place, moved.sub_(kept.index_select(0, place)).mul_(share.view(-1, 1)))
+    return kept.to(x.dtype).view(*keep.shape, width), after.float()
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from foveate.pruners.base import Layout, ModelInfo, Pruner, Stage, number
 class BlockKeys:
     """``(B, N, d)`` float32: attention keys of the block itself, bias and key norm included, before any rotation, for all rows.
 
-    Summed over heads where papers take the mean: only cosines are read of them, which no scale changes.
+    Summed over heads where papers take the mean: their scale means nothing, compare them by cosine.
     """
 
 

@@ -166,9 +166,10 @@ def energy_matching(metric: Tensor, energy: Tensor, r: int, *, prefix: int = 0) 
     by_rank = take_rows(metric, order)
     score, match = best_match(by_rank[:, 0::2], by_rank[:, 1::2])
     best = ranked(score)
-    stay = sources.gather(1, best[:, r:])
+    sources = sources.gather(1, best)
+    source, stay = sources[:, :r], sources[:, r:]
     keep = torch.cat([_prefix(metric, prefix), stay, targets], dim=1)
-    return Groups(keep, sources.gather(1, best[:, :r]), prefix + stay.shape[1] + match.gather(1, best[:, :r]))
+    return Groups(keep, source, prefix + stay.shape[1] + match.gather(1, best[:, :r]))
 
 
 def _prefix(metric: Tensor, prefix: int) -> Tensor:

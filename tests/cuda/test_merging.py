@@ -32,6 +32,15 @@ def test_energy_is_its_definition(alpha: float, jump: bool) -> None:
     torch.testing.assert_close(found, energy_by_hand(metric, 0.3, alpha, jump).float(), atol=1e-6, rtol=1e-5)
 
 
+def test_what_lies_above_the_margin_keeps_its_precision() -> None:
+    """Statement: with alpha 0 the energies, some thousandth, are right to 2e-8: nothing larger is subtracted from them."""
+    metric = drawn(2, 196, 64) + drawn(2, 1, 64, seed=1)
+    found = similarity_energy(metric, 0.75, alpha=0.0)
+    by_hand = energy_by_hand(metric, 0.75, 0.0, jump=False)
+    assert 0 < by_hand.min() < by_hand.max() < 0.01
+    torch.testing.assert_close(found.double(), by_hand, atol=2e-8, rtol=0)
+
+
 def test_the_best_match_is_the_nearest_by_cosine() -> None:
     """Statement: score and index are those of the largest cosine among valid targets, invalid sources score -inf."""
     sources, targets = drawn(2, 9, 5), 3 * drawn(2, 7, 5, seed=1)
@@ -53,6 +62,13 @@ def test_equal_matches_go_to_the_lower_index() -> None:
     sources = torch.tensor([[[1.0, 0.0], [0.0, 0.0]]])
     targets = torch.tensor([[[0.0, 1.0], [2.0, 0.0], [2.0, 0.0]]])
     assert best_match(sources, targets)[1].tolist() == [[1, 0]]
+
+
+def test_nothing_matches_where_no_target_is_valid() -> None:
+    """Statement: without a valid target the score is -inf, whatever the source."""
+    sources = torch.tensor([[[1.0, 0.0], [0.0, 0.0], [3e38, 3e38]]])
+    score, _ = best_match(sources, drawn(1, 4, 2), target_valid=torch.zeros(1, 4, dtype=torch.bool))
+    assert score.tolist() == [[-torch.inf] * 3]
 
 
 def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,3 +159,16 @@ def test_an_empty_batch_stays_empty() -> None:
     merged, sizes = merge_tokens(torch.randn(0, 5, 3), none, none, none)
     assert merged.shape == (0, 1, 3)
     assert sizes.shape == (0, 1)
+
+
+@pytest.mark.parametrize(("name", "value"), [("keep", 4), ("source", 4), ("target", 3), ("target", -1)])
+def test_indices_of_other_pictures_are_refused(name: str, value: int) -> None:
+    """Statement: an index out of range is an error, also where the next picture has such a row."""
+    indices = {
+        "keep": torch.tensor([[0, 1, 2]] * 2),
+        "source": torch.tensor([[3]] * 2),
+        "target": torch.tensor([[1]] * 2),
+    }
+    indices[name][0, 0] = value
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        merge_tokens(drawn(2, 4, 3), **indices)
