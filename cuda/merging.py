@@ -89,7 +89,7 @@ def size_bias(sizes: Tensor) -> Tensor:
 
     A key with bias ``log s`` weighs in the softmax like s equal keys.
     """
-    return sizes.float().log()[:, None, None]
+    return sizes.float().log().unsqueeze(1).unsqueeze(1)
 
 
 # ------------------------------------------------------------------------------------------------------------ kernels
@@ -154,29 +154,27 @@ def _match(sources: Tensor, targets: Tensor, target_valid: Tensor | None) -> tup
             score.masked_fill_(~target_valid[:, None], -torch.inf)
         best.append(score.max(dim=-1))  # of equal ones the first
     score, index = best[0] if len(best) == 1 else (torch.cat(parts, dim=1) for parts in zip(*best))
-    score = score * _shrink(sources)  # all scores of a source have its length as a factor
-    if target_valid is not None:
-        score = score.masked_fill(
-            ~target_valid.any(dim=1, keepdim=True), -torch.inf
-        )  # also of sources without a length
+    score = score / _length(sources)  # a factor of all scores of a source
+    if target_valid is not None:  # a length that overflows has made NaN of -inf
+        score = score.masked_fill(~target_valid.any(dim=1, keepdim=True), -torch.inf)
     return score, index
 
 
 def _unit(x: Tensor) -> Tensor:
-    """Rows of length one in float32; zero rows stay zero. Cheaper than `normalize`, which divides."""
+    """Rows of length one in float32; zero rows stay zero."""
     x = x.float()
-    return x * _shrink(x)[..., None]
+    return x / _length(x).unsqueeze(-1)
 
 
-def _shrink(x: Tensor) -> Tensor:
-    """One over the length of rows ``x (..., C)``; large for zero rows."""
-    return torch.linalg.vector_norm(x, dim=-1).clamp(min=_TINY).reciprocal()
+def _length(x: Tensor) -> Tensor:
+    """The length of rows ``x (..., C)``, of zero rows a tiny one."""
+    return torch.linalg.vector_norm(x, dim=-1).clamp(min=_TINY)
 
 
 def _row_blocks(rows: Tensor, columns: int) -> Sequence[Tensor]:
     """``rows (B, N, C)`` in blocks whose products with ``columns`` vectors just fill the block size."""
     step = rows_at_once(len(rows) * columns)
-    return rows.split(step, dim=1)
+    return rows.split(step, dim=1) if step < rows.shape[1] else (rows,)
 
 
 def _fake_merge(x: Tensor, keep: Tensor, *_: object) -> tuple[Tensor, Tensor]:
@@ -191,11 +189,12 @@ def _fake_merge(x: Tensor, keep: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 def _merge(x: Tensor, keep: Tensor, source: Tensor, target: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
     batch, n, width = x.shape
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    first = torch.arange(batch, device=x.device)[:, None]
+    first = torch.arange(batch, device=x.device).unsqueeze(1)  # indexing with None takes longer
     rows = x.reshape(batch * n, width)
     sizes = torch.ones(x.shape[:2], dtype=wide, device=x.device) if sizes is None else sizes.to(wide)
-    after = merged_sizes(keep, source, target, sizes)  # by `gather`, which finds wrong indices
-    share = sizes.gather(1, source) / after.gather(1, target)
+    weight = sizes.gather(1, source)  # `gather` finds wrong indices, which later would be those of other pictures
+    after = sizes.gather(1, keep).scatter_add_(1, target, weight)
+    share = weight / after.gather(1, target)
     kept = rows.index_select(0, _flat(keep, first, n)).to(wide)  # by whole rows, where `gather` goes by elements
     moved = rows.index_select(0, _flat(source, first, n)).to(wide)
     # the mean of a group is its target and, for each source, that one's share of the way from the target to it
@@ -206,7 +205,7 @@ def _merge(x: Tensor, keep: Tensor, source: Tensor, target: Tensor, sizes: Tenso
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
     """``x (B, N, C)`` at rows ``index (B, K)``: ``(B, K, C)``."""
-    first = torch.arange(len(index), device=index.device)[:, None]
+    first = torch.arange(len(index), device=index.device).unsqueeze(1)
     return x.reshape(-1, x.shape[-1]).index_select(0, _flat(index, first, x.shape[1])).view(*index.shape, x.shape[-1])
 
 
