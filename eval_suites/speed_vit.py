@@ -212,6 +212,8 @@ def main(args: argparse.Namespace) -> int:
         batches = [int(batch) for batch in args.batch.split(",")]
     except ValueError:
         raise ParameterError(f"batch={args.batch!r}: give numbers, by comma") from None
+    if args.rounds < 1 or args.processes < 1:
+        raise ParameterError(f"rounds={args.rounds}, processes={args.processes}: give at least 1 of both")
     before = torch.get_num_threads()
     torch.set_num_threads(args.threads)
     try:

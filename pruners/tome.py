@@ -22,7 +22,7 @@ from torch import Tensor
 
 from foveate.cuda import best_match
 from foveate.errors import ParameterError
-from foveate.pruners.base import Hook, ModelInfo, integer, number, one_of
+from foveate.pruners.base import Hook, ModelInfo, integer, number, one_of, ranked
 from foveate.pruners.merging import BlockKeys, BlockStage, BlockTokens, Groups, Merger, check_ratio, share
 from foveate.pruners.registry import register
 
@@ -120,7 +120,7 @@ def bipartite(metric: Tensor, r: int, *, prefix: int = 0, ascending: bool = True
     """
     even, odd = prefix + prefix % 2, prefix + 1 - prefix % 2
     score, match = best_match(metric[:, even::2], metric[:, odd::2])
-    order = score.argsort(dim=1, descending=True, stable=True)
+    order = ranked(score)
     target = match.gather(1, order[:, :r])
     order = order.mul_(2).add_(even)  # as rows of the metric
     source, stay = order[:, :r], order[:, r:]

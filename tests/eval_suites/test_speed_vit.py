@@ -53,3 +53,12 @@ def test_measurements_gather_in_one_file(tmp_path, capsys):
     assert all(table(lines) in written for lines in third)
     assert "; 1 rounds.\n" in written
     assert "; 2 rounds in 2 processes.\n" in written
+
+
+@pytest.mark.parametrize("option", ["--rounds", "--processes"])
+def test_nothing_is_measured_in_no_rounds(option, capsys):
+    """Statement: without a round or a process there is an error, and no table."""
+    assert main(["speed", "vit", "--model", "vit_tiny_patch16_224", option, "0"]) == 2
+    said = capsys.readouterr()
+    assert "give at least 1 of both" in said.err
+    assert not said.out
