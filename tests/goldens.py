@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -63,7 +63,7 @@ from foveate.pruners import (
     VisionZip,
 )
 from foveate.pruners.allocation import CAPS, checked_scores, frame_budgets, frame_grid, frame_weights, with_newlines
-from foveate.pruners.base import budget, ranked
+from foveate.pruners.base import budget, keep_all, ranked
 from foveate.pruners.corematching import above_knee, knee
 from foveate.pruners.frame_questions import parsed_objects
 from foveate.pruners.globalcom2 import canvas_of, crop_ratios, distinctness, global_map, richness, token_score
@@ -75,6 +75,7 @@ from foveate.pruners.quota import resampled
 from foveate.pruners.resampling import GRID, pooled
 from foveate.pruners.todre import attended_pivot, diversification, irrelevant
 from foveate.pruners.tome import schedule
+from foveate.pruners.transprune import combined_score
 from foveate.pruners.ui_graph import box_coverage, image_blocks, supervision, ui_graph
 
 Case = Mapping[str, Any]
@@ -585,7 +586,6 @@ def globalcom2(params: Params, inputs: Inputs) -> Tensors:
     params.expect("crop_grid_wh", [canvas.across, canvas.down])
     pruner = GlobalCom2(
         keep=params["R"],
-        redistribute=params.get("strict_budget", False),
         **params.options("temperature", "alpha", "newline"),
     )
     official = GlobalCom2(**{**pruner.parameters(), "order": "official", "newline": None})
@@ -1125,7 +1125,7 @@ def transprune_transitions(params: Params, inputs: Inputs) -> Tensors:
     params.expect("tokens", tokens)
     params.expect("dim", dim)
     turn, over = params.get("direction", "signed"), params.get("softmax_over", "sequence")
-    direction = named(turn, {"signed": "signed", "abs": "abs", "|cos|": "abs"})
+    direction = named(turn, {"|cos|": "abs", "unsigned": "abs", "signed": "signed", "abs": "abs"})
     start, n = params.get("image_start", 0), params.get("num_image", tokens)
     counted = torch.ones(1, tokens, dtype=torch.bool)
     if named(over, {"sequence": "sequence", "image": "image"}) == "image":
@@ -1142,15 +1142,15 @@ def transprune_transitions(params: Params, inputs: Inputs) -> Tensors:
 
 
 def named(text: str, meanings: Mapping[str, str]) -> str:
-    """What a description means that names one of several things.
+    """What a description means, by the first of these words that it has.
 
     Raises:
-        UnknownParameter: it names none of them, or two.
+        UnknownParameter: it has none of them.
     """
-    found = {meaning for word, meaning in meanings.items() if word in text}
-    if len(found) != 1:
-        raise UnknownParameter(f"{text!r} is none of {', '.join(meanings)}")
-    return found.pop()
+    for word, meaning in meanings.items():
+        if word in text:
+            return meaning
+    raise UnknownParameter(f"{text!r} speaks of none of {', '.join(meanings)}")
 
 
 def transprune_step(params: Params, inputs: Inputs) -> Tensors:
@@ -1172,10 +1172,14 @@ def transprune_step(params: Params, inputs: Inputs) -> Tensors:
     signals["attention"] = rows_to_columns_attention(inputs["q_text"][None], k, row_positions=rows)[:, image]
     tokens = placeholders(n)
     tokens.entered = entered
-    selection = select(pruner, ModelInfo(), tokens, **signals)
-    params.expect("keep", selection.index.shape[1])
+    transitions = tuple(signals[f"transition_{i}"] for i in read)
+    score, index = combined_score(transitions, signals["attention"], pruner.alpha), keep_all(tokens).index
+    if pruner.ratios[0] < 1:  # else there is no stage
+        selection = select(pruner, ModelInfo(), tokens, **signals)
+        score, index = score if selection.scores is None else selection.scores, selection.index
+    params.expect("keep", index.shape[1])
     params.done()
-    return {"score": selection.scores[0], "keep": selection.index[0]}
+    return {"score": score[0], "keep": index[0]}
 
 
 def transprune_run(params: Params, inputs: Inputs) -> Tensors:
@@ -1286,19 +1290,28 @@ def corematching_released(params: Params, inputs: Inputs) -> Tensors:
     params.expect("seq", length)
     params.expect("neurons", act.shape[2])
     params.expect("cache_mode", "zero")
-    pruner = CoreMatching(mode="released")
-    (stage, *_) = pruner.stages(ModelInfo())
+    (stage, *_) = CoreMatching(mode="released").stages(ModelInfo())
     (signal,) = stage.signals.values()
     params.expect("reference_row", length + signal.row)
     matches = row_matches(act, torch.ones(1, length, dtype=torch.bool), signal.row)[:, start : start + n]
     expect_knee(params, matches)
-    params.done("rule", "distance")
-    index = kept(stage.select(placeholders(n), matches=matches))
+    choose = stage.select
+    if threshold_of(params, ">") == ">=":  # as the authors' notebook has it
+        choose = CoreMatching(threshold=">=", min_keep=0).core_tokens
+    params.done("distance")
+    index = kept(choose(placeholders(n), matches=matches))
     gone = torch.zeros(1, length, dtype=torch.bool)
     gone[:, start : start + n] = True
     gone[:, start + index] = False
     cached = {f"{name}_out": zero_rows(inputs[f"{name}_in"][None], gone)[0] for name in "kv"}
     return {"counts": matches[0], "keep": index, **cached}
+
+
+def threshold_of(params: Params, default: str) -> str:
+    """Which side of the knee a rule such as "keep if count > knee value (strict)" puts the knee itself on."""
+    if "rule" not in params.values:
+        return params.get("threshold", default)
+    return named(params["rule"], {"count >= knee": ">=", "count > knee": ">"})
 
 
 def kept(selection: Selection) -> Tensor:
@@ -1328,7 +1341,7 @@ def corematching_mlp(params: Params, inputs: Inputs) -> Tensors:
     mlp.down_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     sparse = SparseMLP(mlp)
     prefill = mlp(inputs["x_prefill"][None])
-    core = core_neurons(neuron_counts(seen[0], pruner.rho, topk=pruner.topk), pruner.beta)
+    core = recorded_core(inputs, neuron_counts(seen[0], pruner.rho, topk=pruner.topk), pruner.beta)
     sparse.serve(core)
     decode = torch.cat([mlp(x.view(1, 1, -1)) for x in inputs["x_decode"]])
     return {"y_prefill": prefill[0], "core": core[0].nonzero().squeeze(1), "y_decode": decode[:, 0]}
@@ -1345,10 +1358,14 @@ def corematching_knee(params: Params, inputs: Inputs) -> Tensors:
 
 def corematching_core(params: Params, inputs: Inputs) -> Tensors:
     act = inputs["act"][None]
-    pruner = CoreMatching(**params.options("rho", "beta", "topk", "threshold", "budget", "min_keep", "max_keep"))
+    threshold = threshold_of(params, ">=")
+    pruner = CoreMatching(threshold=threshold, **params.options("rho", "beta", "topk", "min_keep", "max_keep"))
+    neurons = int(pruner.beta * act.shape[2])
+    if "image_start" in params.values and params.values.get("budget", neurons) != neurons:
+        pruner = replace(pruner, budget=params["budget"])  # of tokens
     counts = neuron_counts(act, pruner.rho, topk=pruner.topk)
-    core = core_neurons(counts, pruner.beta)
-    params.expect("budget", int(pruner.beta * act.shape[2]))
+    core = recorded_core(inputs, counts, pruner.beta)
+    params.expect("budget", neurons)
     params.expect("k_per_token", int(counts.sum()) // act.shape[1])
     params.expect("selected", int(core.sum()))
     found = {"neuron_counts": counts[0], "core": core[0].nonzero().squeeze(1)}
@@ -1356,12 +1373,29 @@ def corematching_core(params: Params, inputs: Inputs) -> Tensors:
         image = slice(start := params["image_start"], start + params["num_image"])
         matches = match_counts(act[:, image] > 0, core)
         expect_knee(params, matches)
-        if (rule := params.get("rule")) is not None and f"count {pruner.threshold} knee" not in rule:
-            raise UnknownParameter(f"corematching: rule {rule!r}")
         selection = pruner.core_tokens(placeholders(matches.shape[1]), matches)
         found |= {"counts": matches[0], "keep": kept(selection)}
     params.done("tie_at_boundary", "tie_rule")
     return found
+
+
+def recorded_core(inputs: Inputs, counts: Tensor, beta: float) -> Tensor:
+    """The core neurons, ``(1, F)`` bool. Where counts tie at the boundary, the case comes with the recorded choice ``core``.
+
+    The released sort is unstable, so any neurons with the same counts as ours are as good; what follows follows the record.
+    """
+    ours = core_neurons(counts, beta)
+    if "core" not in inputs:
+        return ours
+    theirs = inputs["core"].long()
+    if len(theirs.unique()) != len(theirs):
+        raise AssertionError(f"corematching: core neurons {theirs.tolist()} are not distinct")
+    mine, other = counts[ours].sort().values, counts[0, theirs].sort().values
+    if not torch.equal(mine, other):
+        raise AssertionError(
+            f"corematching: core neurons have counts {mine.tolist()}, the recorded ones {other.tolist()}"
+        )
+    return torch.zeros_like(ours).index_fill(1, theirs, True)
 
 
 RUNNERS: dict[str, Callable[[Params, Inputs], Tensors]] = {
