@@ -330,7 +330,6 @@ def hiprune_qwen(params: Params, inputs: Inputs) -> Tensors:
         raise UnknownParameter(f"hiprune: {frames} frames of {patches} patches for a merged grid of {rows} x {cols}")
     full = params.get("full_attention_layers_0based")
     depth = 32 if full is None else max(full) + 1
-    window, patch = params.get("window_size_px", 112), params.get("patch", 14)
     model = ModelInfo(
         family="qwen2_5_vl",
         class_token=False,
@@ -351,9 +350,7 @@ def hiprune_qwen(params: Params, inputs: Inputs) -> Tensors:
     params.expect("anchors", count)
 
     if "q_obj" in inputs:
-        windowed = full is not None and pruner.object_layer is not None and pruner.object_layer - 1 not in full
-        windows = window_numbers(rows, cols, window // patch // merge) if windowed else None
-        anchor, deep = (window_scores(inputs, name, merge**2, w) for name, w in (("obj", windows), ("deep", None)))
+        anchor, deep = (window_scores(inputs, name, merge**2) for name in ("obj", "deep"))
     else:
         anchor, deep = inputs["score_obj"], inputs["score_deep"]
     tokens = placeholders(layout.size, layout)
@@ -366,7 +363,7 @@ def hiprune_qwen(params: Params, inputs: Inputs) -> Tensors:
     keep_idx, official = kept(pruner.exclude), kept("official")
     params.expect("kept_official", len(official))
     before, after = params.get("text_before", 0), params.get("text_after", 0)
-    params.done("relative_selection_margin")
+    params.done("relative_selection_margin", "window_size_px", "patch")
     # the prompt's: text, image, text
     sequence = torch.cat([torch.arange(before), before + keep_idx, before + layout.size + torch.arange(after)])
     text = torch.arange(before).expand(3, -1)
@@ -384,22 +381,12 @@ def hiprune_qwen(params: Params, inputs: Inputs) -> Tensors:
     }
 
 
-def window_scores(inputs: Inputs, name: str, unit: int, windows: Tensor | None) -> Tensor:
-    """Column sums of attention per merged token in raster order, from patches in the order of windows.
-
-    ``windows``: each merged token's, in a block that attends inside them; None: everywhere.
-    """
+def window_scores(inputs: Inputs, name: str, unit: int) -> Tensor:
+    """Column sums of full attention per merged token in raster order, from patches in the order of windows."""
     q, k = (inputs[f"{kind}_{name}"].float().transpose(0, 1)[None] for kind in "qk")
-    order = inputs["window_index"].long()
-    segments = None if windows is None else windows[order].repeat_interleave(unit)[None]
-    sums = received_attention(q, k, segments=segments)[0] * q.shape[2]
+    sums = received_attention(q, k)[0] * q.shape[2]
     by_window = sums.unflatten(0, (-1, unit)).mean(dim=1)
-    return torch.empty_like(by_window).index_copy(0, order, by_window)
-
-
-def window_numbers(rows: int, cols: int, side: int) -> Tensor:
-    """Which window of ``side x side`` merged tokens each one lies in."""
-    return (torch.arange(rows)[:, None] // side * cols + torch.arange(cols) // side).flatten()
+    return torch.empty_like(by_window).index_copy(0, inputs["window_index"].long(), by_window)
 
 
 # ----------------------------------------------------------------------------------------------------------- FocusUI
@@ -1373,7 +1360,9 @@ def corematching_core(params: Params, inputs: Inputs) -> Tensors:
         image = slice(start := params["image_start"], start + params["num_image"])
         matches = match_counts(act[:, image] > 0, core)
         expect_knee(params, matches)
-        selection = pruner.core_tokens(placeholders(matches.shape[1]), matches)
+        tokens = placeholders(matches.shape[1])
+        tokens.entered = tokens.count
+        selection = pruner.core_tokens(tokens, matches)
         found |= {"counts": matches[0], "keep": kept(selection)}
     params.done("tie_at_boundary", "tie_rule")
     return found
