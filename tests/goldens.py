@@ -123,10 +123,14 @@ class Params:
         """The method parameters among ``names`` that the case sets."""
         return {name: self.values.pop(name) for name in names if name in self.values}
 
+    def drop(self, *remarks: str) -> None:
+        """Parameters that say nothing to the shipped code."""
+        for name in remarks:
+            self.values.pop(name, None)
+
     def done(self, *remarks: str) -> None:
         """Raise if anything but ``remarks`` is left."""
-        for name in ("seed", "note", *remarks):
-            self.values.pop(name, None)
+        self.drop("seed", "note", *remarks)
         if self.values:
             raise UnknownParameter(f"{self.method}: parameters not understood: {', '.join(sorted(self.values))}")
 
@@ -185,6 +189,7 @@ def attention_of(inputs: Inputs, length: int, *, logits: bool = False) -> tuple[
     The recorded ``q`` and ``k``, unscaled, or such as have the recorded map ``attn`` as softmax (``logits``: as products).
     """
     if "attn" in inputs:
+        inputs.remarks("q", "k")  # say the same
         scores = inputs["attn"].float() if logits else as_scores(inputs["attn"])
         scores = scores if scores.ndim == 4 else scores[None]
         return scores, identity_keys(scores), 1.0
@@ -228,11 +233,13 @@ def fopru(params: Params, inputs: Inputs) -> Tensors:
         **({} if keep is ratio is None else {"keep": float(ratio) if keep is None else keep}),
         **params.options("strategy", "layer", "score_kind", "direction", "reorder"),
     )
-    chosen = params.get("direction_chosen")
-    params.done()
-
+    chosen, stated = params.get("direction_chosen"), params.get("scale")
     logits = pruner.score_kind == "logits"
     q, k, scale = attention_of(inputs, prefix + layout.size, logits=logits)
+    scale = stated if scale is None else scale
+    params.expect("heads", q.shape[1])
+    params.expect("head_dim", q.shape[3])
+    params.done()
     received = received_attention(q, k, scale=scale, first_query=prefix, logits=logits)[:, prefix:]
     given = given_attention(q, k, scale=scale, first=prefix, logits=logits)
     signals = {"received": received, "given": given}
@@ -394,7 +401,7 @@ def window_scores(inputs: Inputs, name: str, unit: int) -> Tensor:
 GRAPH_MODES = {"log": "log", "inverse": "inverse", "inv": "inverse", "sqrt": "sqrt", "inv_sqrt": "sqrt"}
 
 
-LABELS, LOSSES = ("patch_scores_label", "label", "labels"), ("loss", "ps_loss", "scorer_loss")
+LOSSES = ("loss", "ps_loss", "scorer_loss", "kl_loss")
 
 
 def focusui(params: Params, inputs: Inputs) -> Tensors:
@@ -417,6 +424,8 @@ def pospad(params: Params, inputs: Inputs) -> Tensors:
     method = PosPad(selector, marker=marker, count_markers=False)
     params.expect("marker_token_id_used", marker_token(marker, token_ids))
     params.expect_each("n_image_tokens", sizes)
+    params.expect("batch", batch)
+    params.expect("batch_size", batch)
 
     embed, shared = None, inputs["in.marker_embedding"]
     if "in.embedding_table" in inputs:
@@ -439,14 +448,15 @@ def pospad(params: Params, inputs: Inputs) -> Tensors:
             }
     params.expect_each("n_keep", [int(samples[b]["kept"].sum()) for b in range(batch)])
     params.expect_each("n_markers", [int(samples[b].pop("markers")) for b in range(batch)])
-    params.done("family", "retention_ratio", "vision_start_token_id", "spatial_merge_size", "batch_size")
+    params.done("family", "retention_ratio", "vision_start_token_id", "spatial_merge_size")
 
     def joined(name: str, join: Callable[..., Tensor] = torch.stack, **how: Any) -> Tensor:
         return join([samples[b][name] for b in range(batch)], **how)
 
     outputs = {"image_keep_mask": joined("kept", pad_sequence, batch_first=True)}
     for name in ("sequence_keep_mask", "input_ids", "inputs_embeds", "attention_mask", "labels", "visual_pos_mask"):
-        outputs[name] = joined(name)
+        if name in samples[0]:
+            outputs[name] = joined(name)
     outputs["position_ids"] = joined("position_ids", dim=-2)
     intended = [joined(f"level_{n}", torch.cat) for n in range(len(levels))]
     outputs |= {f"deepstack_intended_{n}": level for n, level in enumerate(intended)}
@@ -496,20 +506,21 @@ def marked_prompt(
     sequence = stays.nonzero()[:, 1][None]
     marked = marked[:, sequence[0]]
     positions = inputs["in.position_ids"][..., b, :]  # of one axis or three
+    kept_positions = [gather_tokens(axis[None], sequence)[0] for axis in positions.view(-1, ids.shape[1])]
     follow = padded.resample[i] if padded.resample else lambda level: level[index]
     prompt = {
         "input_ids": gather_tokens(ids, sequence, marked=marked, marker=marker_id),
         "inputs_embeds": gather_tokens(carried, sequence),
-        "attention_mask": gather_tokens(inputs["in.attention_mask"][b : b + 1], sequence),
-        "labels": gather_tokens(inputs["in.labels"][b : b + 1], sequence, marked=marked, marker=-100),
         "visual_pos_mask": gather_tokens(image, sequence, marked=marked, marker=False),
     }
+    if "in.attention_mask" in inputs:
+        prompt["attention_mask"] = gather_tokens(inputs["in.attention_mask"][b : b + 1], sequence)
+    if "in.labels" in inputs:
+        prompt["labels"] = gather_tokens(inputs["in.labels"][b : b + 1], sequence, marked=marked, marker=-100)
     return {
         **{name: rows[0] for name, rows in prompt.items()},
         "sequence_keep_mask": stays[0],
-        "position_ids": torch.stack(
-            [gather_tokens(axis[None], sequence)[0] for axis in positions.view(-1, len(stays[0]))]
-        ),
+        "position_ids": torch.stack(kept_positions).view(*positions.shape[:-1], -1),
         "markers": marks.sum(),
         **{f"level_{n}": follow(level)[~marks[index]] for n, level in enumerate(levels)},
     }
@@ -518,23 +529,27 @@ def marked_prompt(
 def patch_scores(params: Params, inputs: Inputs) -> Tensors:
     """Scores of a recorded scorer or recorded scores, and with labels its training loss."""
     outputs = {}
-    if "in.patch_scores" in inputs:
-        scores = inputs["in.patch_scores"]
-    else:
+    if "in.image_embeds" in inputs:
         scorer = PatchScorer(params["projection_dim"], params["num_heads"], pooling=params["text_token_pooling"])
         scorer.load_state_dict(inputs.under("w."))
         image, text, mask = inputs["in.image_embeds"], inputs["in.text_embeds"], inputs.get("in.text_mask")
+        image, text = (x if x.ndim == 3 else x[None] for x in (image, text))
         dtype, evaluates = params.get("dtype", "float32").split()[0], params.get("eval_mode", True)
         if dtype not in ("float32", "bfloat16") or not evaluates:
             raise UnknownParameter(f"focusui: dtype {dtype!r}, eval_mode {evaluates!r}")
         with torch.no_grad():
-            image = image if image.ndim == 3 else image[None]
             scores = scorer.eval().to(getattr(torch, dtype))(image, text, None if mask is None else mask.bool())
         outputs["out.patch_scores"] = scores
+    else:
+        scores = inputs["in.scores" if "in.scores" in inputs else "in.patch_scores"]
+        params.drop("projection_dim", "num_heads", "text_token_pooling", "dtype", "eval_mode")
+    params.expect("reduction", "batchmean")
+    params.expect("target_clamp", 1e-12)
     params.done("projection_dropout")
-    labels = [inputs[f"in.{name}"] for name in LABELS if f"in.{name}" in inputs]
+    labels = [inputs[name] for name in inputs if "label" in name or "target" in name]
     if labels:
-        loss = scorer_loss(scores.view(-1, scores.shape[-1]), labels[0].view(-1, scores.shape[-1]))
+        (label,) = labels
+        loss = scorer_loss(scores.view(-1, scores.shape[-1]), label.view(-1, scores.shape[-1]))
         outputs |= {f"out.{name}": loss for name in LOSSES}
     return outputs
 
@@ -626,6 +641,7 @@ def crops_layout(params: Params, side: int) -> Layout:
 def view_scores(score: str, inputs: Inputs, side: int) -> Tensor:
     """``(V, side * side)`` of whole views, as recorded or from what they are made of."""
     if "scores" in inputs:
+        inputs.remarks("q_cls", "k")  # say the same
         return inputs["scores"]
     if score in ("cls_logits", "cls_softmax"):  # the class token's query alone
         return received_attention(inputs["q_cls"][:, :, None], inputs["k"], logits=score == "cls_logits")[:, 1:]
@@ -699,6 +715,7 @@ def todre_diversify(params: Params, inputs: Inputs) -> Tensors:
         signals["class_attention"] = torch.cat([attention.flatten(), torch.full((rest,), torch.inf)])[None]
         pivot = attended_pivot(signals["class_attention"], layout)
     else:
+        inputs.remarks("cls_attn")
         pivot = select(ToDRE(keep=1, pivot=rule, stage2=False), ModelInfo(), plain_tokens(features)).index[:, 0]
     if stated is not None and pivot.item() != stated:
         raise AssertionError(f"todre: pivot {pivot.item()}, the case states {stated}")

@@ -92,7 +92,8 @@ def test_fopru_from_queries_and_keys(kind: str, prefix: int, heads_first: bool) 
     params |= {"has_cls": True} if prefix == 1 else {"has_cls": prefix > 0, "prefix_tokens": prefix}
     outputs = {"indices": index, **{name: x.astype(np.float32) for name, x in judged.items()}}
     given_as = (lambda x: x) if heads_first else (lambda x: np.ascontiguousarray(x.transpose(0, 2, 1, 3)))
-    proves("fopru", {**params, "direction_chosen": chosen}, {"q": given_as(q), "k": given_as(k)}, outputs)
+    params |= {"direction_chosen": chosen, "heads": 3, "head_dim": 4, "scale": 0.5}
+    proves("fopru", params, {"q": given_as(q), "k": given_as(k)}, outputs)
 
 
 def test_fopru_by_significance() -> None:
@@ -192,6 +193,10 @@ def test_pospad_of_a_batch() -> None:
     given = {f"in.{name}": x for name, x in inputs.items()}
     for recorded in (scores, scores.ravel(), np.pad(scores, ((0, 0), (0, 2)))):
         proves("focusui", params, {**given, "in.patch_scores": recorded}, made)
+    plain = {name: x for name, x in given.items() if name not in ("in.labels", "in.attention_mask")}
+    left = {name: x for name, x in made.items() if name not in ("out.labels", "out.attention_mask")}
+    one_axis = {**plain, "in.position_ids": positions[0], "in.patch_scores": scores}
+    proves("focusui", {**params, "batch": batch}, one_axis, {**left, "out.position_ids": made["out.position_ids"][0]})
     wrong = {**params, "n_markers": 11}
     with pytest.raises(AssertionError, match="n_markers"):
         proves("focusui", wrong, {**given, "in.patch_scores": scores}, made)
@@ -257,7 +262,8 @@ def test_focusui_loss_of_recorded_scores() -> None:
     """Statement: the loss of a batch is the mean over its pictures."""
     scores, labels = drawn(15, 2, 9), np.clip(drawn(16, 2, 9), -1, 1)
     loss = np.float32([np.mean([kl(label, row) for label, row in zip(labels, scores)])])
-    proves("focusui", {}, {"in.patch_scores": scores, "in.patch_scores_label": labels}, {"out.loss": loss})
+    for name in ("in.patch_scores", "in.scores"):
+        proves("focusui", {"num_heads": 8}, {name: scores, "in.target": labels}, {"out.loss": loss})
 
 
 def test_focusui_graph_without_a_box() -> None:
