@@ -399,8 +399,6 @@ def window_scores(inputs: Inputs, name: str, unit: int) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------- FocusUI
 
 GRAPH_MODES = {"log": "log", "inverse": "inverse", "inv": "inverse", "sqrt": "sqrt", "inv_sqrt": "sqrt"}
-
-
 LOSSES = ("loss", "ps_loss", "scorer_loss", "kl_loss")
 
 
@@ -475,9 +473,9 @@ def picture_layouts(grids: list[list[int]], sizes: list[int]) -> list[Layout]:
         while (start := sum(view.size for view in views)) < size and left:
             rows, cols = left.pop(0)
             views.append(View(rows, cols, start=start))
-        if start != size:
-            raise UnknownParameter(f"focusui: grids {grids} for samples of {sizes} visual tokens")
         layouts.append(Layout(tuple(views)))
+    if left or [layout.size for layout in layouts] != sizes:
+        raise UnknownParameter(f"focusui: grids {grids} for samples of {sizes} visual tokens")
     return layouts
 
 

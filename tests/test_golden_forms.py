@@ -200,8 +200,9 @@ def test_pospad_of_a_batch() -> None:
     wrong = {**params, "n_markers": 11}
     with pytest.raises(AssertionError, match="n_markers"):
         proves("focusui", wrong, {**given, "in.patch_scores": scores}, made)
-    with pytest.raises(goldens.UnknownParameter, match="grids"):
-        proves("focusui", params, {**given, "in.image_grid_merged": grids[1:], "in.patch_scores": scores}, made)
+    for other in (grids[1:], [*grids, [2, 4]]):
+        with pytest.raises(goldens.UnknownParameter, match="grids"):
+            proves("focusui", params, {**given, "in.image_grid_merged": other, "in.patch_scores": scores}, made)
 
 
 def recorded_scorer() -> tuple[dict[str, Any], dict[str, Tensor]]:
