@@ -1,7 +1,8 @@
 """Maps the inputs of a golden case, given by meaning, to calls of the shipped functions.
 
 Recorded attention maps enter the attention operations as scores: with queries ``log P``, keys the identity and scale 1 the
-operation's softmax gives P back. Nothing here computes what a method computes; parameters that are not understood raise.
+operation's softmax gives P back. Nothing here computes what a method computes; parameters and inputs that are not understood
+raise.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaModel
 from transformers.image_processing_utils import select_best_resolution
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -37,7 +39,7 @@ from foveate.cuda import (
     rows_to_columns_attention,
     similarity_energy,
 )
-from foveate.cuda.merging import size_bias
+from foveate.cuda.merging import merged_sizes, size_bias
 from foveate.pruners import (
     CDPruner,
     CoreMatching,
@@ -61,18 +63,19 @@ from foveate.pruners import (
     VisionZip,
 )
 from foveate.pruners.allocation import CAPS, checked_scores, frame_budgets, frame_grid, frame_weights, with_newlines
-from foveate.pruners.base import budget, ranked
+from foveate.pruners.base import budget, keep_all, ranked
 from foveate.pruners.corematching import above_knee, knee
 from foveate.pruners.frame_questions import parsed_objects
-from foveate.pruners.globalcom2 import canvas_of, crop_ratios, global_map, richness, token_score
+from foveate.pruners.globalcom2 import canvas_of, crop_ratios, distinctness, global_map, richness, token_score
 from foveate.pruners.hiprune import anchor_count, anchors
 from foveate.pruners.merging import BlockStage, BlockTokens, Groups
-from foveate.pruners.patch_scorer import PatchScorer
+from foveate.pruners.patch_scorer import PatchScorer, scorer_loss
 from foveate.pruners.pospad import marker_token
 from foveate.pruners.quota import resampled
 from foveate.pruners.resampling import GRID, pooled
 from foveate.pruners.todre import attended_pivot, diversification, irrelevant
 from foveate.pruners.tome import schedule
+from foveate.pruners.transprune import combined_score
 from foveate.pruners.ui_graph import box_coverage, image_blocks, supervision, ui_graph
 
 Case = Mapping[str, Any]
@@ -83,14 +86,24 @@ class UnknownParameter(ValueError):
     """A golden case uses something this file does not know how to map."""
 
 
+ANY = torch.iinfo(torch.int64).min
+"""In an output: the recorded code did something else here on purpose that has no meaning for ours."""
+
+
 def run_case(method: str, params: Case, inputs: Tensors) -> Tensors:
     """Outputs of one case under the names of its file.
 
     Raises:
-        UnknownParameter: a parameter, or the value of one, that is not understood.
+        UnknownParameter: a parameter, the value of one, or an input that is not understood.
         KeyError: an input is missing.
+        AssertionError: the case states something that the shipped code derives otherwise.
     """
-    return RUNNERS[method](Params(method, params), inputs)
+    stated, given = Params(method, params), Inputs(inputs)
+    outputs = RUNNERS[method](stated, given)
+    stated.done()
+    if given.unread:
+        raise UnknownParameter(f"{method}: inputs not understood: {', '.join(sorted(given.unread))}")
+    return outputs
 
 
 class Params:
@@ -110,17 +123,52 @@ class Params:
         """The method parameters among ``names`` that the case sets."""
         return {name: self.values.pop(name) for name in names if name in self.values}
 
+    def drop(self, *remarks: str) -> None:
+        """Parameters that say nothing to the shipped code."""
+        for name in remarks:
+            self.values.pop(name, None)
+
     def done(self, *remarks: str) -> None:
         """Raise if anything but ``remarks`` is left."""
-        left = sorted(set(self.values) - {"seed", "note", *remarks})
-        if left:
-            raise UnknownParameter(f"{self.method}: parameters not understood: {', '.join(left)}")
+        self.drop("seed", "note", *remarks)
+        if self.values:
+            raise UnknownParameter(f"{self.method}: parameters not understood: {', '.join(sorted(self.values))}")
 
     def expect(self, name: str, found: Any) -> None:
         """Where the case states ``name``, it must be what the shipped code derives."""
         stated = self.values.pop(name, None)
         if stated is not None and stated != found:
             raise AssertionError(f"{self.method}: {name} is {found}, the case states {stated}")
+
+    def expect_each(self, name: str, found: list[int]) -> None:
+        """As :meth:`expect` for the samples of a batch: one number for all, that of each, or their sum."""
+        stated = self.values.pop(name, None)
+        if stated is not None and stated not in (found, sum(found)) and {stated} != set(found):
+            raise AssertionError(f"{self.method}: {name} is {found}, the case states {stated}")
+
+
+class Inputs(dict[str, Tensor]):
+    """Tensors of a case; every one must be read, or named as a remark, before the case counts as understood."""
+
+    def __init__(self, tensors: Tensors) -> None:
+        super().__init__(tensors)
+        self.unread = set(tensors)
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.unread.discard(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.unread.discard(name)
+        return super().get(name, default)
+
+    def under(self, prefix: str) -> Tensors:
+        """All that begin so, by the rest of their names."""
+        return {name.removeprefix(prefix): self[name] for name in self if name.startswith(prefix)}
+
+    def remarks(self, *names: str) -> None:
+        """Inputs that say nothing to the shipped code."""
+        self.unread.difference_update(names)
 
 
 # ----------------------------------------------------------------------------------------------------------- helpers
@@ -133,6 +181,26 @@ def as_scores(probabilities: Tensor) -> Tensor:
 
 def identity_keys(scores: Tensor) -> Tensor:
     return torch.eye(scores.shape[-1]).expand(*scores.shape[:2], -1, -1)
+
+
+def attention_of(inputs: Inputs, length: int, *, logits: bool = False) -> tuple[Tensor, Tensor, float | None]:
+    """Queries and keys ``(B, H, length, d)`` and their scale, whose attention the case is about.
+
+    The recorded ``q`` and ``k``, unscaled, or such as have the recorded map ``attn`` as softmax (``logits``: as products).
+    """
+    if "attn" in inputs:
+        inputs.remarks("q", "k")  # say the same
+        scores = inputs["attn"].float() if logits else as_scores(inputs["attn"])
+        scores = scores if scores.ndim == 4 else scores[None]
+        return scores, identity_keys(scores), 1.0
+    q, k = (heads_first(inputs[name].float(), length) for name in "qk")
+    return q, k, None
+
+
+def heads_first(x: Tensor, length: int) -> Tensor:
+    """``(B, H, length, d)`` from that, from heads behind tokens, and from either without batch axis."""
+    x = x if x.ndim == 4 else x[None]
+    return x if x.shape[2] == length else x.transpose(1, 2)
 
 
 def plain_tokens(features: Tensor, layout: Layout | None = None, **fields: Any) -> Tokens:
@@ -156,37 +224,40 @@ def select(pruner: Any, model: ModelInfo, tokens: Tokens, **signals: Tensor) -> 
 # ------------------------------------------------------------------------------------------------------------- FoPru
 
 
-def fopru(params: Params, inputs: Tensors) -> Tensors:
+def fopru(params: Params, inputs: Inputs) -> Tensors:
     keep, ratio = params.get("keep"), params.get("ratio")
-    prefix = params.get("prefix_tokens", int(params["has_cls"]))
+    prefix, class_token = params.get("prefix_tokens"), params.get("has_cls", False)
+    prefix = int(class_token) if prefix is None else prefix
     layout = Layout.grid(*params["grid"])
     pruner = FoPru(
-        keep=float(ratio) if keep is None else keep,
-        **params.options("strategy", "score_kind", "direction", "reorder"),
+        **({} if keep is ratio is None else {"keep": float(ratio) if keep is None else keep}),
+        **params.options("strategy", "layer", "score_kind", "direction", "reorder"),
     )
-    chosen = params.get("direction_chosen")
-    params.done()
-
+    chosen, stated = params.get("direction_chosen"), params.get("scale")
     logits = pruner.score_kind == "logits"
-    scores = inputs["attn"].float() if logits else as_scores(inputs["attn"])
-    read = {"scale": 1.0, "logits": logits}
-    received = received_attention(scores, identity_keys(scores), first_query=prefix, **read)[:, prefix:]
-    given = given_attention(scores, identity_keys(scores), first=prefix, **read)
+    q, k, scale = attention_of(inputs, prefix + layout.size, logits=logits)
+    scale = stated if scale is None else scale
+    params.expect("heads", q.shape[1])
+    params.expect("head_dim", q.shape[3])
+    params.done()
+    received = received_attention(q, k, scale=scale, first_query=prefix, logits=logits)[:, prefix:]
+    given = given_attention(q, k, scale=scale, first=prefix, logits=logits)
     signals = {"received": received, "given": given}
     if pruner.direction != "max_variance":
         signals = {pruner.direction: signals[pruner.direction]}
     model = ModelInfo(class_token=prefix > 0)
-    selection = select(pruner, model, placeholders(layout.size, layout, len(scores)), **signals)
+    selection = select(pruner, model, placeholders(layout.size, layout, len(q)), **signals)
     if chosen is not None and selection.scores is not None:
         for b, name in enumerate(chosen):
             torch.testing.assert_close(selection.scores[b], {"received": received, "given": given}[name][b])
-    return {"indices": selection.index, "received": received, "given": given}
+    entered = selection.index if selection.order is None else selection.index.gather(1, selection.order)
+    return {"indices": entered, "received": received, "given": given}
 
 
 # ----------------------------------------------------------------------------------------------------------- HiPrune
 
 
-def hiprune(params: Params, inputs: Tensors) -> Tensors:
+def hiprune(params: Params, inputs: Inputs) -> Tensors:
     family = params["family"]
     if family == "llava":
         return hiprune_llava(params, inputs)
@@ -195,7 +266,7 @@ def hiprune(params: Params, inputs: Tensors) -> Tensors:
     raise UnknownParameter(f"hiprune: family {family!r}")
 
 
-def hiprune_llava(params: Params, inputs: Tensors) -> Tensors:
+def hiprune_llava(params: Params, inputs: Inputs) -> Tensors:
     rows, cols = params["grid"]
     views, prefix = params["views"], int(params["has_cls"])
     pruner = HiPrune(
@@ -212,6 +283,8 @@ def hiprune_llava(params: Params, inputs: Tensors) -> Tensors:
     params.done("relative_selection_margin", "compat")
 
     def score(name: str) -> Tensor:
+        if f"score_{name}" in inputs:
+            return inputs[f"score_{name}"].view(views, -1)
         q, k = inputs[f"q_{name}"].float(), inputs[f"k_{name}"].float()
         return (class_attention if pruner.query_rows == "cls" else received_attention)(q, k)[:, prefix:]  # (V, n)
 
@@ -256,7 +329,7 @@ def anyres_layout(rows: int, cols: int, views: int, image_size_wh: list[int] | N
     return Layout((View(rows, cols, kind="thumbnail"), *crops))
 
 
-def hiprune_qwen(params: Params, inputs: Tensors) -> Tensors:
+def hiprune_qwen(params: Params, inputs: Inputs) -> Tensors:
     rows, cols = params["merged_grid"]
     frames, *patches = params.get("grid_thw", (1, None, None))
     merge = params.get("spatial_merge_size", 2)
@@ -275,7 +348,7 @@ def hiprune_qwen(params: Params, inputs: Tensors) -> Tensors:
     pruner = HiPrune(
         keep=float(params["retain"]),
         object_layer=params.get("object_layer_1based"),
-        **params.options("alpha", "buffer", "border"),
+        **params.options("alpha", "buffer", "border", "exclude"),
     )
     layout = Layout.grid(rows, cols)
     (k,) = pruner.budgets(layout)
@@ -294,7 +367,7 @@ def hiprune_qwen(params: Params, inputs: Tensors) -> Tensors:
         index = select(method, model, tokens, anchor=anchor[None], deep=deep[None]).index[0]
         return index[index >= 0]
 
-    keep_idx, official = kept("strict"), kept("official")
+    keep_idx, official = kept(pruner.exclude), kept("official")
     params.expect("kept_official", len(official))
     before, after = params.get("text_before", 0), params.get("text_after", 0)
     params.done("relative_selection_margin", "window_size_px", "patch")
@@ -315,7 +388,7 @@ def hiprune_qwen(params: Params, inputs: Tensors) -> Tensors:
     }
 
 
-def window_scores(inputs: Tensors, name: str, unit: int) -> Tensor:
+def window_scores(inputs: Inputs, name: str, unit: int) -> Tensor:
     """Column sums of full attention per merged token in raster order, from patches in the order of windows."""
     q, k = (inputs[f"{kind}_{name}"].float().transpose(0, 1)[None] for kind in "qk")
     sums = received_attention(q, k)[0] * q.shape[2]
@@ -326,92 +399,175 @@ def window_scores(inputs: Tensors, name: str, unit: int) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------- FocusUI
 
 GRAPH_MODES = {"log": "log", "inverse": "inverse", "inv": "inverse", "sqrt": "sqrt", "inv_sqrt": "sqrt"}
+LOSSES = ("loss", "ps_loss", "scorer_loss", "kl_loss")
 
 
-def focusui(params: Params, inputs: Tensors) -> Tensors:
-    if "in.patch_scores" in inputs:
-        return pospad(params, inputs)
-    return uigraph(params, inputs) if "in.image" in inputs else patch_scores(params, inputs)
+def focusui(params: Params, inputs: Inputs) -> Tensors:
+    for name, run in (("in.input_ids", pospad), ("in.image", uigraph)):
+        if name in inputs:
+            return run(params, inputs)
+    return patch_scores(params, inputs)
 
 
-def pospad(params: Params, inputs: Tensors) -> Tensors:
+def pospad(params: Params, inputs: Inputs) -> Tensors:
     ids, embeds = inputs["in.input_ids"], inputs["in.inputs_embeds"]
-    image_id = params["image_token_id"]
+    batch, image_id = len(ids), params["image_token_id"]
     stated = {name: params.get(f"{name}_token_id") for name in ("image_drop_end", "pad", "bos")}
     token_ids = {name: (value,) for name, value in stated.items() if value is not None}
-    visual = (ids[0] == image_id).nonzero()[:, 0]
-    views: list[View] = []
-    for rows, cols in inputs["in.image_grid_merged"].tolist():
-        views.append(View(rows, cols, start=sum(view.size for view in views)))
-    layout = Layout(tuple(views))
+    visual = [(row == image_id).nonzero()[:, 0] for row in ids]
+    sizes = [len(where) for where in visual]
+    layouts = picture_layouts(inputs["in.image_grid_merged"].tolist(), sizes)
     selector = FocusUI(reduct=params["visual_reduct_ratio"], min_keep=0)
     marker = "trained" if "image_drop_end" in token_ids else "pad"
     method = PosPad(selector, marker=marker, count_markers=False)
-    params.expect("n_image_tokens", layout.size)
     params.expect("marker_token_id_used", marker_token(marker, token_ids))
+    params.expect_each("n_image_tokens", sizes)
+    params.expect("batch", batch)
+    params.expect("batch_size", batch)
 
-    tokens = Tokens(embeds[:, visual], layout, (0,))
-    shared: str | Tensor = inputs["in.marker_embedding"]
+    embed, shared = None, inputs["in.marker_embedding"]
     if "in.embedding_table" in inputs:
-        tokens.embed, shared = torch.nn.Embedding.from_pretrained(inputs["in.embedding_table"]), marker
-    chosen = selector.select_by_scores(tokens, inputs["in.patch_scores"])
-    padded = method.padded(tokens, chosen, shared, token_ids)
-    marks = torch.zeros(1, layout.size, dtype=torch.bool) if padded.markers is None else padded.markers
-    params.expect("n_keep", chosen.index.shape[1])
-    params.expect("n_markers", int(marks.sum()))
+        embed, shared = torch.nn.Embedding.from_pretrained(inputs["in.embedding_table"]), marker
+    scores = by_sample(inputs["in.patch_scores"], sizes)
+    levels = [inputs[name].split(sizes) for name in sorted(inputs) if name.startswith("in.deepstack_")]
+    inputs.remarks("in.rope_delta")  # as it was
+    samples: dict[int, Tensors] = {}
+    for layout in dict.fromkeys(layouts):  # equal ones are one dense batch
+        rows = [b for b in range(batch) if layouts[b] == layout]
+        tokens = Tokens(torch.stack([embeds[b, visual[b]] for b in rows]), layout, tuple(rows), embed=embed)
+        chosen = selector.select_by_scores(tokens, torch.stack([scores[b] for b in rows]))
+        padded = method.padded(tokens, chosen, shared, token_ids)
+        for i, b in enumerate(rows):
+            kept = torch.zeros(layout.size, dtype=torch.bool).index_fill(0, chosen.index[i], True)
+            own = [level[b] for level in levels]
+            samples[b] = {
+                "kept": kept,
+                **marked_prompt(inputs, b, visual[b], padded, i, marker_token(marker, token_ids), own),
+            }
+    params.expect_each("n_keep", [int(samples[b]["kept"].sum()) for b in range(batch)])
+    params.expect_each("n_markers", [int(samples[b].pop("markers")) for b in range(batch)])
     params.done("family", "retention_ratio", "vision_start_token_id", "spatial_merge_size")
 
-    stays, marked, carried = ids != image_id, torch.zeros_like(ids, dtype=torch.bool), embeds.clone()
-    stays[0, visual[padded.index[0]]] = True
-    marked[0, visual] = marks[0]
-    if padded.values is not None:
-        carried[0, visual[padded.index[0]]] = padded.values[0]
-    sequence = stays.nonzero()[:, 1][None]
-    marked = marked[:, sequence[0]]
-    outputs = {
-        "image_keep_mask": torch.zeros(1, layout.size, dtype=torch.bool).index_fill(1, chosen.index[0], True),
-        "sequence_keep_mask": stays,
-        "input_ids": gather_tokens(ids, sequence, marked=marked, marker=marker_token(marker, token_ids)),
-        "inputs_embeds": gather_tokens(carried, sequence),
-        "position_ids": gather_tokens(inputs["in.position_ids"][:, 0], sequence.expand(3, -1))[:, None],
-        "attention_mask": gather_tokens(inputs["in.attention_mask"], sequence),
-        "labels": gather_tokens(inputs["in.labels"], sequence, marked=marked, marker=-100),
-        "visual_pos_mask": gather_tokens(ids == image_id, sequence, marked=marked, marker=False),
-    }
-    levels = [inputs[name] for name in sorted(inputs) if name.startswith("in.deepstack_")]
-    follow = padded.resample[0] if padded.resample else lambda level: level[padded.index[0]]
-    joined = [follow(level)[~marks[0, padded.index[0]]] for level in levels]
-    official = deepstack_levels(joined, "first" if selector.reduct > 0 else "all")
-    outputs |= {f"deepstack_intended_{n}": level for n, level in enumerate(joined)}
-    outputs |= {f"deepstack_official_{n}": level for n, level in enumerate(official)}
-    outputs["deepstack_official_returned_levels"] = torch.tensor([len(official)])
+    def joined(name: str, join: Callable[..., Tensor] = torch.stack, **how: Any) -> Tensor:
+        return join([samples[b][name] for b in range(batch)], **how)
+
+    outputs = {"image_keep_mask": joined("kept", pad_sequence, batch_first=True)}
+    for name in ("sequence_keep_mask", "input_ids", "inputs_embeds", "attention_mask", "labels", "visual_pos_mask"):
+        if name in samples[0]:
+            outputs[name] = joined(name)
+    outputs["position_ids"] = joined("position_ids", dim=-2)
+    intended = [joined(f"level_{n}", torch.cat) for n in range(len(levels))]
+    outputs |= {f"deepstack_intended_{n}": level for n, level in enumerate(intended)}
+    if batch == 1:  # of more samples the released code mixes levels up
+        official = deepstack_levels(intended, "first" if selector.reduct > 0 else "all")
+        outputs |= {f"deepstack_official_{n}": level for n, level in enumerate(official)}
+        outputs["deepstack_official_returned_levels"] = torch.tensor([len(official)])
     return {f"out.{name}": value for name, value in outputs.items()}
 
 
-def patch_scores(params: Params, inputs: Tensors) -> Tensors:
-    scorer = PatchScorer(params["projection_dim"], params["num_heads"], pooling=params["text_token_pooling"])
-    scorer.load_state_dict({name.removeprefix("w."): x for name, x in inputs.items() if name.startswith("w.")})
-    dtype, evaluates = params.get("dtype", "float32"), params.get("eval_mode", True)
-    if not dtype.startswith("float32") or not evaluates:
-        raise UnknownParameter(f"focusui: dtype {dtype!r}, eval_mode {evaluates!r}")
-    params.done()
-    with torch.no_grad():
-        return {"out.patch_scores": scorer.eval()(inputs["in.image_embeds"][None], inputs["in.text_embeds"])}
+def picture_layouts(grids: list[list[int]], sizes: list[int]) -> list[Layout]:
+    """The layout of each sample's pictures, of which it has as many as make up its visual tokens."""
+    layouts, left = [], list(grids)
+    for size in sizes:
+        views: list[View] = []
+        while (start := sum(view.size for view in views)) < size and left:
+            rows, cols = left.pop(0)
+            views.append(View(rows, cols, start=start))
+        layouts.append(Layout(tuple(views)))
+    if left or [layout.size for layout in layouts] != sizes:
+        raise UnknownParameter(f"focusui: grids {grids} for samples of {sizes} visual tokens")
+    return layouts
 
 
-def uigraph(params: Params, inputs: Tensors) -> Tensors:
+def by_sample(scores: Tensor, sizes: list[int]) -> list[Tensor]:
+    """Scores of each sample's tokens, recorded one sample after the other or as rows with a filling."""
+    if scores.ndim == 1:
+        return list(scores.split(sizes))
+    return [row[:size] for row, size in zip(scores, sizes, strict=True)]
+
+
+def marked_prompt(
+    inputs: Inputs, b: int, visual: Tensor, padded: Selection, i: int, marker_id: int, levels: list[Tensor]
+) -> Tensors:
+    """Sample ``b`` of the case, which is image ``i`` of the selection, with markers and without dropped tokens."""
+    ids, carried = inputs["in.input_ids"][b : b + 1], inputs["in.inputs_embeds"][b : b + 1].clone()
+    present = padded.index[i] >= 0
+    index = padded.index[i][present]
+    marks = torch.zeros(len(visual), dtype=torch.bool) if padded.markers is None else padded.markers[i]
+    stays, marked = torch.ones_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
+    image = torch.zeros_like(marked).index_fill(1, visual, True)
+    stays[0, visual] = False
+    stays[0, visual[index]] = True
+    marked[0, visual] = marks
+    if padded.values is not None:
+        carried[0, visual[index]] = padded.values[i][present]
+    sequence = stays.nonzero()[:, 1][None]
+    marked = marked[:, sequence[0]]
+    positions = inputs["in.position_ids"][..., b, :]  # of one axis or three
+    kept_positions = [gather_tokens(axis[None], sequence)[0] for axis in positions.view(-1, ids.shape[1])]
+    follow = padded.resample[i] if padded.resample else lambda level: level[index]
+    prompt = {
+        "input_ids": gather_tokens(ids, sequence, marked=marked, marker=marker_id),
+        "inputs_embeds": gather_tokens(carried, sequence),
+        "visual_pos_mask": gather_tokens(image, sequence, marked=marked, marker=False),
+    }
+    if "in.attention_mask" in inputs:
+        prompt["attention_mask"] = gather_tokens(inputs["in.attention_mask"][b : b + 1], sequence)
+    if "in.labels" in inputs:
+        prompt["labels"] = gather_tokens(inputs["in.labels"][b : b + 1], sequence, marked=marked, marker=-100)
+    return {
+        **{name: rows[0] for name, rows in prompt.items()},
+        "sequence_keep_mask": stays[0],
+        "position_ids": torch.stack(kept_positions).view(*positions.shape[:-1], -1),
+        "markers": marks.sum(),
+        **{f"level_{n}": follow(level)[~marks[index]] for n, level in enumerate(levels)},
+    }
+
+
+def patch_scores(params: Params, inputs: Inputs) -> Tensors:
+    """Scores of a recorded scorer or recorded scores, and with labels its training loss."""
+    outputs = {}
+    if "in.image_embeds" in inputs:
+        scorer = PatchScorer(params["projection_dim"], params["num_heads"], pooling=params["text_token_pooling"])
+        scorer.load_state_dict(inputs.under("w."))
+        image, text, mask = inputs["in.image_embeds"], inputs["in.text_embeds"], inputs.get("in.text_mask")
+        image, text = (x if x.ndim == 3 else x[None] for x in (image, text))
+        dtype, evaluates = params.get("dtype", "float32").split()[0], params.get("eval_mode", True)
+        if dtype not in ("float32", "bfloat16") or not evaluates:
+            raise UnknownParameter(f"focusui: dtype {dtype!r}, eval_mode {evaluates!r}")
+        with torch.no_grad():
+            scores = scorer.eval().to(getattr(torch, dtype))(image, text, None if mask is None else mask.bool())
+        outputs["out.patch_scores"] = scores
+    else:
+        scores = inputs["in.scores" if "in.scores" in inputs else "in.patch_scores"]
+        params.drop("projection_dim", "num_heads", "text_token_pooling", "dtype", "eval_mode")
+    params.expect("reduction", "batchmean")
+    params.expect("target_clamp", 1e-12)
+    params.done("projection_dropout")
+    labels = [inputs[name] for name in inputs if "label" in name or "target" in name]
+    if labels:
+        (label,) = labels
+        loss = scorer_loss(scores.view(-1, scores.shape[-1]), label.view(-1, scores.shape[-1]))
+        outputs |= {f"out.{name}": loss for name in LOSSES}
+    return outputs
+
+
+def uigraph(params: Params, inputs: Inputs) -> Tensors:
     image, patch, merge = inputs["in.image"], params["patch_size"], params["merge_size"]
     how, box = {"threshold": params["threshold"], "mode": params["mode"]}, params["bbox"]
     weights = {"box_weight": params["bbox_weight"], "graph_weight": params["uigraph_weight"]}
-    if how["mode"] not in GRAPH_MODES or box is None:
-        raise UnknownParameter(f"focusui: mode {how['mode']!r}, bbox {box}")
+    if how["mode"] not in GRAPH_MODES:
+        raise UnknownParameter(f"focusui: mode {how['mode']!r}")
     how["mode"] = GRAPH_MODES[how["mode"]]
     blocks, layout = image_blocks(image, patch * merge)
     params.expect("merged_grid", list(layout.views[0].grid))
     params.done("distance")
+    graph = {"out.uigraph_merged": ui_graph(blocks, layout, **how)[0]}
+    if box is None:
+        return graph
     coverage = box_coverage(box, *image.shape[:2], patch)
     return {
-        "out.uigraph_merged": ui_graph(blocks, layout, **how)[0],
+        **graph,
         "out.bbox_merged": coverage.unflatten(1, (-1, merge)).unflatten(0, (-1, merge)).mean(dim=(1, 3)).flatten(),
         "out.fused_label_merged": supervision(image, box, patch=patch, merge=merge, **how, **weights),
     }
@@ -423,20 +579,17 @@ def uigraph(params: Params, inputs: Tensors) -> Tensors:
 PINPOINTS = {"LLaVA-NeXT": ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))}
 
 
-def globalcom2(params: Params, inputs: Tensors) -> Tensors:
-    side, (width, height), names = params["side"], params["image_size_wh"], params["pinpoints"]
-    if isinstance(names, str) and names not in PINPOINTS:
-        raise UnknownParameter(f"globalcom2: pinpoints {names!r}")
-    canvases = PINPOINTS[names] if isinstance(names, str) else names
-    layout = _anyres(height, width, tuple((h, w) for w, h in canvases), min(map(min, canvases)), side, None)
+def globalcom2(params: Params, inputs: Inputs) -> Tensors:
+    side = params["side"]
+    layout = crops_layout(params, side)
     canvas = canvas_of(layout)
     params.expect("crop_grid_wh", [canvas.across, canvas.down])
-    pruner = GlobalCom2(keep=params["R"], **params.options("temperature", "alpha", "newline"))
-    official = GlobalCom2(**{**pruner.parameters(), "order": "official"})
-    if "scores" in inputs:
-        scores = inputs["scores"]
-    else:  # the class token's query alone
-        scores = received_attention(inputs["q_cls"][:, :, None], inputs["k"], logits=True)[:, 1:]
+    pruner = GlobalCom2(
+        keep=params["R"],
+        **params.options("temperature", "alpha", "newline"),
+    )
+    official = GlobalCom2(**{**pruner.parameters(), "order": "official", "newline": None})
+    scores = view_scores(params.get("score", "cls_logits"), inputs, side)
     thumbnail, local, where = by_canvas(scores, canvas, side)
     values = torch.empty(1, layout.size).index_copy(1, torch.cat([view.tokens() for view in layout.views]), local[None])
     (kept,) = select(pruner, ModelInfo(), placeholders(layout.size, layout), attention=values).index
@@ -466,6 +619,36 @@ def globalcom2(params: Params, inputs: Tensors) -> Tensors:
         "seq_spatial": spatial_sequence(kept, where, layout, pruner, values),
         "seq_official": with_breaks(where[entry], recorded.breaks[0]),
     }
+
+
+def crops_layout(params: Params, side: int) -> Layout:
+    """Thumbnail and unpadded crops of ``side x side`` tokens, on the best of the case's canvases for its picture."""
+    (width, height), names, crops = params["image_size_wh"], params["pinpoints"], params.values.get("crop_grid_wh")
+    if names == "custom":  # only the canvas that was taken is on record
+        canvases, pixels = [(crops[0] * side, crops[1] * side)], side
+    elif isinstance(names, str) and names not in PINPOINTS:
+        raise UnknownParameter(f"globalcom2: pinpoints {names!r}")
+    else:
+        canvases = PINPOINTS[names] if isinstance(names, str) else names
+        pixels = min(map(min, canvases))
+        if crops is not None:
+            pixels = select_best_resolution((height, width), [(h, w) for w, h in canvases])[1] // crops[0]
+    return _anyres(height, width, tuple((h, w) for w, h in canvases), pixels, side, None)
+
+
+def view_scores(score: str, inputs: Inputs, side: int) -> Tensor:
+    """``(V, side * side)`` of whole views, as recorded or from what they are made of."""
+    if "scores" in inputs:
+        inputs.remarks("q_cls", "k")  # say the same
+        return inputs["scores"]
+    if score in ("cls_logits", "cls_softmax"):  # the class token's query alone
+        return received_attention(inputs["q_cls"][:, :, None], inputs["k"], logits=score == "cls_logits")[:, 1:]
+    if score == "neg_cos":
+        features = inputs["features"]  # (V, n, D)
+        return distinctness(features.flatten(0, 1)[None], Layout.video(len(features), side, side)).view(
+            len(features), -1
+        )
+    raise UnknownParameter(f"globalcom2: score {score!r}")
 
 
 def by_canvas(scores: Tensor, canvas: Any, side: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -501,7 +684,7 @@ def spatial_sequence(kept: Tensor, where: Tensor, layout: Layout, pruner: Global
 # ------------------------------------------------------------------------------------------------------------- ToDRE
 
 
-def todre(params: Params, inputs: Tensors) -> Tensors:
+def todre(params: Params, inputs: Inputs) -> Tensors:
     stage = params["stage"]
     if stage == 1:
         return todre_diversify(params, inputs)
@@ -510,7 +693,7 @@ def todre(params: Params, inputs: Tensors) -> Tensors:
     raise UnknownParameter(f"todre: stage {stage!r}")
 
 
-def todre_diversify(params: Params, inputs: Tensors) -> Tensors:
+def todre_diversify(params: Params, inputs: Inputs) -> Tensors:
     features = inputs["features"][None]
     keep, ratio = params.get("keep"), params.get("ratio")
     rule, stated = params["pivot"], params.get("pivot_index")
@@ -520,12 +703,17 @@ def todre_diversify(params: Params, inputs: Tensors) -> Tensors:
     layout = Layout.grid(1, features.shape[1])
     signals = {}
     if rule == "cls":
-        attention = inputs["cls_attn"]
+        if "cls_attn" in inputs:
+            attention = inputs["cls_attn"]
+        else:
+            q, k, scale = attention_of(inputs, inputs["attn" if "attn" in inputs else "k"].shape[-2])
+            attention = class_attention(q, k, scale=scale)[0, 1:]
         layout = candidate_layout(attention, features.shape[1])
         rest = features.shape[1] - attention.numel()  # tokens that may not be the pivot
         signals["class_attention"] = torch.cat([attention.flatten(), torch.full((rest,), torch.inf)])[None]
         pivot = attended_pivot(signals["class_attention"], layout)
     else:
+        inputs.remarks("cls_attn")
         pivot = select(ToDRE(keep=1, pivot=rule, stage2=False), ModelInfo(), plain_tokens(features)).index[:, 0]
     if stated is not None and pivot.item() != stated:
         raise AssertionError(f"todre: pivot {pivot.item()}, the case states {stated}")
@@ -546,7 +734,7 @@ def candidate_layout(attention: Tensor, n: int) -> Layout:
     return Layout((thumbnail, View(1, n - len(attention), start=len(attention), kind="crop")))
 
 
-def todre_remove(params: Params, inputs: Tensors) -> Tensors:
+def todre_remove(params: Params, inputs: Inputs) -> Tensors:
     pruner = ToDRE(tau=params["tau"], stage1=False)
     scores, role = as_scores(inputs["attn"]), inputs["role"]
     params.expect("checked_layers", len(scores))
@@ -576,10 +764,25 @@ def tower(prefix: int, layers: int = 1) -> ModelInfo:
 def merge_step(
     stage: BlockStage, prefix: int, metric: Tensor, x: Tensor, sizes: Tensor | None
 ) -> tuple[Groups, Tensor, Tensor]:
-    """One block's selection and merge."""
+    """One block's selection and merge: ``sizes (B, N)`` go in and come out."""
     count = stage.removes(x.shape[1])
+    if not count:
+        rows = torch.arange(x.shape[1]).expand(len(x), -1)
+        return Groups(rows, rows[:, :0], rows[:, :0]), x, torch.ones(x.shape[:2]) if sizes is None else sizes
     groups = stage.select(BlockTokens(x, prefix, count), metric)
-    return groups, *merge_tokens(x, groups.keep, groups.source, groups.target, sizes)
+    places = groups.keep, groups.source, groups.target
+    if stage.weighting == "size":
+        return groups, *merge_tokens(x, *places, sizes)
+    kept = x.gather(1, groups.keep[..., None].expand(-1, -1, x.shape[2]))
+    merged = kept if stage.weighting == "prune" else merge_tokens(x, *places)[0]
+    return groups, merged, merged_sizes(*places, sizes)
+
+
+def prefix_rows(params: Params) -> int:
+    """Rows in front that never merge."""
+    known = params.get("num_prefix_tokens")
+    named = sum(int(params.get(name, False)) for name in ("class_token", "distill_token"))
+    return named if known is None else known
 
 
 def merged(prefix: int, history: list[Groups], x: Tensor, sizes: Tensor) -> tuple[Tensors, MergeTrace]:
@@ -610,7 +813,7 @@ def chain(stages: list[BlockStage], prefix: int, counts: list[int], x: Tensor) -
     return merged(prefix, history, x, sizes)[0]
 
 
-def tome(params: Params, inputs: Tensors) -> Tensors:
+def tome(params: Params, inputs: Inputs) -> Tensors:
     kind = params["kind"]
     if kind == "schedule":
         return tome_schedule(params)
@@ -622,7 +825,9 @@ def tome(params: Params, inputs: Tensors) -> Tensors:
         if out.shape[1] != heads:
             raise AssertionError(f"tome: {out.shape[1]} heads, the case states {heads}")
         return {"out": out.transpose(1, 2).flatten(2), "k_mean": k.mean(dim=1)}
-    prefix = int(params.get("class_token", False)) + int(params.get("distill_token", False))
+    prefix = prefix_rows(params)
+    if kind == "kth":
+        return tome_kth(params, inputs, prefix)
     if kind == "chain":
         remark = params["metric"]
         r, counts = params["r"], params["token_counts"]
@@ -632,12 +837,12 @@ def tome(params: Params, inputs: Tensors) -> Tensors:
         pruner = ToMe(r=r, order="official", prop_attn=params.get("prop_attn", True))
         stages = list(pruner.stages(tower(prefix, len(counts))))
         return chain(stages, prefix, counts, inputs["x"])
-    if kind not in ("layer", "kth"):
+    if kind != "layer":
         raise UnknownParameter(f"tome: kind {kind!r}")
     metric, size = inputs["metric"], inputs.get("size")
     x = inputs.get("x", metric)
-    how = {"matching": "kth", "k": params["k"]} if kind == "kth" else {"r": params["r_requested"]}
-    (stage,) = ToMe(order="official", **how).stages(tower(prefix))
+    asked = {"ratio": params["ratio"]} if "ratio" in params.values else {"r": params["r_requested"]}
+    (stage,) = ToMe(order="official", **asked).stages(tower(prefix))
     params.expect("r_effective", stage.removes(x.shape[1]))
     params.done("smallest_decision_gap")
     groups, x, sizes = merge_step(stage, prefix, metric, x, None if size is None else size[..., 0])
@@ -649,6 +854,35 @@ def tome(params: Params, inputs: Tensors) -> Tensors:
         odd = positions["unm_pos"].shape[1]
         rows = torch.cat([rows[:1], rows[odd : odd + 1], rows[1:odd], rows[odd + 1 :]])
     return {**results, **positions, "x_unmerged": trace.unmerge(x[:, rows])}
+
+
+def tome_kth(params: Params, inputs: Inputs, prefix: int) -> Tensors:
+    """The released code drops what is left behind the last whole period; ours must not touch it."""
+    k, metric, size = params["k"], inputs["metric"], inputs.get("size")
+    x, n = inputs.get("x", metric), metric.shape[1]
+    (stage,) = ToMe(matching="kth", k=k).stages(tower(prefix))
+    params.expect("r_effective", stage.removes(n))
+    params.done("smallest_decision_gap")
+    groups, out, sizes = merge_step(stage, prefix, metric, x, None if size is None else size[..., 0])
+    results, trace = merged(prefix, [groups], out, sizes)
+    periods = (n - prefix) // k
+    rows, whole = prefix + periods, prefix + periods * k  # that the released code has, of those that it looks at
+    old = torch.ones(x.shape[:2]) if size is None else size[..., 0]
+    for what, tail, untouched in (
+        ("tokens", out[:, rows:], x[:, whole:]),
+        ("sizes", sizes[:, rows:], old[:, whole:]),
+        ("rows", results["assign"][:, whole:], torch.arange(rows, rows + n - whole).expand(len(x), -1)),
+    ):
+        if not torch.equal(tail, untouched):
+            raise AssertionError(f"tome: {what} behind the last of {periods} periods of {k} are not as they were")
+    return {
+        "x_out": out[:, :rows],
+        "size_out": results["size_out"][:, :rows],
+        "assign": results["assign"].index_fill(1, torch.arange(whole, n), ANY),
+        "src_pos": torch.arange(periods * (k - 1)).expand(len(x), -1),
+        "dst_pos": groups.target - prefix,
+        "x_unmerged": trace.unmerge(out)[:, :whole],
+    }
 
 
 def tome_schedule(params: Params) -> Tensors:
@@ -670,13 +904,13 @@ def pitome_stage(layer: Case, prefix: int, i: int = 0, layers: int = 1) -> Block
         margin=(layer["margin"],) * 2,
         alpha=layer.get("alpha", 1.0),
         metric="keys",
-        weighting="size",
+        weighting=layer.get("weighting", "size"),
     )
     return pruner.block(0 if order == "deit" else i, tower(prefix, layers))
 
 
-def pitome(params: Params, inputs: Tensors) -> Tensors:
-    kind, prefix = params["kind"], int(params["class_token"])
+def pitome(params: Params, inputs: Inputs) -> Tensors:
+    kind, prefix = params["kind"], prefix_rows(params)
     if kind == "chain":
         remark, layers, counts = params["metric"], params["layers"], params["token_counts"]
         params.done("smallest_energy_gap", "smallest_decision_gap")
@@ -687,7 +921,11 @@ def pitome(params: Params, inputs: Tensors) -> Tensors:
     if kind != "layer":
         raise UnknownParameter(f"pitome: kind {kind!r}")
     variant, margin, alpha = params["variant"], params["margin"], params.get("alpha", 1.0)
-    stage = pitome_stage({"variant": variant, "ratio": params["ratio"], "margin": margin, "alpha": alpha}, prefix)
+    weighting = "size" if params.get("weighted", True) else "mean"
+    if (mode := params.get("mode", "mean")) not in ("mean", "prune"):
+        raise UnknownParameter(f"pitome: mode {mode!r}")
+    layer = {"variant": variant, "ratio": params["ratio"], "margin": margin, "alpha": alpha}
+    stage = pitome_stage({**layer, "weighting": "prune" if mode == "prune" else weighting}, prefix)
     metric, size = inputs["metric"], inputs.get("size")
     x = inputs.get("x", metric)
     params.expect("r", stage.removes(x.shape[1]))
@@ -721,14 +959,14 @@ def pitome(params: Params, inputs: Tensors) -> Tensors:
 # --------------------------------------------------------------------------------------------------------- baselines
 
 
-def baselines(params: Params, inputs: Tensors) -> Tensors:
+def baselines(params: Params, inputs: Inputs) -> Tensors:
     name = params["method"]
     if name not in BASELINES:
         raise UnknownParameter(f"baselines: method {name!r}")
     return BASELINES[name](params, inputs)
 
 
-def divprune(params: Params, inputs: Tensors) -> Tensors:
+def divprune(params: Params, inputs: Inputs) -> Tensors:
     features = inputs["features"][None]
     keep, ratio = params.get("keep"), params.get("ratio")
     pruner = DivPrune(keep=keep if ratio is None else float(ratio))
@@ -753,7 +991,7 @@ class RecordedClip:
         return self.text[None], torch.ones(1, len(self.text), dtype=torch.bool)
 
 
-def cdpruner(params: Params, inputs: Tensors) -> Tensors:
+def cdpruner(params: Params, inputs: Inputs) -> Tensors:
     features, image = inputs["features"], inputs["image_embeds"]  # (V, n, D), (V, n, E): the crops of one picture
     keep, sign = params["keep"], params.get("relevance_sign", -1)
     scope = params.get("minmax_scope", "whole batch")
@@ -761,31 +999,32 @@ def cdpruner(params: Params, inputs: Tensors) -> Tensors:
         raise UnknownParameter(f"cdpruner: minmax_scope {scope!r}, relevance_sign {sign!r}")
     params.done()
     crops, n, _ = features.shape
-    some_text = torch.zeros(1, 1, 1)
-    tokens = plain_tokens(
-        features.flatten(0, 1)[None],
-        Layout.video(crops, 1, n),
-        instruction=some_text,
-        instruction_mask=some_text[..., 0] == 0,
-        instruction_ids=some_text[..., 0].long(),
-    )
-    text = inputs["text_embeds"]
+    text, asked = inputs.get("text_embeds", image.new_zeros(1, image.shape[-1])), {}
+    if "text_embeds" in inputs:
+        word = torch.zeros(1, 1, 1)
+        asked = {
+            "instruction": word,
+            "instruction_mask": word[..., 0] == 0,
+            "instruction_ids": word[..., 0].long(),
+        }
+    tokens = plain_tokens(features.flatten(0, 1)[None], Layout.video(crops, 1, n), **asked)
     pruner = CDPruner(keep=keep * crops, clip=RecordedClip(text if sign == -1 else -text))  # CLIP relevance is negated
     chosen = select(pruner, ModelInfo(), tokens, features=image.flatten(0, 1)[None])
     return {"indices": chosen.index.view(crops, keep) - n * torch.arange(crops)[:, None]}
 
 
-def visionzip(params: Params, inputs: Tensors) -> Tensors:
-    q, k, hidden = (inputs[name].float() for name in ("q", "k", "hidden"))
+def visionzip(params: Params, inputs: Inputs) -> Tensors:
+    hidden, keys = inputs["hidden"].float(), inputs["k"].float()
+    q, k, scale = attention_of(inputs, hidden.shape[1])
     prefix = int(params.get("has_cls", True))
     pruner = VisionZip(dominant=params["dominant"], contextual=params["contextual"])
     params.done()
-    signals = {"keys": k.mean(dim=1)[:, prefix:], "features": hidden[:, prefix:]}
+    signals = {"keys": keys.mean(dim=1)[:, prefix:], "features": hidden[:, prefix:]}
     if prefix:
-        signals["attention"] = class_attention(q, k)[:, 1:]
+        signals["attention"] = class_attention(q, k, scale=scale)[:, 1:]
         signals["class_features"] = hidden[:, :1]
     else:
-        signals["attention"] = received_attention(q, k)
+        signals["attention"] = received_attention(q, k, scale=scale)
     tokens = plain_tokens(hidden[:, prefix:])
     tokens.project = lambda features: features  # the recorded tokens are not projected yet
     chosen = select(pruner, ModelInfo(class_token=bool(prefix)), tokens, **signals)
@@ -796,7 +1035,7 @@ def visionzip(params: Params, inputs: Tensors) -> Tensors:
     return {"tokens": chosen.values[torch.arange(len(q))[:, None], chosen.order], "dominant": dominant}
 
 
-def fastv(params: Params, inputs: Tensors) -> Tensors:
+def fastv(params: Params, inputs: Inputs) -> Tensors:
     start, n = params["image_start"], params["num_visual"]
     removed = params.get("R")
     keep = params.get("keep")
@@ -804,16 +1043,16 @@ def fastv(params: Params, inputs: Tensors) -> Tensors:
     if keep is not None and budget(pruner.keep, n) != keep:
         raise AssertionError(f"fastv: R={removed} keeps {budget(pruner.keep, n)}, the case states {keep}")
     params.done()
-    scores = as_scores(inputs["attn"][None])
-    length = scores.shape[-1]
-    last = class_attention(scores, identity_keys(scores), scale=1.0, row=length - 1)[:, start : start + n]
+    q, k, scale = attention_of(inputs, inputs["attn" if "attn" in inputs else "k"].shape[-2])
+    length = k.shape[2]
+    last = class_attention(q, k, scale=scale, row=q.shape[2] - 1)[:, start : start + n]
     index = select(pruner, ModelInfo(), placeholders(n), attention=last).index[0]
     return {
         "keep_positions": torch.cat([torch.arange(start), start + index, torch.arange(start + n, length)]),
     }
 
 
-BASELINES: dict[str, Callable[[Params, Tensors], Tensors]] = {
+BASELINES: dict[str, Callable[[Params, Inputs], Tensors]] = {
     "divprune": divprune,
     "cdpruner": cdpruner,
     "visionzip": visionzip,
@@ -824,14 +1063,15 @@ BASELINES: dict[str, Callable[[Params, Tensors], Tensors]] = {
 # ------------------------------------------------------------------------------------------------------------- QuoTA
 
 
-def quota(params: Params, inputs: Tensors) -> Tensors:
+def quota(params: Params, inputs: Inputs) -> Tensors:
     if "llm_output" in params.values:
         expected, found = params["expected_objects"] or [], parsed_objects(params["llm_output"])
         params.done("meaning")
         assert found == expected, f"quota: objects {found}, the case states {expected}"
         return {}
     assigner, side = params["version"], params["side"]
-    total = params["tokens_per_frame_unit"] * params["frames_unit"]
+    unit = params.get("tokens_per_frame_unit"), params.get("frames_unit")
+    total = params["target_total"] if None in unit else unit[0] * unit[1]
     params.expect("target_total", total)
     frames = inputs["in.tokens"].unflatten(1, (side, side))
     if params["pool_before"]:
@@ -841,11 +1081,11 @@ def quota(params: Params, inputs: Tensors) -> Tensors:
         assigner=assigner,
         **params.options("score_scale", "score_power", "remainder", "min_tokens_per_frame"),
     )
-    stated = params["cap_weight"]
+    stated, cap = params.get("cap_weight"), params.get("cap")
     params.done("official_version")
     source = tuple(frames.shape[1:3])
     size = source[0] * source[1]
-    cap = "none" if stated is None else "official"
+    cap = cap or ("none" if stated is None else "official")
     if stated is not None and not math.isclose(stated, size / total):
         raise AssertionError(f"quota: a frame of {size} tokens caps at {size / total}, the case states {stated}")
     weights = frame_weights(checked_scores(inputs["in.frame_scores"]), pruner.score_power, pruner.score_scale)
@@ -861,15 +1101,16 @@ def quota(params: Params, inputs: Tensors) -> Tensors:
         "grid": torch.tensor(grids),
     }
     assert len(selection.values) == int(outputs["counts"].sum())
-    if assigner in GRID:
-        outputs["tokens_grid_newline"] = with_newlines(selection.values, grids, inputs["in.newline"])
+    newline = inputs.get("in.newline")
+    if assigner in GRID and newline is not None:
+        outputs["tokens_grid_newline"] = with_newlines(selection.values, grids, newline)
     return {f"out.{name}": value for name, value in outputs.items()}
 
 
 # -------------------------------------------------------------------------------------------------------- TransPrune
 
 
-def transprune(params: Params, inputs: Tensors) -> Tensors:
+def transprune(params: Params, inputs: Inputs) -> Tensors:
     params.get("kind")
     for names, run in (
         ({"attn_in"}, transprune_transitions),
@@ -881,26 +1122,40 @@ def transprune(params: Params, inputs: Tensors) -> Tensors:
     raise UnknownParameter(f"transprune: inputs {sorted(inputs)}")
 
 
-def transprune_transitions(params: Params, inputs: Tensors) -> Tensors:
-    params.expect("tokens", len(inputs["attn_in"]))
-    params.expect("dim", inputs["attn_in"].shape[1])
-    direction, scope = params.get("direction", "signed"), params.get("softmax_over", "sequence")
-    if "sequence" not in scope or not ("signed" in direction or "abs" in direction):
-        raise UnknownParameter(f"transprune: direction {direction!r}, softmax_over {scope!r}")
+def transprune_transitions(params: Params, inputs: Inputs) -> Tensors:
+    tokens, dim = inputs["attn_in"].shape
+    params.expect("tokens", tokens)
+    params.expect("dim", dim)
+    turn, over = params.get("direction", "signed"), params.get("softmax_over", "sequence")
+    direction = named(turn, {"|cos|": "abs", "unsigned": "abs", "signed": "signed", "abs": "abs"})
+    start, n = params.get("image_start", 0), params.get("num_image", tokens)
+    counted = torch.ones(1, tokens, dtype=torch.bool)
+    if named(over, {"sequence": "sequence", "image": "image"}) == "image":
+        counted = torch.zeros(1, tokens, dtype=torch.bool)
+        counted[:, start : start + n] = True
     params.done()
 
     def share(block: str) -> Tensor:
         before, after = inputs[f"{block}_in"][None], inputs[f"{block}_out"][None]
-        everything = torch.ones(1, before.shape[1], dtype=torch.bool)
-        return transition_variation(before, after, everything, direction="signed" if "signed" in direction else "abs")[
-            0
-        ]
+        return transition_variation(before, after, counted, direction=direction)[0]
 
     attention, mlp = share("attn"), share("ffn")
     return {"ttv_attn": attention, "ttv_ffn": mlp, "ttv": attention + mlp}
 
 
-def transprune_step(params: Params, inputs: Tensors) -> Tensors:
+def named(text: str, meanings: Mapping[str, str]) -> str:
+    """What a description means, by the first of these words that it has.
+
+    Raises:
+        UnknownParameter: it has none of them.
+    """
+    for word, meaning in meanings.items():
+        if word in text:
+            return meaning
+    raise UnknownParameter(f"{text!r} speaks of none of {', '.join(meanings)}")
+
+
+def transprune_step(params: Params, inputs: Inputs) -> Tensors:
     start, n, entered = params["image_start"], params["num_image"], params["original_num_image"]
     layers = inputs.get("ttv_layers", torch.empty(0, 1))
     read = tuple(range(1, len(layers) + 1))
@@ -919,13 +1174,17 @@ def transprune_step(params: Params, inputs: Tensors) -> Tensors:
     signals["attention"] = rows_to_columns_attention(inputs["q_text"][None], k, row_positions=rows)[:, image]
     tokens = placeholders(n)
     tokens.entered = entered
-    selection = select(pruner, ModelInfo(), tokens, **signals)
-    params.expect("keep", selection.index.shape[1])
+    transitions = tuple(signals[f"transition_{i}"] for i in read)
+    score, index = combined_score(transitions, signals["attention"], pruner.alpha), keep_all(tokens).index
+    if pruner.ratios[0] < 1:  # else there is no stage
+        selection = select(pruner, ModelInfo(), tokens, **signals)
+        score, index = score if selection.scores is None else selection.scores, selection.index
+    params.expect("keep", index.shape[1])
     params.done()
-    return {"score": selection.scores[0], "keep": selection.index[0]}
+    return {"score": score[0], "keep": index[0]}
 
 
-def transprune_run(params: Params, inputs: Tensors) -> Tensors:
+def transprune_run(params: Params, inputs: Inputs) -> Tensors:
     convention = params.get("layer_convention", "1-based")
     if not convention.startswith("1-based"):
         raise UnknownParameter(f"transprune: layer_convention {convention!r}")
@@ -948,8 +1207,7 @@ def transprune_run(params: Params, inputs: Tensors) -> Tensors:
         rope_parameters={"rope_type": "default", "rope_theta": params["rope_theta"]},
     )
     params.done()
-    weights = {name.removeprefix("weights/"): x for name, x in inputs.items() if name.startswith("weights/")}
-    model, ids = recorded_model(text, weights, embeds, slice(start, start + n))
+    model, ids = recorded_model(text, inputs.under("weights/"), embeds, slice(start, start + n))
 
     rotations: dict[int, Tensor] = {}  # what each layer's attention rotates the newest token by
     for i, layer in enumerate(model.language_model.layers):
@@ -962,7 +1220,8 @@ def transprune_run(params: Params, inputs: Tensors) -> Tensors:
         layer.self_attn.register_forward_pre_hook(note, with_kwargs=True)
     with torch.no_grad(), attach(model, pruner, positions=positions) as session:
         run = model(input_ids=ids, pixel_values=torch.zeros(n, 3, 1, 1), use_cache=True)
-        cache, images = run.past_key_values, session.trace.images
+        name = "cache" if hasattr(run, "cache") else "past_key_values"  # before and from transformers 5.24 on
+        cache, images = run[name], session.trace.images
         kept = [
             torch.tensor([i for i, image in enumerate(images) if len(image.kept_at(layer))])
             for layer in pruner.schedule(ModelInfo(decoder_layers=text.num_hidden_layers))
@@ -972,7 +1231,7 @@ def transprune_run(params: Params, inputs: Tensors) -> Tensors:
         lengths = [layer.keys.shape[2] for layer in cache.layers]
         hidden, turned = [], []
         for token in inputs["decode_ids"]:
-            step = model(input_ids=token.view(1, 1), past_key_values=cache, use_cache=True)
+            step = model(input_ids=token.view(1, 1), **{name: cache}, use_cache=True)
             hidden.append(step.last_hidden_state[0, 0])
             turned.append(torch.stack([rotations[i] for i in sorted(rotations)]).round().long())
     return {
@@ -1012,7 +1271,7 @@ def recorded_model(text: LlamaConfig, weights: Tensors, embeds: Tensor, image: s
 # ------------------------------------------------------------------------------------------------------ CoreMatching
 
 
-def corematching(params: Params, inputs: Tensors) -> Tensors:
+def corematching(params: Params, inputs: Inputs) -> Tensors:
     params.get("kind")
     params.get("source")
     for names, run in (
@@ -1026,26 +1285,35 @@ def corematching(params: Params, inputs: Tensors) -> Tensors:
     raise UnknownParameter(f"corematching: inputs {sorted(inputs)}")
 
 
-def corematching_released(params: Params, inputs: Tensors) -> Tensors:
+def corematching_released(params: Params, inputs: Inputs) -> Tensors:
     act = inputs["act"][None]
     start, n = params["image_start"], params["num_image"]
     length = act.shape[1]
     params.expect("seq", length)
     params.expect("neurons", act.shape[2])
     params.expect("cache_mode", "zero")
-    pruner = CoreMatching(mode="released")
-    (stage, *_) = pruner.stages(ModelInfo())
+    (stage, *_) = CoreMatching(mode="released").stages(ModelInfo())
     (signal,) = stage.signals.values()
     params.expect("reference_row", length + signal.row)
     matches = row_matches(act, torch.ones(1, length, dtype=torch.bool), signal.row)[:, start : start + n]
     expect_knee(params, matches)
-    params.done("rule", "distance")
-    index = kept(stage.select(placeholders(n), matches=matches))
+    choose = stage.select
+    if threshold_of(params, ">") == ">=":  # as the authors' notebook has it
+        choose = CoreMatching(threshold=">=", min_keep=0).core_tokens
+    params.done("distance")
+    index = kept(choose(placeholders(n), matches=matches))
     gone = torch.zeros(1, length, dtype=torch.bool)
     gone[:, start : start + n] = True
     gone[:, start + index] = False
     cached = {f"{name}_out": zero_rows(inputs[f"{name}_in"][None], gone)[0] for name in "kv"}
     return {"counts": matches[0], "keep": index, **cached}
+
+
+def threshold_of(params: Params, default: str) -> str:
+    """Which side of the knee a rule such as "keep if count > knee value (strict)" puts the knee itself on."""
+    if "rule" not in params.values:
+        return params.get("threshold", default)
+    return named(params["rule"], {"count >= knee": ">=", "count > knee": ">"})
 
 
 def kept(selection: Selection) -> Tensor:
@@ -1059,7 +1327,7 @@ def expect_knee(params: Params, counts: Tensor) -> None:
     params.expect("knee_value", float(value))
 
 
-def corematching_mlp(params: Params, inputs: Tensors) -> Tensors:
+def corematching_mlp(params: Params, inputs: Inputs) -> Tensors:
     pruner = CoreMatching(**params.options("rho", "beta", "topk"))
     gate, up, down = (inputs[name] for name in ("gate", "up", "down"))
     config = LlamaConfig(
@@ -1075,13 +1343,13 @@ def corematching_mlp(params: Params, inputs: Tensors) -> Tensors:
     mlp.down_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     sparse = SparseMLP(mlp)
     prefill = mlp(inputs["x_prefill"][None])
-    core = core_neurons(neuron_counts(seen[0], pruner.rho, topk=pruner.topk), pruner.beta)
+    core = recorded_core(inputs, neuron_counts(seen[0], pruner.rho, topk=pruner.topk), pruner.beta)
     sparse.serve(core)
     decode = torch.cat([mlp(x.view(1, 1, -1)) for x in inputs["x_decode"]])
     return {"y_prefill": prefill[0], "core": core[0].nonzero().squeeze(1), "y_decode": decode[:, 0]}
 
 
-def corematching_knee(params: Params, inputs: Tensors) -> Tensors:
+def corematching_knee(params: Params, inputs: Inputs) -> Tensors:
     counts = inputs["counts"][None]
     expect_knee(params, counts)
     above = {name: above_knee(counts, rule)[0].nonzero().squeeze(1) for name, rule in (("ge", ">="), ("gt", ">"))}
@@ -1090,12 +1358,16 @@ def corematching_knee(params: Params, inputs: Tensors) -> Tensors:
     return {f"keep_{name}": index for name, index in above.items()}
 
 
-def corematching_core(params: Params, inputs: Tensors) -> Tensors:
+def corematching_core(params: Params, inputs: Inputs) -> Tensors:
     act = inputs["act"][None]
-    pruner = CoreMatching(**params.options("rho", "beta", "topk", "threshold", "budget", "min_keep", "max_keep"))
+    threshold = threshold_of(params, ">=")
+    pruner = CoreMatching(threshold=threshold, **params.options("rho", "beta", "topk", "min_keep", "max_keep"))
+    neurons = int(pruner.beta * act.shape[2])
+    if "image_start" in params.values and params.values.get("budget", neurons) != neurons:
+        pruner = replace(pruner, budget=params["budget"])  # of tokens
     counts = neuron_counts(act, pruner.rho, topk=pruner.topk)
-    core = core_neurons(counts, pruner.beta)
-    params.expect("budget", int(pruner.beta * act.shape[2]))
+    core = recorded_core(inputs, counts, pruner.beta)
+    params.expect("budget", neurons)
     params.expect("k_per_token", int(counts.sum()) // act.shape[1])
     params.expect("selected", int(core.sum()))
     found = {"neuron_counts": counts[0], "core": core[0].nonzero().squeeze(1)}
@@ -1103,15 +1375,34 @@ def corematching_core(params: Params, inputs: Tensors) -> Tensors:
         image = slice(start := params["image_start"], start + params["num_image"])
         matches = match_counts(act[:, image] > 0, core)
         expect_knee(params, matches)
-        if (rule := params.get("rule")) is not None and f"count {pruner.threshold} knee" not in rule:
-            raise UnknownParameter(f"corematching: rule {rule!r}")
-        selection = pruner.core_tokens(placeholders(matches.shape[1]), matches)
+        tokens = placeholders(matches.shape[1])
+        tokens.entered = tokens.count
+        selection = pruner.core_tokens(tokens, matches)
         found |= {"counts": matches[0], "keep": kept(selection)}
     params.done("tie_at_boundary", "tie_rule")
     return found
 
 
-RUNNERS: dict[str, Callable[[Params, Tensors], Tensors]] = {
+def recorded_core(inputs: Inputs, counts: Tensor, beta: float) -> Tensor:
+    """The core neurons, ``(1, F)`` bool. Where counts tie at the boundary, the case comes with the recorded choice ``core``.
+
+    The released sort is unstable, so any neurons with the same counts as ours are as good; what follows follows the record.
+    """
+    ours = core_neurons(counts, beta)
+    if "core" not in inputs:
+        return ours
+    theirs = inputs["core"].long()
+    if len(theirs.unique()) != len(theirs):
+        raise AssertionError(f"corematching: core neurons {theirs.tolist()} are not distinct")
+    mine, other = counts[ours].sort().values, counts[0, theirs].sort().values
+    if not torch.equal(mine, other):
+        raise AssertionError(
+            f"corematching: core neurons have counts {mine.tolist()}, the recorded ones {other.tolist()}"
+        )
+    return torch.zeros_like(ours).index_fill(1, theirs, True)
+
+
+RUNNERS: dict[str, Callable[[Params, Inputs], Tensors]] = {
     "focusui": focusui,
     "fopru": fopru,
     "globalcom2": globalcom2,
