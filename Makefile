@@ -87,9 +87,13 @@ clean:
 	.venv-vllm/bin/python -m pip install --no-deps --editable .
 	.venv-vllm/bin/python tests/vllm/prepare_env.py
 
-.venv-llava/stamp: tests/adapters/llava-requirements.txt
+# Everything that foveate itself needs, as setup.cfg has it, but for transformers
+.venv-llava/stamp: setup.cfg tests/adapters/llava-requirements.txt
 	$(call new-venv,.venv-llava)
-	.venv-llava/bin/python -m pip install --requirement tests/adapters/llava-requirements.txt
+	.venv-llava/bin/python -c "import configparser as c; p = c.ConfigParser(); p.read('setup.cfg'); \
+	needs = p['options']['install_requires'].split('\n'); \
+	print(*(n for n in needs if not n.startswith('transformers')), sep='\n')" > .venv-llava/core.txt
+	.venv-llava/bin/python -m pip install --requirement tests/adapters/llava-requirements.txt --requirement .venv-llava/core.txt
 	.venv-llava/bin/python -m pip install --no-deps $(LLAVA)
 	@touch $@
 
