@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -20,6 +21,16 @@ Self = TypeVar("Self", bound="Attachment")
 def attached_to(root: nn.Module) -> Attachment | None:
     """The session that acts on ``root``, if any."""
     return _ATTACHED.get(root, lambda: None)()
+
+
+@contextlib.contextmanager
+def undone_on_failure(remove: Callable[[], None]) -> Iterator[None]:
+    """A block that puts things on a model: if it fails half-way, ``remove()`` takes off what is there already."""
+    try:
+        yield
+    except BaseException:
+        remove()
+        raise
 
 
 class Replaced:

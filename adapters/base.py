@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from foveate.adapters import compat
 from foveate.adapters.decoder import Decoder
 from foveate.adapters.signals import CLASS_TOKEN, DECODER, NEURONS, Tap
 from foveate.adapters.spans import Selector
@@ -31,7 +32,6 @@ from foveate.pruners.base import (
 )
 
 FAMILIES: list[type[Adapter]] = []
-Version = tuple[int, int]
 
 
 @dataclass
@@ -68,8 +68,8 @@ class Adapter(ABC):
 
     family: ClassVar[str] = ""
     classes: ClassVar[tuple[str, ...]] = ()
-    transformers: ClassVar[tuple[tuple[Version, Version], ...]] = (((5, 16), (6, 0)),)
-    """Versions of transformers that the family is tested with, from and up to."""
+    transformers: ClassVar[tuple[tuple[compat.Version, compat.Version], ...]] = compat.SUPPORTED
+    """Versions of transformers that the family is served under, from and up to."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -87,16 +87,6 @@ class Adapter(ABC):
         inner = getattr(model, "model", model)
         inner = inner if hasattr(inner, "language_model") else model
         return inner, inner.language_model
-
-    @classmethod
-    def check_transformers(cls, name: str) -> None:
-        """Raise :class:`UnsupportedModelError` if a model of class ``name`` runs under an unknown transformers."""
-        found = installed_transformers()
-        if not any(first <= found < end for first, end in cls.transformers):
-            known = " or ".join(f">= {a}.{b}, < {c}.{d}" for (a, b), (c, d) in cls.transformers)
-            raise UnsupportedModelError(
-                f"{name} under transformers {found[0]}.{found[1]} is not supported; install transformers {known}"
-            )
 
     # ------------------------------------------------------------------------------------- what a family must answer
 
@@ -195,13 +185,7 @@ class Adapter(ABC):
         return {name: tuple(sorted(values)) for name, values in ids.items()}
 
     def _find_file(self, name: str) -> str | None:
-        from transformers.utils import cached_file
-
-        source = getattr(self.inner.config, "_name_or_path", "")
-        try:
-            return cached_file(source, name, local_files_only=True) if source else None
-        except OSError:  # neither in the folder nor in the cache
-            return None
+        return compat.find_file(self.inner.config, name)
 
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation per channel of the processor beside the weights, else of the family's published ones."""
@@ -256,10 +240,11 @@ class Adapter(ABC):
         Raises:
             UnsupportedModelError: the model returned other numbers of tokens than the layouts have.
         """
-        if not hasattr(output, "pooler_output"):
+        features = compat.features(output)
+        if features is None:
             return None  # asked for as a tuple
         layouts = self.layouts(kind, call, output)
-        features = [f.flatten(0, -2) for f in output.pooler_output]
+        features = [f.flatten(0, -2) for f in features]
         for layout, feature in zip(layouts, features, strict=True):
             if len(feature) not in (layout.length, layout.size):
                 raise UnsupportedModelError(
@@ -327,7 +312,7 @@ class PromptWatch:
         call, self._call = self._call, None
         if call is None:
             return Brought()
-        encoded = call.get("mm_encoder_outputs") or {}
+        encoded = compat.early_features(call)
         # placeholder tokens that come without features (a model may generate one) are ordinary text
         brought = tuple(
             modality
@@ -358,14 +343,6 @@ class PromptWatch:
         self.forget()
 
 
-def installed_transformers() -> Version:
-    """Major and minor version of the transformers at hand."""
-    from transformers import __version__
-
-    major, minor = __version__.split(".")[:2]
-    return int(major), int(minor)
-
-
 def bind(method: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """All arguments of a call by name, defaults and extra keywords included."""
     bound = inspect.signature(method).bind(*args, **kwargs)
@@ -393,7 +370,7 @@ def adapter_for(model: nn.Module) -> Adapter:
     for cls in type(model).__mro__:  # the nearest of its classes that some family knows
         for family in FAMILIES:
             if cls.__name__ in family.classes:
-                family.check_transformers(type(model).__name__)
+                compat.check_version(type(model).__name__, family.transformers)
                 return family(model)
     known = ", ".join(family.classes[0] for family in FAMILIES)
     inner = _wrapped(model)

@@ -8,7 +8,6 @@ Everything a user sees stays in unpruned units: attention masks, position ids, h
 
 from __future__ import annotations
 
-import types
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.adapters.attachment import Replaced
+from foveate.adapters import compat
+from foveate.adapters.attachment import Replaced, undone_on_failure
 from foveate.adapters.spans import Call, Choice, Held, Selector, Span, take
 from foveate.adapters.sparse_mlp import SparseMLP
 from foveate.errors import AttachError, InputError, UnsupportedModelError
@@ -44,7 +44,7 @@ def _unpruned_length(cache: Any, layer_idx: int = 0) -> int:
     """``Cache.get_seq_length`` of a pruned cache: unpruned outside of a forward pass, real inside."""
     state = cache.foveate
     if state.inside:
-        return type(cache).get_seq_length(cache, layer_idx)
+        return compat.cached_length(cache, layer_idx)
     if state.decoder() not in _LIVE:
         raise AttachError(
             "this KV cache was filled while a pruner was attached and the model has since been detached; "
@@ -80,6 +80,7 @@ class Decoder:
 
     Raises:
         UnsupportedModelError: some layers do not attend to everything.
+        NotUnderstoodError: the model is called otherwise than by any transformers that is known.
     """
 
     def __init__(self, text_model: nn.Module, selector: Selector, *, mrope: bool) -> None:
@@ -94,22 +95,34 @@ class Decoder:
         self.mrope = mrope
         self.frame: _Frame | None = None
         self.cache: Any = None  # of the running call, from its first moment on
-        self.mlps = {i: SparseMLP(text_model.layers[i].mlp) for i in sorted(selector.neuron_layers)}
-        self._handles = [
-            text_model.register_forward_pre_hook(self._enter, with_kwargs=True),
-            text_model.register_forward_hook(self._exit, with_kwargs=True),
-            text_model.register_forward_hook(self._close, always_call=True),
-        ]
-        for i, layer in enumerate(text_model.layers):
+        self.check_names()
+        self.mlps: dict[int, SparseMLP] = {}
+        self._handles: list[Any] = []
+        with undone_on_failure(self.remove):
+            self._install()
+        _LIVE.add(text_model)
+
+    def check_names(self) -> None:
+        """Raise :class:`NotUnderstoodError` where the hooks would not find what they cut."""
+        compat.check_text_model(self.text_model)
+
+    def _install(self) -> None:
+        model = self.text_model
+        for i in sorted(self.selector.neuron_layers):
+            self.mlps[i] = SparseMLP(model.layers[i].mlp)
+        self._handles.append(model.register_forward_pre_hook(self._enter, with_kwargs=True))
+        self._handles.append(model.register_forward_hook(self._exit, with_kwargs=True))
+        self._handles.append(model.register_forward_hook(self._close, always_call=True))
+        for i, layer in enumerate(model.layers):
 
             def before(module: nn.Module, args: Any, kwargs: Any, i: int = i) -> Any:
                 return self._before_layer(i, args, kwargs)
 
             self._handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
-        if hasattr(text_model, "_deepstack_process"):  # a plain method between layers, out of any hook's reach
-            follow = self._following(text_model._deepstack_process)
-            self._handles.append(Replaced(text_model, "_deepstack_process", follow))
-        _LIVE.add(text_model)
+        deepstack = compat.deepstack_method(model)
+        if deepstack is not None:  # a plain method between layers, out of any hook's reach
+            name, add = deepstack
+            self._handles.append(Replaced(model, name, self._following(add)))
 
     def rotary(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the running span's positions, for ``hidden (B, K, D)``."""
@@ -126,18 +139,20 @@ class Decoder:
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         self.frame = None
+        kwargs = compat.by_name(module, args, kwargs)
         embeds = kwargs.get("inputs_embeds")
         if embeds is None:
             return None
-        cache = self.cache = kwargs.get("past_key_values")
+        cache = self.cache = compat.passed_cache(kwargs)
         state: CacheState | None = getattr(cache, "foveate", None)
         if state is not None:
             state.inside = True
         batch, length = embeds.shape[:2]
-        past = state.length if state else int(cache.get_seq_length()) if cache is not None else 0
+        past = state.length if state else compat.told_length(cache) if cache is not None else 0
         mask = kwargs.get("attention_mask")
         call = self.selector.begin(embeds, mask, past)
         if call is Call.CONTINUATION and state is None:
+            _check_nothing_cached(cache, mask, length)
             return None
         _refuse(cache, state, mask, batch, past + length)
         mask = torch.ones(batch, past + length, device=embeds.device) if mask is None else mask.to(embeds.device)
@@ -161,23 +176,24 @@ class Decoder:
         if call is Call.CONTINUATION:
             for i, mlp in self.mlps.items():
                 mlp.serve(state.neurons.get(i))
+        if call is Call.CONTINUATION:
+            _check_follows(held[0], frame.span)
         if choice is None and state is None:
             return None  # nothing pruned here: the caller's own arguments go on
         kwargs = dict(kwargs)
         if choice is not None:
+            self._check_cut(kwargs, type(module).__name__)
             kwargs["inputs_embeds"] = self._narrow(0, choice, embeds)
-            if kwargs.get("deepstack_visual_embeds") is not None:
-                mask, levels = (
-                    kwargs["visual_pos_masks"],
-                    deepstack_levels(kwargs["deepstack_visual_embeds"], choice.deepstack),
-                )
+            joined = compat.deepstack(kwargs)
+            if joined is not None:
+                mask, levels = joined[0], deepstack_levels(joined[1], choice.deepstack)
                 mixed = [_mixed(choice.mixtures, mask, level) for level in levels] if choice.mixtures else levels
-                kwargs["deepstack_visual_embeds"] = mixed
+                kwargs |= compat.deepstack_levels(mixed)
         kwargs["attention_mask"] = frame.span.mask.long()
         kwargs["position_ids"] = frame.span.positions
         if text_row:
             kwargs["position_ids"] = torch.cat([_text_positions(frame.span)[None], frame.span.positions])
-        return args, kwargs
+        return (), kwargs
 
     def _positions(
         self, given: Tensor | None, batch: int, past: int, length: int, device: torch.device
@@ -199,7 +215,7 @@ class Decoder:
         frame = self.frame
         if frame is None:
             return None
-        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = self._entering(i, args, kwargs)
         held = next((h for h in frame.held[1:] if h.first_layer == i), None)
         if held is not None:  # from here on the cache holds less of the past
             span, nearer = frame.span, frame.current.shift - held.shift
@@ -207,6 +223,8 @@ class Decoder:
             positions = span.place_positions + nearer[:, None]
             frame.spans.append(self._span(frame, here, span.index, span.alive, span.rank, positions, here.shift))
             frame.current = held
+            if frame.call is Call.CONTINUATION:
+                _check_follows(held, frame.span)
         if frame.call is Call.PROMPT and i in self.selector.layers:
             choice = self.selector.at_layer(i, hidden, frame.span, self.cache)
             if choice is not None:
@@ -215,28 +233,44 @@ class Decoder:
             return None
         kwargs = {**kwargs, **self._layer_kwargs(i, hidden, kwargs)}
         if args:
-            return (hidden, *args[1:]), kwargs
+            return (hidden,), kwargs
         return args, {**kwargs, "hidden_states": hidden}
+
+    def _entering(self, i: int, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """The hidden states in front of layer ``i``, which must be those of the running span.
+
+        Raises:
+            NotUnderstoodError: they are not, or what else the layer gets has no names.
+        """
+        layer = type(self.text_model.layers[i]).__name__
+        if len(args) > 1:
+            raise compat.not_understood(f"{layer} {i} is given {len(args)} arguments without names")
+        hidden, width = args[0] if args else kwargs["hidden_states"], self.frame.span.index.shape[1]
+        if hidden.shape[1] != width:
+            raise compat.not_understood(f"{hidden.shape[1]} places reach {layer} {i}, where {width} should be left")
+        rotary = compat.layer_rotary(kwargs)
+        if i == 0 and rotary is not None and compat.untested():
+            if not all(_same(given, asked) for given, asked in zip(rotary, self.rotary(hidden))):
+                raise compat.not_understood(
+                    f"{layer} 0 works at other positions than {type(self.text_model).__name__} was given"
+                )
+        return hidden
+
+    def _check_cut(self, kwargs: dict[str, Any], where: str) -> None:
+        frame = self.frame
+        lengths = {frame.length, frame.past + frame.length, *(span.index.shape[1] for span in frame.spans)}
+        compat.check_cut(kwargs, where, len(frame.mask), lengths)
+        if compat.deepstack(kwargs) is not None and compat.deepstack_method(self.text_model) is None:
+            raise compat.not_understood(f"{where} is given DeepStack features and has no method that adds them")
 
     def _layer_kwargs(self, i: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Substitutes that every layer of a later span needs, for the model's loop keeps passing its own locals."""
-        from transformers.masking_utils import create_causal_mask
-
         span = self.frame.span
         if span.layer_kwargs is None:
-            span.layer_kwargs = {
-                "attention_mask": create_causal_mask(
-                    config=self.text_model.config,
-                    inputs_embeds=hidden,
-                    attention_mask=span.mask.to(hidden.device, torch.long),
-                    past_key_values=kwargs.get("past_key_values"),
-                    position_ids=None,
-                    layer_idx=i,
-                ),
-                "position_embeddings": self.rotary(hidden),
-            }
-            if kwargs.get("position_ids") is not None:
-                span.layer_kwargs["position_ids"] = _text_positions(span)
+            self._check_cut(kwargs, type(self.text_model.layers[i]).__name__)
+            mask = span.mask.to(hidden.device, torch.long)
+            mask = compat.causal_mask(self.text_model.config, hidden, mask, compat.passed_cache(kwargs), i)
+            span.layer_kwargs = compat.layer_arguments(kwargs, mask, self.rotary(hidden), _text_positions(span))
         return span.layer_kwargs
 
     # ------------------------------------------------------------------------------------------------------- spans
@@ -313,16 +347,16 @@ class Decoder:
     # --------------------------------------------------------------------------------------------------- deepstack
 
     def _following(self, add: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Qwen3-VL's ``_deepstack_process``, which adds visual features behind early layers, on what is left of the prompt."""
+        """Qwen3-VL's method that adds visual features after early layers, on what is left of the prompt."""
 
-        def process(hidden: Tensor, visual_pos_masks: Tensor, visual_embeds: Tensor) -> Tensor:
+        def process(hidden: Tensor, visual: Tensor, level: Tensor) -> Tensor:
             frame = self.frame
             if frame is None or not frame.pruned:
-                return add(hidden, visual_pos_masks, visual_embeds)
-            index = frame.span.index.to(visual_pos_masks.device)
-            rows = _visual_rows(visual_pos_masks)
+                return add(hidden, visual, level)
+            index = frame.span.index.to(visual.device)
+            rows = _visual_rows(visual)
             rows = rows.gather(1, index.clamp(max=frame.length - 1)).masked_fill(index >= frame.length, -1)
-            return add(hidden, rows >= 0, visual_embeds[rows[rows >= 0].to(visual_embeds.device)])
+            return add(hidden, rows >= 0, level[rows[rows >= 0].to(level.device)])
 
         return process
 
@@ -332,7 +366,8 @@ class Decoder:
         frame = self.frame
         if frame is None:
             return None
-        cache = getattr(output, "past_key_values", None)
+        cache = compat.returned_cache(output)
+        self._check_held(cache, kwargs)
         if cache is not None:
             self._keep_books(cache, output.last_hidden_state)
         if frame.pruned:
@@ -343,15 +378,14 @@ class Decoder:
                 )
         if frame.call is Call.PROMPT:
             depth = len(self.text_model.layers)
-            lengths = None if cache is None else [type(cache).get_seq_length(cache, i) for i in range(depth)]
+            lengths = None if cache is None else [compat.cached_length(cache, i) for i in range(depth)]
             self.selector.finish(lengths)
         return output
 
     def _close(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Also runs when the forward pass failed."""
-        for filled in (self.cache, getattr(output, "past_key_values", None)):
-            if hasattr(filled, "foveate"):
-                filled.foveate.inside = False
+        if hasattr(self.cache, "foveate"):
+            self.cache.foveate.inside = False
         for mlp in self.mlps.values():
             mlp.serve(None)
         self.frame = self.cache = None
@@ -375,10 +409,29 @@ class Decoder:
         held = []
         for span in frame.spans:
             new = torch.where(span.index < frame.length, span.index + frame.past, -1)
-            held.append(Held(span.first_layer, torch.cat([span.held, new], dim=1), span.shift))
+            last = span.last if frame.call is Call.PROMPT and compat.untested() else None
+            held.append(Held(span.first_layer, torch.cat([span.held, new], dim=1), span.shift, last))
         held = self._evict(cache, held)
         cache.foveate = CacheState(weakref.ref(self.text_model), frame.past + frame.length, held, neurons)
-        cache.get_seq_length = types.MethodType(_unpruned_length, cache)
+        compat.answer_length(cache, _unpruned_length)
+
+    def _check_held(self, cache: Any, kwargs: dict[str, Any]) -> None:
+        """Raise :class:`NotUnderstoodError` unless every layer's cache holds just what the layer saw."""
+        passed, name = self.cache, type(self.text_model).__name__
+        if cache is not passed and passed is not None:
+            raise compat.not_understood(
+                f"{name} was given a {type(passed).__name__} and returned {type(cache).__name__}"
+            )
+        if cache is None:
+            if kwargs.get("use_cache") and not self.text_model.training:
+                raise compat.not_understood(f"{name} was to fill a cache and returned none")
+            return
+        for i in range(len(self.text_model.layers)):
+            span, holds = self._span_of(i + 1), compat.cached_length(cache, i)
+            if holds != span.mask.shape[1]:
+                raise compat.not_understood(
+                    f"decoder layer {i} saw {span.mask.shape[1]} places and its cache holds {holds}"
+                )
 
     def _evict(self, cache: Any, held: list[Held]) -> list[Held]:
         """Take out of earlier layers' caches what an evicting span does not hold; returns what is held then."""
@@ -389,12 +442,12 @@ class Decoder:
             if target is not None:
                 columns = self._columns(here.places, target)
                 for layer in range(here.first_layer, stop):
-                    keys, values = _entry(cache, layer, here.places.shape[1])
-                    cache.layers[layer].keys, cache.layers[layer].values = (
+                    states = (
                         x.gather(2, columns.to(x.device)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
-                        for x in (keys, values)
+                        for x in _entry(cache, layer, here.places.shape[1])
                     )
-                here = Held(here.first_layer, target, here.shift)
+                    compat.set_layer_states(cache, layer, *states)
+                here = Held(here.first_layer, target, here.shift, here.last)
             if span.evict:
                 target = here.places
             stop = here.first_layer
@@ -414,8 +467,8 @@ class Decoder:
         span = self._span_of(layer + 1)
         new = gone.gather(1, span.index.clamp(max=self.frame.length - 1)) & (span.index < self.frame.length)
         gone = torch.cat([torch.zeros_like(span.held, dtype=torch.bool), new], dim=1)
-        entry = cache.layers[layer]
-        entry.keys, entry.values = (zero_rows(x, gone) for x in _entry(cache, layer, gone.shape[1]))
+        states = (zero_rows(x, gone) for x in _entry(cache, layer, gone.shape[1]))
+        compat.set_layer_states(cache, layer, *states)
 
     def _span_of(self, state: int) -> Span:
         """The span of hidden state number ``state``: what layer ``state - 1`` left, before layer ``state`` narrows it."""
@@ -453,7 +506,7 @@ def _entry(cache: Any, layer: int, length: int) -> tuple[Tensor, Tensor]:
     Raises:
         InputError: the cache keeps them in another form.
     """
-    found = getattr(cache.layers[layer], "keys", None), getattr(cache.layers[layer], "values", None)
+    found = compat.layer_states(cache, layer)
     if not all(isinstance(x, Tensor) and x.ndim == 4 and x.shape[2] == length for x in found):
         raise InputError(
             f"{type(cache.layers[layer]).__name__} of decoder layer {layer} does not keep plain keys and values; methods that take "
@@ -464,7 +517,7 @@ def _entry(cache: Any, layer: int, length: int) -> tuple[Tensor, Tensor]:
 
 def _refuse(cache: Any, state: CacheState | None, mask: Any, batch: int, total: int) -> None:
     """Raise :class:`InputError` for calls that cannot be pruned."""
-    if getattr(cache, "is_compileable", False):
+    if compat.one_length_for_all(cache):
         raise InputError("a static KV cache has one length for all layers; use the default dynamic cache while pruning")
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
         raise InputError(
@@ -476,7 +529,7 @@ def _refuse(cache: Any, state: CacheState | None, mask: Any, batch: int, total: 
             "it covers the whole unpruned sequence, cached places included"
         )
     if state is not None:
-        real = [int(type(cache).get_seq_length(cache, held.first_layer)) for held in state.held]
+        real = [compat.cached_length(cache, held.first_layer) for held in state.held]
         known = [held.places.shape[1] for held in state.held]
         if real != known:
             raise InputError(
@@ -487,6 +540,33 @@ def _refuse(cache: Any, state: CacheState | None, mask: Any, batch: int, total: 
         raise InputError(
             f"the KV cache was filled with {len(state.held[0].places)} sequences, this call brings {batch}; "
             "a pruned cache cannot be re-batched"
+        )
+
+
+def _same(given: Tensor, asked: Tensor) -> bool:
+    """Are two rotary tables ``(1 or B, K, d)`` and ``(B, K, d)`` alike?"""
+    return given.shape[1:] == asked.shape[1:] and bool((given.to(asked.device) == asked).all())
+
+
+def _check_nothing_cached(cache: Any, mask: Any, length: int) -> None:
+    """Raise :class:`NotUnderstoodError` for a call whose mask tells of cached places, but which brings no cache."""
+    if cache is None and isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] > length:
+        raise compat.not_understood(
+            f"the attention mask covers {mask.shape[1]} places, the call brings {length} and no cache that is known as one"
+        )
+
+
+def _check_follows(held: Held, span: Span) -> None:
+    """Raise :class:`NotUnderstoodError` unless the first place of ``span`` is at the position after the last one ``held``."""
+    if held.last is None:
+        return
+    position, known = held.last
+    first = span.positions[..., 0].reshape(-1, len(position)).amax(0)
+    wrong = known & (span.index[:, 0] == 0) & (first != position + 1)
+    if bool(wrong.any()):
+        row = int(wrong.long().argmax())
+        raise compat.not_understood(
+            f"decoding goes on at position {int(first[row])} after a prompt that ended at {int(position[row])}"
         )
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
-import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from foveate.adapters import compat
+from foveate.adapters.attachment import undone_on_failure
 from foveate.adapters.signals import NEURONS, Tap, exact
 from foveate.cuda import (
     core_neurons,
@@ -96,7 +95,11 @@ class DecoderTap(Tap):
         super().__init__()
         self.layers, self.asked = layers, asked
         self._lent: dict[nn.Module, Tensor] = {}  # computed in front of a layer, for that layer's own modules
-        signals = set(signals)
+        with undone_on_failure(self.remove):
+            self._install(set(signals))
+
+    def _install(self, signals: set[Signal]) -> None:
+        layers = self.layers
         for i in {s.layer for s in signals if isinstance(s, InstructionAttention)}:
             self._lend(i)
         for i in {s.layer for s in signals}:
@@ -119,7 +122,7 @@ class DecoderTap(Tap):
 
     def _tap_attention(self, attention: nn.Module, signals: list[Signal]) -> None:
         seen: dict[str, Tensor] = {}
-        rotate = _rotation(attention)
+        rotate = compat.rotation(attention)
 
         @torch.no_grad()  # nothing is saved for backward here, where a checkpointed layer would miss it when run again
         def reduce(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -127,11 +130,10 @@ class DecoderTap(Tap):
             q, k = rotate(q, k, *self.asked().rotary(k))
             k = _with_past(k, self.asked().cache, module.layer_idx, stored=True)
             for signal in signals:
-                self.values[signal] = self._statistic(signal, q, k, _scale(module))
+                self.values[signal] = self._statistic(signal, q, k, compat.scale(module))
 
-        # Qwen3 normalises queries and keys behind the projection
-        self.remember(getattr(attention, "q_norm", attention.q_proj), seen, "q")
-        self.remember(getattr(attention, "k_norm", attention.k_proj), seen, "k")
+        self.remember(compat.query_source(attention), seen, "q")
+        self.remember(compat.key_source(attention), seen, "k")
         self.hook(attention, reduce)
 
     @exact
@@ -219,16 +221,14 @@ class DecoderTap(Tap):
         queries = attention.q_proj(normed.gather(1, rows[..., None].expand(-1, -1, normed.shape[-1])))
         keys = attention.k_proj(normed)
         self._lent |= zip(self._lenders(signal.layer), (normed, keys))
-        q, k = (_heads(x, attention) for x in (queries, keys))
-        if hasattr(attention, "q_norm"):
-            q, k = attention.q_norm(q), attention.k_norm(k)
+        q, k = compat.normalised(attention, *(_heads(x, attention) for x in (queries, keys)))
         q, k = q.transpose(1, 2), k.transpose(1, 2)
-        rotate = _rotation(attention)
+        rotate = compat.rotation(attention)
         here = (x.gather(-2, rows[..., None].expand(*x.shape[:-2], -1, x.shape[-1])) for x in rotary)
         q = rotate(q, q[:, :1], *here)[0]  # models rotate both at once; of the other one head will do
         k = rotate(k[:, :1], k, *rotary)[1]
         k = _with_past(k, cache, signal.layer, stored=False)
-        return self._ahead(q, k, rows, counted, present, _scale(attention))
+        return self._ahead(q, k, rows, counted, present, compat.scale(attention))
 
     @exact
     def _ahead(self, q: Tensor, k: Tensor, rows: Tensor, counted: Tensor, present: Present, scale: float) -> Tensor:
@@ -303,40 +303,16 @@ def _few(valid: Tensor) -> tuple[Tensor, Tensor]:
 
 def _with_past(k: Tensor, cache: Any, layer: int, *, stored: bool) -> Tensor:
     """New keys ``(B, H, K, d)`` behind the cached ones of earlier calls; ``stored``: the cache has the new ones already."""
-    past = 0 if cache is None else cache.get_seq_length(layer) - stored * k.shape[2]
+    past = 0 if cache is None else compat.cached_length(cache, layer) - stored * k.shape[2]
     if past <= 0:
         return k
-    keys = getattr(cache.layers[layer], "keys", None)
+    keys, _ = compat.layer_states(cache, layer)
     if not isinstance(keys, Tensor) or keys.device != k.device or keys.shape[2] != past + stored * k.shape[2]:
         raise InputError(
             f"the keys of decoder layer {layer} are offloaded or quantised in the cache; methods that read attention inside "
             "the decoder cannot continue such a cache"
         )
     return keys if stored else torch.cat([keys, k], dim=2)
-
-
-def _rotation(attention: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
-    """``rotate(q, k, cos, sin)`` as the attention module itself does it."""
-    home = sys.modules[type(attention).__module__]
-    if hasattr(home, "apply_rotary_pos_emb"):
-        rotate = home.apply_rotary_pos_emb
-        place = inspect.signature(rotate).parameters.get("position_ids")
-        by_table = place is not None and place.default is place.empty
-        return partial(_rotated_by_table, rotate) if by_table else rotate
-    # Qwen2-VL and Qwen2.5-VL before transformers 5.20
-    return partial(
-        home.apply_multimodal_rotary_pos_emb, mrope_section=attention.config.rope_parameters["mrope_section"]
-    )
-
-
-def _rotated_by_table(rotate: Callable[..., Any], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
-    """``rotate`` of transformers 4.37, which looks cosines and sines up in a table of positions."""
-    places = torch.arange(cos.shape[:2].numel(), device=cos.device).view(cos.shape[:2])
-    return rotate(q, k, cos.flatten(0, 1), sin.flatten(0, 1), places)
-
-
-def _scale(attention: nn.Module) -> float:
-    return getattr(attention, "scaling", attention.head_dim**-0.5)  # transformers 4.37 has no name for it
 
 
 def _rows(q: Tensor, k: Tensor, rows: Tensor, counted: Tensor | None, mask: Tensor, past: int, scale: float) -> Tensor:

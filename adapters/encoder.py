@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.adapters.attachment import Replaced
+from foveate.adapters import compat
+from foveate.adapters.attachment import Replaced, undone_on_failure
 from foveate.adapters.base import Adapter, Encoded, Modality, bind
 from foveate.adapters.tower_merging import TowerMerging
 from foveate.adapters.trace import Trace
@@ -36,14 +37,19 @@ class EncoderWatch:
         self._trace: Trace | None = None  # of a call that no prompt has followed yet
         self._shrink = next((stage.select for stage in stages if stage.hook is Hook.PIXELS), None)
         self._pixels = next((signal for signal in signals if isinstance(signal, PatchPixels)), None)
+        self.merging: TowerMerging | None = None
+        self._methods: list[Replaced] = []
         self._tap = adapter.tap([signal for signal in signals if not isinstance(signal, PatchPixels)])
-        inside = block_stages(stages)
-        self.merging = TowerMerging(adapter, pruner, inside) if inside else None
-        # generate() calls the encoder as a method, out of any hook's reach
-        self._methods = [
-            Replaced(adapter.inner, m.encoder, self._watched(getattr(adapter.inner, m.encoder), m))
-            for m in adapter.modalities
-        ]
+        with undone_on_failure(self.remove):
+            self._install(block_stages(stages))
+
+    def _install(self, inside: Sequence[Stage]) -> None:
+        adapter = self.adapter
+        if inside:
+            self.merging = TowerMerging(adapter, self.pruner, inside)
+        for modality in adapter.modalities:  # generate() calls the encoder as a method, out of any hook's reach
+            encode = compat.encoder_method(adapter.inner, modality.encoder)
+            self._methods.append(Replaced(adapter.inner, modality.encoder, self._watched(encode, modality)))
 
     @property
     def active(self) -> bool:
@@ -85,7 +91,7 @@ class EncoderWatch:
             if not watch.active or watch._tap.open:  # Qwen3-VL encodes videos through its image encoder
                 return encode(*args, **kwargs)
             call = bind(encode, args, kwargs)
-            pixels = call[_pixel_argument(modality, call)]
+            pixels = call[compat.pixel_argument(call, modality.pixels)]
             if not bool(torch.isfinite(pixels).all()):
                 raise InputError(
                     f"{modality.pixels} holds NaN or infinite values; check the image and its preprocessing"
@@ -96,20 +102,20 @@ class EncoderWatch:
 
     def _encode(self, encode: Any, modality: Modality, call: dict[str, Any]) -> Any:
         self._trace = self._trace or self._new_trace()
-        name = _pixel_argument(modality, call)
+        name = compat.pixel_argument(call, modality.pixels)
         pixels = call[name]
         smaller = pixels if self._shrink is None else self._shrink(pixels)
         shrunk = smaller.shape != pixels.shape
         if shrunk:
-            call = {**call, name: smaller, "interpolate_pos_encoding": True}
+            call = {**call, name: smaller, compat.RESIZE_POSITIONS: True}
         self._tap.open = True
         try:
             with self._trace.timed("encoder", pixels.device):
                 output = encode(**call)
         finally:
             signals = self._tap.close()
-        if shrunk and hasattr(output, "pooler_output"):
-            output.pooler_output = self._padded(modality, call, output)
+        if shrunk and compat.features(output) is not None:
+            compat.set_features(output, self._padded(modality, call, output))
         if self.merging is not None:
             signals = self.merging.signals(signals)
         encoded = self.adapter.encoded(modality.kind, output, call, signals)
@@ -128,10 +134,5 @@ class EncoderWatch:
         layouts = self.adapter.layouts(modality.kind, call, output)
         return [
             torch.cat([few, few.new_zeros(layout.length - len(few), few.shape[-1])])
-            for few, layout in zip(output.pooler_output, layouts)
+            for few, layout in zip(compat.features(output), layouts)
         ]
-
-
-def _pixel_argument(modality: Modality, call: dict[str, Any]) -> str:
-    """What the encoder calls its pixels: older LLaVA-OneVision code says ``pixel_values`` for videos too."""
-    return modality.pixels if modality.pixels in call else "pixel_values"

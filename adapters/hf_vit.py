@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from foveate.adapters import compat
 from foveate.adapters.vit import BlockMerger, Halves, Tower, lineage
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.pruners.merging import BlockStage
@@ -49,7 +50,7 @@ class _HFHalves(Halves):
 class ClipHalves(_HFHalves):
     """CLIP and SigLIP layers."""
 
-    classes = ("CLIPEncoderLayer", "SiglipEncoderLayer")
+    classes = compat.CLIP_BLOCKS
     attention = "self_attn"
 
     def attend(self, x: Tensor, bias: Tensor | None, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
@@ -62,7 +63,7 @@ class ClipHalves(_HFHalves):
 class ViTHalves(_HFHalves):
     """ViT layers."""
 
-    classes = ("ViTLayer",)
+    classes = compat.VIT_BLOCKS
 
     def attend(self, x: Tensor, bias: Tensor | None, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         block = self.block
@@ -76,7 +77,7 @@ class ViTHalves(_HFHalves):
 class Dinov2Halves(_HFHalves):
     """DINOv2 layers, with LayerScale and drop path."""
 
-    classes = ("Dinov2Layer", "Dinov2WithRegistersLayer")
+    classes = compat.DINOV2_BLOCKS
 
     def attend(self, x: Tensor, bias: Tensor | None, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         block = self.block
@@ -104,7 +105,10 @@ class HFTower(Tower):
                 "patch; attach to its tower and pool with session.sizes or session.unmerge"
             )
         name = next((name for name in _INSIDE if name in names), None)
-        return None if name is None else cls(model, getattr(model, _INSIDE[name]) if _INSIDE[name] else model)
+        if name is None:
+            return None
+        compat.check_version(type(model).__name__)
+        return cls(model, getattr(model, _INSIDE[name]) if _INSIDE[name] else model)
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -131,7 +135,7 @@ class HFTower(Tower):
         return _HALVES[name](block)
 
     def check(self, stages: Sequence[BlockStage]) -> None:
-        how = self.trunk.config._attn_implementation
+        how = compat.attention_kind(self.trunk.config)
         if how not in _BIASED and any(stage.proportional for stage in stages):
             raise UnsupportedModelError(
                 f"attn_implementation={how!r} takes no log sizes as a mask; load {type(self.model).__name__} with 'sdpa', or "

@@ -57,10 +57,14 @@ class LegacyDecoder(Decoder):
                 "of reach for hooks; set it to 1"
             )
         super().__init__(text_model, selector, mrope=mrope)
-        self._handles += [
-            layer.self_attn.rotary_emb.register_forward_pre_hook(self._reach, with_kwargs=True)
-            for layer in text_model.layers
-        ]
+
+    def check_names(self) -> None:
+        """Nothing to check: these versions are not going to change."""
+
+    def _install(self) -> None:
+        super()._install()
+        for layer in self.text_model.layers:
+            self._handles.append(layer.self_attn.rotary_emb.register_forward_pre_hook(self._reach, with_kwargs=True))
 
     def rotary(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         positions = self.frame.span.positions.to(hidden.device)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from foveate.adapters import compat
 from foveate.adapters.base import Adapter, Modality
 from foveate.adapters.hf_vit import HFTower
 from foveate.adapters.signals import SplitProjectionTap
@@ -104,7 +105,7 @@ class LlavaAdapter(Adapter):
         return HFTower(self.tower, self.encoder)
 
     def layouts(self, kind: str, call: dict[str, Any], output: Any) -> list[Layout]:
-        return [Layout.grid(self.side, self.side)] * len(output.pooler_output)
+        return [Layout.grid(self.side, self.side)] * len(compat.features(output))
 
     def patch_pixels(self, pixels: Tensor, layouts: list[Layout], kind: str, call: dict[str, Any]) -> list[Tensor]:
         patch = self.vision_config.patch_size

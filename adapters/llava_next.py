@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from foveate.adapters import compat
 from foveate.adapters.llava import LlavaAdapter
 from foveate.pruners.base import Layout, Newline, View
 
@@ -42,7 +43,8 @@ class LlavaNextAdapter(LlavaAdapter):
     def pack(self, views: tuple[Tensor, ...], call: dict[str, Any], separator: Tensor) -> list[Tensor]:
         """``[(V, n, C)] -> [(length, C)]``, as the model lays out image features."""
         strategy = call["vision_feature_select_strategy"] or self.inner.config.vision_feature_select_strategy
-        return self.inner.pack_image_features(views, call["image_sizes"], strategy, image_newline=separator)[0]
+        sizes = call["image_sizes"]
+        return compat.packed(self.inner, views, sizes, separator, vision_feature_select_strategy=strategy)
 
     @staticmethod
     def _sizes(call: dict[str, Any]) -> list[tuple[int, int]]:
@@ -76,11 +78,8 @@ def _anyres(
     height: int, width: int, pinpoints: tuple[tuple[int, int], ...], image_size: int, side: int, limit: int | None
 ) -> Layout:
     """Layout of an AnyRes picture of ``height x width`` pixels; crops are cut by what unpadding leaves of them."""
-    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
-
-    down, across = get_anyres_image_grid_shape((height, width), [list(p) for p in pinpoints], image_size)
-    canvas = torch.arange(down * side * across * side).view(1, down * side, across * side)
-    return canvas_layout(unpad_image(canvas, (height, width))[0], side, down, across, limit)
+    left, down, across = compat.anyres_canvas(height, width, pinpoints, image_size, side)
+    return canvas_layout(left, side, down, across, limit)
 
 
 def canvas_layout(

@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from foveate.adapters import compat
+from foveate.adapters.attachment import undone_on_failure
 from foveate.adapters.base import Encoded, Modality
 from foveate.adapters.llava_next import LlavaNextAdapter
 from foveate.adapters.signals import SplitProjectionTap
@@ -40,9 +42,10 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
     def tap(self, signals: Iterable[Signal]) -> SplitProjectionTap:
         signals = set(signals)
         tap = super().tap(s for s in signals if not isinstance(s, UnpooledFrames))
-        for signal in signals:
-            if isinstance(signal, UnpooledFrames):
-                _collect(tap, self.inner.multi_modal_projector, signal)
+        with undone_on_failure(tap.remove):
+            for signal in signals:
+                if isinstance(signal, UnpooledFrames):
+                    _collect(tap, self.inner.multi_modal_projector, signal)
         return tap
 
     def encoded(self, kind: str, output: Any, call: dict[str, Any], signals: dict[Signal, Tensor]) -> Encoded:
@@ -56,22 +59,20 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
     def layouts(self, kind: str, call: dict[str, Any], output: Any) -> list[Layout]:
         if kind == "image":
             return super().layouts(kind, call, output)
-        videos = len(output.pooler_output)
+        videos = compat.features(output)  # (videos, length, D)
         pooled = math.ceil(self.side / 2)
-        frames = output.pooler_output.shape[1] // pooled**2  # the newline may still be missing
+        frames = videos.shape[1] // pooled**2  # the newline may still be missing
         layout = Layout.video(frames, pooled, pooled)
-        return [Layout(layout.views, (Newline(layout.size, 0, layout.size),))] * videos
+        return [Layout(layout.views, (Newline(layout.size, 0, layout.size),))] * len(videos)
 
     def arrange(self, kind: str, values: Tensor, layouts: list[Layout], call: dict[str, Any]) -> list[Tensor]:
         if kind == "image":
             return super().arrange(kind, values, layouts, call)
-        pooled = self.inner.apply_pooling(values.float())  # (videos * frames, n, C)
+        pooled = compat.pooled_frames(self.inner, values.float())  # (videos * frames, n, C)
         return list(pooled.unflatten(0, (len(layouts), -1)).flatten(1, 2))
 
     def pack(self, views: tuple[Tensor, ...], call: dict[str, Any], separator: Tensor) -> list[Tensor]:
-        return self.inner.pack_image_features(
-            views, call["image_sizes"], image_newline=separator, vision_aspect_ratio=self._aspect(call)
-        )[0]
+        return compat.packed(self.inner, views, call["image_sizes"], separator, vision_aspect_ratio=self._aspect(call))
 
     def _cropped(self, call: dict[str, Any]) -> list[bool]:
         per_sample = call.get("batch_num_images")

@@ -18,8 +18,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from foveate.adapters.attachment import Replaced
-from foveate.adapters.base import Brought, Encoded, Modality, PromptWatch, bind, installed_transformers
+from foveate.adapters import compat
+from foveate.adapters.attachment import Replaced, undone_on_failure
+from foveate.adapters.base import Brought, Encoded, Modality, PromptWatch, bind
 from foveate.adapters.decoder import Decoder
 from foveate.adapters.hf_vit import HFTower
 from foveate.adapters.llava import LlavaAdapter
@@ -92,7 +93,7 @@ class LlavaOriginalAdapter(LlavaAdapter):
         return getattr(self.inner.config, "image_aspect_ratio", None) not in ("pad", "anyres")
 
     def block_tower(self) -> HFTower:
-        if installed_transformers() < (5, 0):
+        if compat.installed() < (5, 0):
             raise UnsupportedModelError(
                 "tokens cannot be merged inside the vision tower under transformers 4; use transformers 5, or a method that "
                 "acts at the decoder's entry"
@@ -135,7 +136,7 @@ class LlavaOriginalAdapter(LlavaAdapter):
         )
 
     def decoder(self, selector: Selector) -> Decoder:
-        if installed_transformers() < (5, 0):
+        if compat.installed() < (5, 0):
             from foveate.adapters.legacy_decoder import LegacyDecoder
 
             return LegacyDecoder(self.text_model, selector, mrope=False)
@@ -238,7 +239,8 @@ class SplicedPrompts(PromptWatch):
             return self._splice(splice, bind(splice, args, kwargs))
 
         self._method = Replaced(adapter.model, _SPLICE, watched)
-        self._handle = adapter.text_model.register_forward_pre_hook(self._embed, with_kwargs=True)
+        with undone_on_failure(self._method.remove):
+            self._handle = adapter.text_model.register_forward_pre_hook(self._embed, with_kwargs=True)
 
     def take(self, embeds: Tensor) -> Brought:
         prompt, self._prompt = self._prompt, None

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from foveate.adapters import compat
 from foveate.adapters.base import Adapter, Modality
 from foveate.adapters.signals import PackedTap
 from foveate.pruners.base import Layout, ModelInfo, Signal
@@ -87,7 +88,7 @@ class Qwen25VLAdapter(Qwen2VLAdapter):
         return tuple(self.tower.fullatt_block_indexes)
 
     def raster(self, grid_thw: Tensor) -> Tensor:
-        return torch.argsort(_window_order(self.tower, grid_thw).to(grid_thw.device))
+        return torch.argsort(compat.window_order(self.tower, grid_thw).to(grid_thw.device))
 
 
 class Qwen3VLAdapter(Qwen2VLAdapter):
@@ -130,18 +131,3 @@ def _stamp_before(ids: list[int], stop: int, like: list[int]) -> tuple[int, int]
 
 def _layout(frames: int, rows: int, cols: int) -> Layout:
     return Layout.grid(rows, cols) if frames == 1 else Layout.video(frames, rows, cols)
-
-
-def _window_order(tower: nn.Module, grid_thw: Tensor) -> Tensor:
-    """The tower's permutation: position p of its sequence holds merge unit ``order[p]``."""
-    if hasattr(tower, "get_window_index"):  # transformers before 5.20
-        return torch.as_tensor(tower.get_window_index(grid_thw)[0])
-    from transformers.vision_utils import get_vision_window_index
-
-    return get_vision_window_index(
-        grid_thw,
-        spatial_merge_size=tower.spatial_merge_size,
-        window_size=tower.window_size,
-        patch_size=tower.patch_size,
-        kwargs={},
-    )[0]

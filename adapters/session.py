@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.adapters.attachment import Attachment, attached_to
+from foveate.adapters import compat
+from foveate.adapters.attachment import Attachment, attached_to, undone_on_failure
 from foveate.adapters.base import Adapter, Brought, adapter_for
 from foveate.adapters.decoder_signals import DecoderTap
 from foveate.adapters.encoder import EncoderWatch
@@ -124,17 +125,15 @@ class Session(Attachment):
         self._scored: dict[int, Sequence[float]] = {}  # frame scores of the encoded videos
         self._prompt: Prompt | None = None
         self._writer = SequenceWriter(self._adapter, positions, separators, pruner.adaptive)
-        self._install()
-        self._claim()
+        self._parts: list[Any] = []  # what is on the model
+        with undone_on_failure(self._take_off):
+            self._install()
+            self._claim()
 
     # ------------------------------------------------------------------------------------------------- user's verbs
 
     def detach(self) -> None:
-        self._encoder.remove()
-        self._decoder_tap.remove()
-        self._decoder.remove()
-        self._prompt_watch.remove()
-        self._release()
+        self._take_off()
         self.forget()
 
     @contextlib.contextmanager
@@ -183,14 +182,24 @@ class Session(Attachment):
             raise ParameterError(f"{pruner.name} has two stages at one hook point: {places}")
         return stages
 
+    def _take_off(self) -> None:
+        for part in reversed(self._parts):
+            part.remove()
+        self._release()
+
     def _install(self) -> None:
         inside = block_stages(self._stages)
         signals = {signal for stage in self._stages if stage not in inside for signal in stage.signals.values()}
         inner_signals = [signal for signal in signals if isinstance(signal, DECODER)]
-        self._decoder_tap = DecoderTap(self._adapter.text_model.layers, inner_signals, lambda: self._prompt)
+        layers, put = self._adapter.text_model.layers, self._parts.append
+        self._decoder_tap = DecoderTap(layers, inner_signals, lambda: self._prompt)
+        put(self._decoder_tap)
         self._prompt_watch = self._adapter.watch_prompt()
+        put(self._prompt_watch)
         self._decoder = self._adapter.decoder(self)
+        put(self._decoder)
         self._encoder = EncoderWatch(self._adapter, self.pruner, self._stages, signals.difference(inner_signals))
+        put(self._encoder)
 
     # ----------------------------------------------------------------------------------- answers to the decoder hooks
 
@@ -219,6 +228,7 @@ class Session(Attachment):
         """Does the call bring visual tokens? They become the running call's items."""
         ids = brought.ids
         if ids is None or not brought.modalities or ids.shape != embeds.shape[:2]:
+            self._check_arrived(brought)
             self._encoder.forget()
             return False
         visual = torch.zeros_like(ids, dtype=torch.bool)
@@ -243,6 +253,19 @@ class Session(Attachment):
         trace.images = [item.trace for item in items if item.trace is not None]
         self._prompt = Prompt(self._decoder, ids, embeds, attended, visual, items, trace)
         return True
+
+    def _check_arrived(self, brought: Brought) -> None:
+        """Raise :class:`NotUnderstoodError` if pictures were encoded for this prompt and their features came unnoticed."""
+        if brought.ids is None or brought.modalities:
+            return
+        for modality in self._adapter.modalities:
+            encoded = self._encoder.encoded.get(modality.kind)
+            places = int((brought.ids == modality.token_id).sum()) if encoded else 0
+            if places and places == sum(layout.length for layout in encoded.layouts):
+                raise compat.not_understood(
+                    f"{places} {modality.kind} tokens were encoded, and {type(self._adapter.inner).__name__} was called "
+                    "without pixels or features under a name that is known"
+                )
 
     def _number(self, items: list[Item]) -> None:
         """Give each picture its id; beams share that of the first."""

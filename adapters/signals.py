@@ -7,7 +7,6 @@ done, so nothing of size N x N, and no query or key, outlives the block.
 from __future__ import annotations
 
 import itertools
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
@@ -16,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foveate.adapters import compat
+from foveate.adapters.attachment import undone_on_failure
 from foveate.cuda import (
     class_attention,
     given_attention,
@@ -128,7 +129,12 @@ class EncoderTap(Tap, ABC):
 
     def __init__(self, blocks: Sequence[nn.Module], signals: Iterable[Signal]) -> None:
         super().__init__()
-        signals = dict.fromkeys(signals)  # not a set: tensor-parallel processes must reduce in one order
+        with undone_on_failure(self.remove):
+            self._install(
+                blocks, dict.fromkeys(signals)
+            )  # not a set: tensor-parallel processes must reduce in one order
+
+    def _install(self, blocks: Sequence[nn.Module], signals: Iterable[Signal]) -> None:
         for i in {s.layer for s in signals}:
             mine = [s for s in signals if s.layer == i]
             features = [s for s in mine if isinstance(s, FEATURES)]
@@ -168,9 +174,10 @@ class SplitProjectionTap(EncoderTap):
         attention, seen = layer.self_attn, {}
 
         def reduce(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            q, k = (seen.pop(name).unflatten(-1, (module.num_heads, -1)).transpose(1, 2) for name in ("q", "k"))
+            shape = (compat.heads(module), -1)
+            q, k = (seen.pop(name).unflatten(-1, shape).transpose(1, 2) for name in ("q", "k"))
             for signal in signals:
-                self.values[signal] = statistic(signal, q, k, module.scale, self.prefix)
+                self.values[signal] = statistic(signal, q, k, compat.scale(module), self.prefix)
 
         self.remember(attention.q_proj, seen, "q")
         self.remember(attention.k_proj, seen, "k")
@@ -196,14 +203,14 @@ class PackedTap(EncoderTap):
 
     def _tap_attention(self, block: nn.Module, signals: list[Signal]) -> None:
         attention, seen = block.attn, {}
-        rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb_vision
+        rotate = compat.tower_rotation(attention)
 
         def reduce(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            q, k, _ = seen.pop("qkv").unflatten(-1, (3, module.num_heads, -1)).unbind(1)  # (S, H, d)
-            q, k = rotate(q, k, *kwargs["position_embeddings"])
-            bounds = kwargs["cu_seqlens"].tolist()
+            q, k, _ = seen.pop("qkv").unflatten(-1, (3, compat.heads(module), -1)).unbind(1)  # (S, H, d)
+            q, k = rotate(q, k, *compat.tower_rotary(kwargs))
+            bounds, scale = compat.segments(kwargs), compat.scale(module)
             for signal in signals:
-                self.values[signal] = mean_of_units(by_segment(signal, q, k, bounds, module.scaling), self.unit)
+                self.values[signal] = mean_of_units(by_segment(signal, q, k, bounds, scale), self.unit)
 
         self.remember(attention.qkv, seen, "qkv")
         self.hook(attention, reduce)

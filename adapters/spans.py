@@ -23,11 +23,13 @@ class Held:
     Attributes:
         places: ``(B, P)`` int64 places of the unpruned sequence in cache order, -1 where a row is padded.
         shift: ``(B,)`` how far positions of later tokens move back.
+        last: after a prompt, what :attr:`Span.last` says, where the next call is to be compared with it.
     """
 
     first_layer: int
     places: Tensor
     shift: Tensor
+    last: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass
@@ -74,6 +76,15 @@ class Span:
             places = torch.arange(width, device=self.index.device).expand(batch, -1)
             self._column = self.index.new_zeros(batch, self.alive.shape[1] + 1).scatter(1, self.index, places)
         return self._column
+
+    @property
+    def last(self) -> tuple[Tensor, Tensor]:
+        """``(B,)`` the largest rotary position of a row, and whether the row's last place is there and attended."""
+        there = torch.zeros_like(self.alive, dtype=torch.bool)
+        attended = self.mask[:, self.past :] & (self.index < self.alive.shape[1])
+        there = torch.nn.functional.pad(there, (0, 1)).scatter(1, self.index, attended)[:, :-1]
+        positions = self.place_positions.reshape(-1, *self.alive.shape).amax(0)
+        return torch.where(there, positions, -1).amax(1), there[:, -1]
 
     def restore(self, hidden: Tensor) -> Tensor:
         """``(B, K, D)`` back to the unpruned length ``(B, L, D)``.

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foveate.adapters.attachment import undone_on_failure
 from foveate.adapters.base import Adapter
 from foveate.adapters.signals import FEATURES
 from foveate.adapters.vit import BlockMerger, MergeTrace
@@ -25,8 +26,10 @@ class TowerMerging:
 
     def __init__(self, adapter: Adapter, pruner: Pruner, stages: Sequence[BlockStage]) -> None:
         self.adapter, self.pruner = adapter, pruner
+        projector = adapter.projector
         self._merger = BlockMerger(adapter.block_tower(), pruner, stages)
-        self._merger.hook(adapter.projector.register_forward_hook(self._spread))
+        with undone_on_failure(self._merger.remove):
+            self._merger.hook(projector.register_forward_hook(self._spread))
 
     def remove(self) -> None:
         """Take the merger off."""

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from foveate.adapters.attachment import undone_on_failure
 from foveate.adapters.signals import exact
 from foveate.cuda import merge_tokens
 from foveate.cuda.merging import merged_sizes, size_bias
@@ -209,13 +210,10 @@ class BlockMerger:
         self._undo: list[Callable[[], None]] = []
         self.holder: object = None  # whoever must live as long as the merger acts
         opened = [(stage, tower.halves(tower.blocks[stage.layer])) for stage in stages]
-        try:
+        with undone_on_failure(self.remove):
             for stage, halves in opened:
                 self._open(stage, halves, first=stage is stages[0])
             tower.pooled(self)
-        except BaseException:
-            self.remove()
-            raise
 
     def remove(self) -> None:
         """Give the model back what was its own."""

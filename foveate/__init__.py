@@ -42,6 +42,7 @@ _HOME = {
     "BudgetError": "foveate.errors",
     "InputError": "foveate.errors",
     "MissingSignalError": "foveate.errors",
+    "NotUnderstoodError": "foveate.errors",
     "ParameterError": "foveate.errors",
     "StoreError": "foveate.errors",
     "UnknownNameError": "foveate.errors",

@@ -11,6 +11,7 @@ __all__ = [
     "FoveateError",
     "InputError",
     "MissingSignalError",
+    "NotUnderstoodError",
     "ParameterError",
     "StoreError",
     "UnknownNameError",
@@ -44,6 +45,10 @@ class UnsupportedModelError(FoveateError, TypeError):
 
 class MissingSignalError(UnsupportedModelError):
     """The model cannot provide a signal that the method reads."""
+
+
+class NotUnderstoodError(UnsupportedModelError):
+    """The transformers at hand does something otherwise than any version that is known; nothing was answered."""
 
 
 class AttachError(FoveateError, RuntimeError):

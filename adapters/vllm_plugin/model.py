@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from foveate.adapters import compat
 from foveate.adapters.base import Adapter, Encoded
 from foveate.adapters.vllm_plugin.processor import FIELD, Announcement
 from foveate.adapters.vllm_plugin.serving import Emission, Serving, check_start, deepest_block, everything, skeleton
@@ -112,7 +112,7 @@ class Pruning:
         call = {"vision_feature_select_strategy": None, **kwargs}
         width = self._width(rows)
         values = {signal: self._arranged(value, kwargs) for signal, value in values.items()}
-        features = SimpleNamespace(pooler_output=[row[:, :width] for row in rows])
+        features = compat.as_output([row[:, :width] for row in rows])
         return self.foveate_adapter.adapter.encoded("image", features, call, values)
 
     def _width(self, rows: Sequence[Tensor]) -> int:

@@ -12,12 +12,12 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from foveate.adapters import compat
 from foveate.adapters.base import Adapter, adapter_for
 from foveate.adapters.vllm_plugin import ARCHITECTURES, TESTED
 from foveate.adapters.vllm_plugin.settings import Entry, Settings, canonical, merged, parse
@@ -339,7 +339,7 @@ def emitted(selection: Selection, layout: Layout, newlines: str) -> Emission:
 
 def layouts_of(adapter: Adapter, facts: Mapping[str, Any], count: int) -> list[Layout]:
     """Layouts of ``count`` pictures from what the processor says of them (``image_grid_thw``, ``image_sizes``)."""
-    return adapter.layouts("image", dict(facts), SimpleNamespace(pooler_output=[None] * count))
+    return adapter.layouts("image", dict(facts), compat.as_output([None] * count))
 
 
 @lru_cache(maxsize=4096)

@@ -524,7 +524,7 @@ def test_what_is_not_known_is_refused(tiny: Any, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(foveate.UnsupportedModelError, match="cls_patch"):
         foveate.attach(model, "fopru")
     model.get_vision_tower().select_feature = "patch"
-    monkeypatch.setattr("foveate.adapters.base.installed_transformers", lambda: (4, 45))
+    monkeypatch.setattr("foveate.adapters.compat.installed", lambda: (4, 45))
     with pytest.raises(foveate.UnsupportedModelError, match=r"transformers 4\.45"):
         foveate.attach(model, "fopru")
 
