@@ -17,7 +17,7 @@ new-venv = $(PYTHON) -m venv --clear $(1) || { $(PYTHON) -m venv --clear --witho
 	$(PYTHON) -m pip --python $(1)/bin/python install pip; }
 
 .DELETE_ON_ERROR:
-.PHONY: bench demo test test-lmms vllm-env test-vllm test-llava lint format clean
+.PHONY: bench demo test test-lmms vllm-env test-vllm test-llava check-releases lint format clean
 
 bench: .venv/core.stamp
 	$(BIN)/foveate bench $(BENCH) $(ARGS)
@@ -41,6 +41,10 @@ test-vllm: .venv-vllm/stamp
 # Models of the original LLaVA package under the transformers it was written for, in .venv-llava (1.2 GB).
 test-llava: .venv-llava/stamp
 	OMP_NUM_THREADS=1 .venv-llava/bin/python -m pytest -n 2 tests/adapters/test_llava_original.py $(ARGS)
+
+# Is a newer release of a dependency out than the tests were run with (foveate/tested.py)? Nothing is installed for it.
+check-releases:
+	$(PYTHON) -m tests.check_releases
 
 lint: .venv/lint.stamp
 	$(BIN)/ruff check .
@@ -87,9 +91,13 @@ clean:
 	.venv-vllm/bin/python -m pip install --no-deps --editable .
 	.venv-vllm/bin/python tests/vllm/prepare_env.py
 
-.venv-llava/stamp: tests/adapters/llava-requirements.txt
+# Everything that foveate itself needs, as setup.cfg has it, but for transformers
+.venv-llava/stamp: setup.cfg tests/adapters/llava-requirements.txt
 	$(call new-venv,.venv-llava)
-	.venv-llava/bin/python -m pip install --requirement tests/adapters/llava-requirements.txt
+	.venv-llava/bin/python -c "import configparser as c; p = c.ConfigParser(); p.read('setup.cfg'); \
+	needs = p['options']['install_requires'].split('\n'); \
+	print(*(n for n in needs if not n.startswith('transformers')), sep='\n')" > .venv-llava/core.txt
+	.venv-llava/bin/python -m pip install --requirement tests/adapters/llava-requirements.txt --requirement .venv-llava/core.txt
 	.venv-llava/bin/python -m pip install --no-deps $(LLAVA)
 	@touch $@
 
