@@ -68,7 +68,7 @@ def _warn_untested(release: str) -> None:
     warnings.warn(
         f"transformers {release} is newer than what foveate was tested with ({_tested()}); every prompt is checked while it "
         "runs, and an error is raised where something is not understood",
-        stacklevel=5,
+        stacklevel=6,  # whoever called attach()
     )
 
 
@@ -144,7 +144,21 @@ def cache_argument(function: Callable[..., Any], cache: Any) -> dict[str, Any]:
     Raises:
         NotUnderstoodError: it has none.
     """
-    return {_cache_name(getattr(function, "__func__", function)): cache}
+    return {cache_name(function): cache}
+
+
+def cache_name(function: Callable[..., Any]) -> str:
+    """What a function of transformers, or a method of a model, calls its KV cache.
+
+    Raises:
+        NotUnderstoodError: nothing that is known.
+    """
+    return _cache_name(getattr(function, "__func__", function))
+
+
+def handed_on(model: nn.Module, output: Any) -> dict[str, Any]:
+    """The cache of a model's output, as argument of its next call."""
+    return cache_argument(model.forward, returned_cache(output))
 
 
 @lru_cache
@@ -203,11 +217,6 @@ def check_text_model(text_model: nn.Module) -> None:
     forwards = {getattr(layer.forward, "__func__", layer.forward): type(layer).__name__ for layer in text_model.layers}
     for forward, layer in forwards.items():
         _require(forward, f"{layer}.forward", *names)
-    _check_mask_function()
-
-
-@lru_cache
-def _check_mask_function() -> None:
     from transformers.masking_utils import create_causal_mask
 
     given = ("config", "inputs_embeds", "attention_mask", "position_ids", "layer_idx")
@@ -412,7 +421,7 @@ def early_features(call: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def features(output: Any) -> Any:
-    """Features that an encoder method returns, on their way into the decoder; None where it was asked for a tuple."""
+    """Features that a method of a model returns, on their way into the decoder or pooled; None where it was asked for a tuple."""
     return getattr(output, "pooler_output", None)
 
 

@@ -152,7 +152,8 @@ class Decoder:
         mask = kwargs.get("attention_mask")
         call = self.selector.begin(embeds, mask, past)
         if call is Call.CONTINUATION and state is None:
-            _check_nothing_cached(cache, mask, length)
+            if cache is None:
+                _check_nothing_cached(mask, kwargs.get("position_ids"), length)
             return None
         _refuse(cache, state, mask, batch, past + length)
         mask = torch.ones(batch, past + length, device=embeds.device) if mask is None else mask.to(embeds.device)
@@ -248,12 +249,9 @@ class Decoder:
         hidden, width = args[0] if args else kwargs["hidden_states"], self.frame.span.index.shape[1]
         if hidden.shape[1] != width:
             raise compat.not_understood(f"{hidden.shape[1]} places reach {layer} {i}, where {width} should be left")
-        rotary = compat.layer_rotary(kwargs)
-        if i == 0 and rotary is not None and compat.untested():
-            if not all(_same(given, asked) for given, asked in zip(rotary, self.rotary(hidden))):
-                raise compat.not_understood(
-                    f"{layer} 0 works at other positions than {type(self.text_model).__name__} was given"
-                )
+        rotary = compat.layer_rotary(kwargs) if i == 0 and compat.untested() else None
+        if rotary is not None and not all(map(_same, rotary, self.rotary(hidden))):
+            raise compat.not_understood(f"{layer} 0 works at other positions than its model was given")
         return hidden
 
     def _check_cut(self, kwargs: dict[str, Any], where: str) -> None:
@@ -548,11 +546,14 @@ def _same(given: Tensor, asked: Tensor) -> bool:
     return given.shape[1:] == asked.shape[1:] and bool((given.to(asked.device) == asked).all())
 
 
-def _check_nothing_cached(cache: Any, mask: Any, length: int) -> None:
-    """Raise :class:`NotUnderstoodError` for a call whose mask tells of cached places, but which brings no cache."""
-    if cache is None and isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] > length:
+def _check_nothing_cached(mask: Any, positions: Tensor | None, length: int) -> None:
+    """Raise :class:`NotUnderstoodError` for a call without a cache that goes on behind cached places all the same."""
+    covered = mask.shape[1] if isinstance(mask, Tensor) and mask.ndim == 2 else length
+    if length == 1 and positions is not None and covered == length:
+        covered = int(positions.max()) + 1
+    if covered > length:
         raise compat.not_understood(
-            f"the attention mask covers {mask.shape[1]} places, the call brings {length} and no cache that is known as one"
+            f"the call is the last {length} of {covered} places, and brings no cache that is known as one"
         )
 
 

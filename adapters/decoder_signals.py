@@ -266,7 +266,8 @@ class DecoderTap(Tap):
             return self._lent.pop(module) if self._lends(module) else None
 
         for module in self._lenders(i):
-            self._handles += [module.register_forward_pre_hook(nothing), module.register_forward_hook(lent)]
+            self._handles.append(module.register_forward_pre_hook(nothing))
+            self._handles.append(module.register_forward_hook(lent))
 
     def _lends(self, module: nn.Module) -> bool:
         # while ahead() itself runs there is nothing to lend yet; gradients need the layer's own results

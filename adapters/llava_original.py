@@ -222,6 +222,52 @@ class LlavaOriginalAdapter(LlavaAdapter):
         return Encoded(layouts, self.arrange(kind, output, layouts, call), sorted_by_picture)
 
 
+class RenamedCache:
+    """Lets ``generate()`` of a transformers that calls the KV cache by another name reach the package's model.
+
+    From 5.24 on the package's own methods know neither the name that they are called with nor the one that they should pass
+    on. These here do the same under today's name, until :meth:`remove`; where the names agree, nothing is replaced.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._methods = model, []
+        owner = next(cls for cls in type(model).__mro__ if "prepare_inputs_for_generation" in vars(cls))
+        self._llama = super(owner, model)  # the model without the package's two methods
+        self._name = compat.cache_name(self._llama.forward)
+        self._own_name = compat.cache_name(model.forward)
+        if self._name != self._own_name:
+            with undone_on_failure(self.remove):
+                for name, method in (("forward", self._forward), ("prepare_inputs_for_generation", self._prepare)):
+                    own = getattr(model, name)
+                    self._methods.append(Replaced(model, name, functools.wraps(own)(functools.partial(method, own))))
+
+    def remove(self) -> None:
+        """Give the model its methods back."""
+        for method in reversed(self._methods):
+            method.remove()
+        self._methods.clear()
+
+    def _forward(self, own: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.pop(self._name, None)
+        call = bind(own, args, kwargs)
+        cache = call.pop(self._own_name) if cache is None else cache
+        images, sizes = call.pop("images"), call.pop("image_sizes")
+        if call["inputs_embeds"] is None:
+            ids, positions, mask, cache, embeds, labels = getattr(self._model, _SPLICE)(
+                call["input_ids"], call["position_ids"], call["attention_mask"], cache, call["labels"], images, sizes
+            )
+            call |= {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
+            call |= {"inputs_embeds": embeds, "labels": labels}
+        given = {name: value for name, value in call.items() if value is not None}
+        return self._llama.forward(**given, **{self._name: cache})
+
+    def _prepare(self, own: Callable[..., Any], /, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        pictures = {name: kwargs.pop(name) for name in ("images", "image_sizes") if name in kwargs}
+        kwargs.pop(self._own_name, None)
+        prepared = self._llama.prepare_inputs_for_generation(*args, **kwargs)
+        return prepared | {name: value for name, value in pictures.items() if value is not None}
+
+
 class SplicedPrompts(PromptWatch):
     """Learns from the package's splicing method itself where features, text and padding go.
 
@@ -240,7 +286,9 @@ class SplicedPrompts(PromptWatch):
 
         self._method = Replaced(adapter.model, _SPLICE, watched)
         with undone_on_failure(self._method.remove):
-            self._handle = adapter.text_model.register_forward_pre_hook(self._embed, with_kwargs=True)
+            self._names = RenamedCache(adapter.model)
+            with undone_on_failure(self._names.remove):
+                self._handle = adapter.text_model.register_forward_pre_hook(self._embed, with_kwargs=True)
 
     def take(self, embeds: Tensor) -> Brought:
         prompt, self._prompt = self._prompt, None
@@ -260,6 +308,7 @@ class SplicedPrompts(PromptWatch):
         self._prompt = None
 
     def remove(self) -> None:
+        self._names.remove()
         self._method.remove()
         super().remove()
 

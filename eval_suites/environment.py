@@ -16,6 +16,7 @@ import torch
 import transformers
 
 import foveate
+from foveate.adapters import compat
 from foveate.cuda.hardware import processor
 
 __all__ = ["environment", "machine", "version_of"]
@@ -28,7 +29,7 @@ def environment(model: torch.nn.Module) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "model_class": type(model).__name__,
         "revision": getattr(model.config, "_commit_hash", None),
-        "attention": getattr(model.config, "_attn_implementation", None),
+        "attention": compat.attention_kind(model.config),
     }
 
 

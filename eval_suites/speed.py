@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.adapters import attach
+from foveate.adapters import attach, compat
 from foveate.adapters.trace import Trace
 from foveate.errors import ParameterError
 from foveate.eval_suites import speed_serving, speed_vit
@@ -282,7 +282,7 @@ def _run(model: nn.Module, prompt: dict[str, Tensor], new: int, pruner: Pruner |
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
             clock = Clock(model.device)
             token = output.logits[:, -1].argmax(-1, keepdim=True)
-            output = model(input_ids=token, attention_mask=mask, past_key_values=output.past_key_values, use_cache=True)
+            output = model(input_ids=token, attention_mask=mask, use_cache=True, **compat.handed_on(model, output))
             steps.append(clock.lap())
         timing.first.append(steps[0])
         timing.decode.append(median(steps[1:]))

@@ -9,6 +9,8 @@ import torch
 import transformers
 from torch import Tensor
 
+from foveate.adapters import compat
+
 IMAGE, VIDEO, VISION_START, VISION_END, PAD, EOS = 90, 91, 92, 93, 0, 99
 VOCAB = 100
 SIDE, PATCH = 32, 8  # pixels per view, pixels per patch: 4 x 4 tokens a view
@@ -48,7 +50,7 @@ def tiny(family: str, attention: str = "sdpa", seed: int = 0) -> torch.nn.Module
     torch.manual_seed(seed)
     config = configuration(family)
     for part in (config, config.text_config, config.vision_config):
-        part._attn_implementation = attention
+        compat.set_attention_kind(part, attention)
     model = getattr(transformers, CLASSES[family])(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -57,7 +59,7 @@ def tiny(family: str, attention: str = "sdpa", seed: int = 0) -> torch.nn.Module
         model.lm_head.weight[IMAGE:] = 0  # greedy decoding stays clear of special tokens
     model.generation_config.pad_token_id = PAD
     model.generation_config.eos_token_id = EOS
-    assert config.text_config._attn_implementation == attention
+    assert compat.attention_kind(config.text_config) == attention
     return model
 
 
@@ -159,11 +161,9 @@ def picture(family: str, seed: int, shape: tuple[int, ...] | None = None) -> Pic
 
 
 def _anyres(height: int, width: int, g: torch.Generator) -> Picture:
-    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
-
-    down, across = get_anyres_image_grid_shape((height, width), PINPOINTS, SIDE)
     per_side = SIDE // PATCH
-    _, rows, cols = unpad_image(torch.zeros(1, down * per_side, across * per_side), (height, width)).shape
+    left, down, across = compat.anyres_canvas(height, width, PINPOINTS, SIDE, per_side)
+    rows, cols = left.shape
     pixels = torch.randn(1 + down * across, 3, SIDE, SIDE, generator=g)
     return Picture("image", pixels, torch.tensor([height, width]), per_side**2 + rows * (cols + 1))
 

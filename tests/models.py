@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import transformers
+from torch import nn
 
+from foveate.adapters import compat
 from foveate.eval_suites.tiny import (
     EOS,
     FAMILIES,
@@ -52,6 +54,8 @@ __all__ = [
     "VISION_START",
     "VOCAB",
     "Picture",
+    "cache_of",
+    "cached",
     "inputs",
     "picture",
     "qwen_processor",
@@ -67,6 +71,16 @@ CHAT = (
     "{% else %}{{ part['text'] }}{% endif %}{% endfor %}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant\n{% endif %}"
 )
+
+
+def cache_of(output: Any) -> Any:
+    """The KV cache of a model's output, whatever this transformers calls it."""
+    return compat.returned_cache(output)
+
+
+def cached(model: nn.Module, cache: Any) -> dict[str, Any]:
+    """``cache`` as an argument of the model."""
+    return compat.cache_argument(model.forward, cache)
 
 
 def character_tokenizer(special: dict[str, int]) -> Any:

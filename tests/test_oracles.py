@@ -20,7 +20,7 @@ from torch import Tensor
 
 import foveate
 from foveate.pruners.base import Pruner
-from tests.models import FAMILIES, IMAGE, VIDEO, VIDEO_FAMILIES, inputs, picture, single_view, tiny
+from tests.models import FAMILIES, IMAGE, VIDEO, VIDEO_FAMILIES, cache_of, cached, inputs, picture, single_view, tiny
 from tests.pruners.synthetic import TopNorm
 
 TOLERANCE = 1e-5
@@ -287,14 +287,14 @@ def continued(
         extra = {} if positions.ndim == 3 else {"position_ids": positions}
         output = model(**given, **extra, use_cache=True)
         logits, mask = [output.logits[:, -1]], given["attention_mask"]
-        cache, trace = output.past_key_values, session.trace
+        cache, trace = cache_of(output), session.trace
         for step in range(tokens.shape[1]):
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
             output = model(
                 input_ids=tokens[:, step : step + 1],
                 attention_mask=mask,
                 position_ids=positions[..., -1:] + 1 + step,
-                past_key_values=cache,
+                **cached(model, cache),
                 use_cache=True,
             )
             logits.append(output.logits[:, -1])

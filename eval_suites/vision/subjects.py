@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from foveate.adapters import compat
 from foveate.errors import FoveateError, ParameterError
 from foveate.eval_suites.vision import EMBEDDED, MODEL_PATH
 
@@ -157,7 +158,7 @@ def _transformers(name: str, source: str, device: torch.device, dtype: torch.dty
         if classifies:
             return model(pixels).logits
         pooled = model.get_image_features(pixels) if hasattr(model, "text_model") else model(pixels)
-        return pooled if isinstance(pooled, Tensor) else pooled.pooler_output
+        return pooled if isinstance(pooled, Tensor) else compat.features(pooled)
 
     encode = None
     if hasattr(model, "text_model"):
@@ -167,7 +168,7 @@ def _transformers(name: str, source: str, device: torch.device, dtype: torch.dty
         def encode(texts: Sequence[str]) -> Tensor:
             ids = tokenizer(list(texts), padding=padding, truncation=True, return_tensors="pt").to(device)
             found = model.get_text_features(**ids)
-            return found if isinstance(found, Tensor) else found.pooler_output
+            return found if isinstance(found, Tensor) else compat.features(found)
 
     named = model.config.id2label if classifies else {}
     return Subject(name, model, prepare, final, rows, encode, classifies, [(named[i],) for i in range(len(named))])

@@ -12,7 +12,7 @@ import foveate
 from foveate.errors import MissingSignalError, ParameterError
 from foveate.eval_suites.speed import Geometry
 from tests import models
-from tests.models import IMAGE, tiny
+from tests.models import IMAGE, cache_of, cached, tiny
 from tests.test_oracles import TOLERANCE, absent, continued, masked_logits, rope_positions, scene_inputs
 
 TOKENS_ONLY = foveate.CoreMatching(budget=0.4, neuron_layers=())
@@ -69,7 +69,7 @@ def test_the_released_mode_zeroes_cached_rows_and_nothing_else(monkeypatch: pyte
     assert tokens.shape[1] == length + 4
     assert torch.equal(output.logits, plain.logits)
     assert session.trace.cache_lengths == [length] * 7
-    for i, (mine, theirs) in enumerate(zip(output.past_key_values.layers, plain.past_key_values.layers)):
+    for i, (mine, theirs) in enumerate(zip(cache_of(output).layers, cache_of(plain).layers)):
         zero = (mine.keys == 0).all(dim=(1, 3)) & given["attention_mask"].bool()
         assert torch.equal(zero, (mine.values == 0).all(dim=(1, 3)) & given["attention_mask"].bool())
         assert bool(zero.any()) == (i >= 5)
@@ -94,9 +94,9 @@ def test_a_later_turn_counts_again_if_it_shall(refresh: bool) -> None:
     turn = torch.tensor([[11, 12, 13, 14, 15]])
     mask = torch.ones(1, given["input_ids"].shape[1] + turn.shape[1], dtype=torch.long)
     with foveate.attach(model, foveate.CoreMatching(select_layer=None, refresh=refresh)):
-        cache = model(**given, use_cache=True).past_key_values
+        cache = cache_of(model(**given, use_cache=True))
         first = dict(cache.foveate.neurons)
-        model(input_ids=turn, attention_mask=mask, past_key_values=cache)
+        model(input_ids=turn, attention_mask=mask, **cached(model, cache))
     assert list(first) == [0, 1, 2, 3]
     changed = [not torch.equal(first[i], core) for i, core in cache.foveate.neurons.items()]
     assert changed == [refresh] * 4
@@ -119,9 +119,9 @@ def test_a_later_turn_sees_evicted_caches(family: str, positions: str) -> None:
         whole["mm_token_type_ids"] = torch.nn.functional.pad(given["mm_token_type_ids"], (0, 4))
     place = rope_positions(model, whole)
     with foveate.attach(model, TOKENS_ONLY, positions=positions):
-        cache = model(**given, use_cache=True).past_key_values
+        cache = cache_of(model(**given, use_cache=True))
         assert len({layer.keys.shape[2] for layer in cache.layers}) == 1, "evicted everywhere"
-        found = model(input_ids=turn, attention_mask=whole["attention_mask"], past_key_values=cache).logits
+        found = model(input_ids=turn, attention_mask=whole["attention_mask"], **cached(model, cache)).logits
         assert cache.get_seq_length() == length + 4
     closed = place - torch.nn.functional.pad(gone[2], (0, 4)).long().cumsum(-1) if positions == "compact" else place
     rotary, handles = model.model.language_model.rotary_emb, []

@@ -16,6 +16,8 @@ import transformers
 from torch import Tensor
 
 import foveate
+from foveate.adapters.attachment import attached_to
+from foveate.adapters.llava_original import RenamedCache
 from foveate.pruners.base import (
     EncoderFeatures,
     Hook,
@@ -33,6 +35,8 @@ package = pytest.importorskip(
     "llava.model.language_model.llava_llama", reason="llava-torch is not installed (pip install --no-deps llava-torch)"
 )
 
+# what the package's own forward, without foveate, makes transformers say
+pytestmark = pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
 OLD = transformers.__version__.startswith("4.")
 IMAGE, IGNORE, PAD, EOS, VOCAB = -200, -100, 0, 99, 100
 SIDE, PATCH, VIEW = 32, 8, 16  # pixels, pixels, tokens of one view
@@ -143,8 +147,16 @@ def package_function(name: str) -> Any:
 
 
 def generate(model: torch.nn.Module, given: dict[str, Any], **options: Any) -> Tensor:
-    """The new tokens; transformers 4 puts a start token in front of them."""
-    new = model.generate(given["input_ids"], **{k: v for k, v in given.items() if k != "input_ids"}, **options)
+    """The new tokens; transformers 4 puts a start token in front of them.
+
+    From transformers 5.24 on the package's model cannot generate by itself: what foveate lends it, it has unpruned too here.
+    """
+    names = RenamedCache(model) if attached_to(model) is None else None
+    try:
+        new = model.generate(given["input_ids"], **{k: v for k, v in given.items() if k != "input_ids"}, **options)
+    finally:
+        if names is not None:
+            names.remove()
     return new[:, -options["max_new_tokens"] :]
 
 
@@ -470,6 +482,19 @@ def test_beams_see_the_same_picture(tiny: Any) -> None:
             torch.nn.functional.pad(spliced.visual, (0, 1)),
         )
     assert (out.sequences_scores - score).abs().max() < 1e-4
+
+
+def test_an_attached_model_says_nothing_of_old_names(tiny: Any) -> None:
+    """Statement: a user with a pruner attached is not told what transformers is about to take from the package."""
+    model = tiny()
+    given = prompts(model, SCENES["padded"])
+    with foveate.attach(model, STAGED), warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        logits = model(**given).logits
+        output = model(**given, use_cache=True)
+        generate(model, given, **GREEDY)
+    assert torch.equal(output.logits, logits)
+    assert not {"forward", "prepare_inputs_for_generation"} & vars(model).keys()
 
 
 def test_text_alone_is_left_as_it_is(tiny: Any) -> None:

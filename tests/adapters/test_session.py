@@ -16,7 +16,7 @@ import transformers
 import foveate
 from foveate.pruners.base import Hook, ModelInfo, Selection, Stage, Tokens
 from foveate.pruners.merging import Merger
-from tests.models import FAMILIES, IMAGE, inputs, picture, tiny
+from tests.models import FAMILIES, IMAGE, cache_of, cached, inputs, picture, tiny
 from tests.pruners.synthetic import TopNorm
 from tests.test_oracles import dropped_places, masked_logits, rope_positions, scene_inputs
 
@@ -51,7 +51,7 @@ def test_manual_decoding_with_the_cache_equals_generate(family: str) -> None:
             width = grown.sequences.shape[1] - continued["mm_token_type_ids"].shape[1]
             continued["mm_token_type_ids"] = torch.nn.functional.pad(continued["mm_token_type_ids"], (0, width))
         rest = model.generate(
-            **continued, past_key_values=grown.past_key_values, **{**GREEDY, "max_new_tokens": 3, "min_new_tokens": 3}
+            **continued, **cached(model, cache_of(grown)), **{**GREEDY, "max_new_tokens": 3, "min_new_tokens": 3}
         )
         assert torch.equal(rest, expected)
 
@@ -74,9 +74,9 @@ def test_several_tokens_behind_a_returned_cache_equal_one_call(family: str, posi
         if "mm_token_type_ids" in given:
             whole_given["mm_token_type_ids"] = torch.nn.functional.pad(given["mm_token_type_ids"], (0, 4))
         whole = model(**whole_given).logits[:, length:]
-        cache = model(**given, use_cache=True).past_key_values
+        cache = cache_of(model(**given, use_cache=True))
         assert cache.get_seq_length() == length
-        part = model(input_ids=tail, past_key_values=cache, attention_mask=whole_given["attention_mask"]).logits
+        part = model(input_ids=tail, **cached(model, cache), attention_mask=whole_given["attention_mask"]).logits
         assert cache.get_seq_length() == length + 4
     assert (part - whole).abs().max() < 1e-5
 
@@ -95,9 +95,9 @@ def test_two_turns_with_a_picture_each_equal_one_call(pruner: TopNorm, positions
         expected = model(**whole).logits[0, width:]
         alive = ~dropped_places(whole, session.trace, 4)[3][0, width:]
         head = {"input_ids": whole["input_ids"][:, :width], "pixel_values": first.pixels[None]}
-        cache = model(**head, attention_mask=torch.ones(1, width), use_cache=True).past_key_values
+        cache = cache_of(model(**head, attention_mask=torch.ones(1, width), use_cache=True))
         tail = {"input_ids": whole["input_ids"][:, width:], "pixel_values": second.pixels[None]}
-        found = model(**tail, attention_mask=torch.ones(1, total), past_key_values=cache).logits[0]
+        found = model(**tail, attention_mask=torch.ones(1, total), **cached(model, cache)).logits[0]
         assert cache.get_seq_length() == total
         assert len(session.trace.images) == 1
     assert (found - expected)[alive].abs().max() < 1e-5
@@ -335,7 +335,7 @@ def test_a_mixed_batch_prunes_only_where_there_is_a_picture(family: str, text: i
     alive = given["attention_mask"][0].bool() & ~gone[0][0]
     assert (out.logits - reference)[0][alive].abs().max() < 1e-5
     with foveate.attach(model, "random"):
-        assert out.past_key_values.get_seq_length() == given["input_ids"].shape[1]
+        assert cache_of(out).get_seq_length() == given["input_ids"].shape[1]
 
 
 def test_right_padding_in_training_batches() -> None:
@@ -402,13 +402,13 @@ def test_a_failing_pruner_leaves_the_model_usable() -> None:
 def test_a_pruned_cache_cannot_be_continued_by_a_detached_model() -> None:
     model, given = tiny("llava"), scene_inputs("llava", "single")
     with foveate.attach(model, STAGED):
-        cache = model(**given, use_cache=True).past_key_values
+        cache = cache_of(model(**given, use_cache=True))
         kept = copy.deepcopy(cache)
     mask = torch.ones(1, given["input_ids"].shape[1] + 1, dtype=torch.long)
     with pytest.raises(foveate.AttachError, match="attach a pruner again"):
-        model(input_ids=torch.tensor([[5]]), past_key_values=cache, attention_mask=mask)
+        model(input_ids=torch.tensor([[5]]), **cached(model, cache), attention_mask=mask)
     with foveate.attach(model, "random"):  # any pruner will do: the cache knows what it holds
-        model(input_ids=torch.tensor([[5]]), past_key_values=kept, attention_mask=mask)
+        model(input_ids=torch.tensor([[5]]), **cached(model, kept), attention_mask=mask)
 
 
 def test_bare_models_and_names_and_parameters() -> None:
@@ -572,13 +572,13 @@ def test_calls_that_cannot_be_pruned_are_refused() -> None:
         if ENCODES_ONCE:  # elsewhere transformers loses the picture in chunks, attached or not
             with pytest.raises(foveate.InputError, match="chunked prefill"):
                 model.generate(**given, **GREEDY, prefill_chunk_size=8)
-        cache = model(**given, use_cache=True).past_key_values
-        cropped = model(**given, use_cache=True).past_key_values
+        cache = cache_of(model(**given, use_cache=True))
+        cropped = cache_of(model(**given, use_cache=True))
         type(cropped).crop(cropped, -2)
         with pytest.raises(foveate.InputError, match="cropped or reset"):
-            model(input_ids=torch.tensor([[5]]), past_key_values=cropped)
+            model(input_ids=torch.tensor([[5]]), **cached(model, cropped))
         with pytest.raises(foveate.InputError, match="unpruned sequence"):
-            model(input_ids=torch.tensor([[5]]), past_key_values=cache, attention_mask=torch.ones(1, 4))
+            model(input_ids=torch.tensor([[5]]), **cached(model, cache), attention_mask=torch.ones(1, 4))
         assert cache.get_seq_length() == length  # a refused call leaves the cache as it was
         assert torch.equal(model(**given).logits, good)
 

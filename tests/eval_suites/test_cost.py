@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import foveate
 from foveate.eval_suites.cost import DecoderShape
-from tests.models import IMAGE, inputs, picture, tiny
+from tests.models import IMAGE, cache_of, inputs, picture, tiny
 
 
 def counted(model: torch.nn.Module, call: dict[str, torch.Tensor]) -> int:
@@ -31,11 +31,11 @@ def test_flops_and_cache_are_those_of_the_tokens_that_each_layer_saw(family, met
     text = call["input_ids"].shape[1] - visual
     if method is None:
         lengths, found = [text + visual] * shape.layers, counted(model, call)
-        cache = model(**call, use_cache=True).past_key_values
+        cache = cache_of(model(**call, use_cache=True))
     else:
         with foveate.attach(model, method, positions="keep") as session:
             found = counted(model, call)
-            cache = model(**call, use_cache=True).past_key_values
+            cache = cache_of(model(**call, use_cache=True))
         lengths = [text + n for n in session.trace.tokens_per_layer]
         assert sum(lengths) < shape.layers * (text + visual)
     # what choosing the tokens costs is counted by PyTorch, too, and is no part of the decoder's prefill
