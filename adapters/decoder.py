@@ -150,7 +150,7 @@ class Decoder:
         batch, length = embeds.shape[:2]
         past = state.length if state else compat.told_length(cache) if cache is not None else 0
         mask = kwargs.get("attention_mask")
-        call = self.selector.begin(embeds, mask, past)
+        call = self.selector.begin(embeds, mask if isinstance(mask, Tensor) else None, past)
         if call is Call.CONTINUATION and state is None:
             if cache is None:
                 _check_nothing_cached(mask, kwargs.get("position_ids"), length)
