@@ -1,14 +1,15 @@
 """Maps the inputs of a golden case, given by meaning, to calls of the shipped functions.
 
 Recorded attention maps enter the attention operations as scores: with queries ``log P``, keys the identity and scale 1 the
-operation's softmax gives P back. Nothing here computes what a method computes; parameters and inputs that are not understood
-raise.
+operation's softmax gives P back. Nothing here computes what a method computes; parameters that are not understood
+raise, inputs that nothing reads are warned of.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -94,7 +95,7 @@ def run_case(method: str, params: Case, inputs: Tensors) -> Tensors:
     """Outputs of one case under the names of its file.
 
     Raises:
-        UnknownParameter: a parameter, the value of one, or an input that is not understood.
+        UnknownParameter: a parameter, or the value of one, that is not understood.
         KeyError: an input is missing.
         AssertionError: the case states something that the shipped code derives otherwise.
     """
@@ -102,7 +103,8 @@ def run_case(method: str, params: Case, inputs: Tensors) -> Tensors:
     outputs = RUNNERS[method](stated, given)
     stated.done()
     if given.unread:
-        raise UnknownParameter(f"{method}: inputs not understood: {', '.join(sorted(given.unread))}")
+        # the outputs are compared all the same, so a case cannot pass for ignoring what matters
+        warnings.warn(f"{method}: inputs that nothing reads: {', '.join(sorted(given.unread))}", stacklevel=2)
     return outputs
 
 
@@ -148,7 +150,7 @@ class Params:
 
 
 class Inputs(dict[str, Tensor]):
-    """Tensors of a case; every one must be read, or named as a remark, before the case counts as understood."""
+    """Tensors of a case, which note those that are read or named as a remark."""
 
     def __init__(self, tensors: Tensors) -> None:
         super().__init__(tensors)
