@@ -177,7 +177,6 @@ class Decoder:
         if call is Call.CONTINUATION:
             for i, mlp in self.mlps.items():
                 mlp.serve(state.neurons.get(i))
-        if call is Call.CONTINUATION:
             _check_follows(held[0], frame.span)
         if choice is None and state is None:
             return None  # nothing pruned here: the caller's own arguments go on
