@@ -236,6 +236,7 @@ def divprune_by_definition(features: Tensor, k: int) -> list[int]:
     """Max-min diversity over the cosine distance matrix in float64, as the paper writes it."""
     x = normalize(features.double(), dim=-1)
     distance = 1 - x @ x.T
+    distance = distance.triu() + distance.triu(1).T  # a pair has one distance, however (i, j) and (j, i) are rounded
     n = len(x)
     nearest = [min(float(distance[i, j]) for j in range(n) if j != i) for i in range(n)]
     chosen = [max(range(n), key=lambda i: (nearest[i], -i))]
