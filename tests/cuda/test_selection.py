@@ -122,8 +122,8 @@ def test_images_are_grouped_by_memory_without_changing_them(monkeypatch):
 @pytest.mark.parametrize("gram", [1 << 25, 0], ids=["whole", "row by row"])
 def test_conditional_dpp_maximises_the_determinant(gram, monkeypatch):
     monkeypatch.setattr(selection, "_GRAM_ELEMENTS", {"cpu": gram})
-    relevance = torch.rand(2, 24) + 0.1
-    assert conditional_dpp(tokens(24, 32), relevance, 8).tolist() == literal_dpp(tokens(24, 32), relevance, 8)
+    features, relevance = tokens(24, 32), torch.rand(2, 24) + 0.1
+    assert conditional_dpp(features, relevance, 8).tolist() == literal_dpp(features, relevance, 8)
 
 
 @pytest.mark.parametrize("k", [0, 6, -1])
