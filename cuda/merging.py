@@ -1,7 +1,8 @@
 """What token mergers need: how redundant a token is, its nearest partner, and the weighted mean of a group.
 
 Inputs may have any float dtype and strides; scores are float32 products of float32 factors, also where TF32 is allowed:
-the groups depend on the order of scores, which coarser products change.
+the groups depend on the order of scores, which coarser products change. Their last bits depend on the processor, and so may
+the choice between targets that are equal but for these.
 """
 
 from __future__ import annotations

@@ -257,7 +257,8 @@ def test_low_precision_models_keep_their_type(name: str) -> None:
 
 def paired_by_energy(metric: Tensor, r: int, margin: float) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """PiToMe's protected pairing of patches behind a class token by the paper's formulas in float64: the pictures in which
-    float32 can tell all energies apart, and kept rows, sources, and the kept rows that they join. ``metric (B, 1 + N, d)``."""
+    float32 can tell all energies and matches apart, and kept rows, sources, and the kept rows that they join.
+    ``metric (B, 1 + N, d)``."""
     unit = F.normalize(metric.double()[:, 1:], dim=-1)
     x = unit @ unit.mT - margin
     energy = torch.where(x > 0, x, torch.exp(x) - 1).mean(dim=-1)
@@ -266,7 +267,9 @@ def paired_by_energy(metric: Tensor, r: int, margin: float) -> tuple[Tensor, tup
     order = ranking.indices
     source, target, protected = order[:, 0 : 2 * r : 2], order[:, 1 : 2 * r : 2], order[:, 2 * r :]
     rows = torch.arange(len(unit))[:, None]
-    match = (unit[rows, source] @ unit[rows, target].mT).argmax(dim=-1)
+    similarity = unit[rows, source] @ unit[rows, target].mT
+    match, best = similarity.argmax(dim=-1), similarity.topk(2).values
+    clear &= (best[..., 0] - best[..., 1]).amin(dim=-1) > 1e-6
     keep = torch.cat([torch.zeros(len(unit), 1, dtype=torch.long), 1 + protected, 1 + target], dim=1)
     return clear, (keep, 1 + source, 1 + protected.shape[1] + match)
 

@@ -76,10 +76,11 @@ def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     metric = drawn(2, 23, 8)
     energy, match = similarity_energy(metric, 0.2), best_match(metric[:, ::2], metric[:, 1::2])
     monkeypatch.setattr("foveate.cuda.blocks._BLOCK_ELEMENTS", 2 * 23 * 3)
-    torch.testing.assert_close(similarity_energy(metric, 0.2), energy, atol=1e-7, rtol=1e-6)
+    # products of fewer rows may be summed in another order: some units in the last place of cosines near one
+    torch.testing.assert_close(similarity_energy(metric, 0.2), energy, atol=1e-6, rtol=1e-5)
     blocked = best_match(metric[:, ::2], metric[:, 1::2])
     assert torch.equal(blocked[1], match[1])
-    torch.testing.assert_close(blocked[0], match[0], atol=1e-7, rtol=1e-6)
+    torch.testing.assert_close(blocked[0], match[0], atol=1e-6, rtol=1e-5)
 
 
 GROUPS = {

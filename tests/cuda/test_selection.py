@@ -23,6 +23,7 @@ def literal_diverse(features: Tensor, k: int, start: Tensor | None, objective: s
     result = []
     for image, x in enumerate(normalize(features.double(), dim=-1)):
         cosine = x @ x.T
+        cosine = cosine.triu() + cosine.triu(1).T  # a pair has one similarity, however (i, j) and (j, i) are rounded
         if start is None:
             isolation = [
                 max([cosine[i, j].item() for j in range(len(x)) if j != i], default=-1.0) for i in range(len(x))
@@ -76,19 +77,37 @@ def test_diverse_subset_without_a_gram_matrix(objective, start, monkeypatch):
     check_diverse(tokens(40, 16), 12, start, objective)
 
 
+def round_unevenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right halves of products are one unit in the last place larger, so that (i, j) and (j, i) differ on any processor."""
+    matmul = torch.matmul
+
+    def uneven(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
+        product = matmul(a, b, out=out)
+        right = product[..., product.shape[-1] // 2 :]
+        right.copy_(right.nextafter(torch.full_like(right, torch.inf)))
+        return product
+
+    monkeypatch.setattr(torch, "matmul", uneven)
+    monkeypatch.setattr(Tensor, "__matmul__", uneven)
+
+
+@pytest.mark.parametrize("uneven", [False, True], ids=["rounded as here", "rounded unevenly"])
 @pytest.mark.parametrize("elements", [1 << 25, 0], ids=["whole", "row by row"])
-def test_of_two_tokens_nearest_to_each_other_the_first_is_as_isolated(elements, monkeypatch):
+def test_of_two_tokens_nearest_to_each_other_the_first_is_as_isolated(elements, uneven, monkeypatch):
     """Whatever rounding makes of their similarity in one order and in the other."""
-    monkeypatch.setattr(selection, "_GRAM_ELEMENTS", {"cpu": elements})
-    monkeypatch.setattr(
-        selection, "_BLOCK_ELEMENTS", 4 * 70
-    )  # four rows at once, and four products of shapes of their own
+    pictures = []
     for seed in range(20):
         torch.manual_seed(seed)
         crowd, pair = torch.randn(1, 1, 96) + 0.1 * torch.randn(1, 67, 96), torch.randn(1, 1, 96)
         pair = torch.cat([pair, pair + 3 * torch.randn(1, 1, 96)], dim=1)
-        features = torch.cat([crowd[:, :30], pair[:, :1], crowd[:, 30:], pair[:, 1:]], dim=1)
-        assert diverse_subset(features, 1).tolist() == literal_diverse(features, 1, None, "max_min")
+        pictures.append(torch.cat([crowd[:, :30], pair[:, :1], crowd[:, 30:], pair[:, 1:]], dim=1))
+    expected = [literal_diverse(features, 1, None, "max_min") for features in pictures]
+    monkeypatch.setattr(selection, "_GRAM_ELEMENTS", {"cpu": elements})
+    # four rows at once, and four products of shapes of their own
+    monkeypatch.setattr(selection, "_BLOCK_ELEMENTS", 4 * 70)
+    if uneven:
+        round_unevenly(monkeypatch)
+    assert [diverse_subset(features, 1).tolist() for features in pictures] == expected
 
 
 def test_images_are_grouped_by_memory_without_changing_them(monkeypatch):
@@ -103,8 +122,8 @@ def test_images_are_grouped_by_memory_without_changing_them(monkeypatch):
 @pytest.mark.parametrize("gram", [1 << 25, 0], ids=["whole", "row by row"])
 def test_conditional_dpp_maximises_the_determinant(gram, monkeypatch):
     monkeypatch.setattr(selection, "_GRAM_ELEMENTS", {"cpu": gram})
-    relevance = torch.rand(2, 24) + 0.1
-    assert conditional_dpp(tokens(24, 32), relevance, 8).tolist() == literal_dpp(tokens(24, 32), relevance, 8)
+    features, relevance = tokens(24, 32), torch.rand(2, 24) + 0.1
+    assert conditional_dpp(features, relevance, 8).tolist() == literal_dpp(features, relevance, 8)
 
 
 @pytest.mark.parametrize("k", [0, 6, -1])

@@ -56,7 +56,9 @@ def test_best_match(n, d, dtype, both):
     targets[:, 0] = targets[:, -1]  # equal targets: the lower index counts
     kernel, reference = both(best_match, sources, targets)
     torch.testing.assert_close(kernel[0], reference[0], rtol=1e-5, atol=1e-6)
-    assert torch.equal(kernel[1], reference[1])
+    # some processors round the reference's products with the last target unlike those with the first
+    by_rule = reference[1].where(reference[1] < targets.shape[1] - 1, 0)
+    assert torch.equal(kernel[1], by_rule)
 
 
 def test_best_match_of_valid_tokens(both):

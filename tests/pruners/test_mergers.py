@@ -124,7 +124,8 @@ def test_the_best_pairs_of_the_energy_ranking_merge() -> None:
     energy = similarity_energy(x, 0.5)
     groups = energy_matching(x, energy, 5)
     order = ranked(energy)[0]
-    similarity = torch.nn.functional.cosine_similarity(x[0, order[0::2], None], x[0, None, order[1::2]], dim=-1)
+    exact = x[0].double()
+    similarity = torch.nn.functional.cosine_similarity(exact[order[0::2], None], exact[None, order[1::2]], dim=-1)
     best = similarity.amax(dim=1).argsort(descending=True)[:5]
     assert groups.source[0].tolist() == order[0::2][best].tolist()
     assert groups.keep.gather(1, groups.target)[0].tolist() == order[1::2][similarity[best].argmax(dim=1)].tolist()

@@ -193,7 +193,7 @@ def plain_average(frame: torch.Tensor, cells: tuple[int, int]) -> torch.Tensor:
 
 def plain_tome(tokens: torch.Tensor, k: int) -> torch.Tensor:
     while len(tokens) > k:
-        unit = tokens / tokens.norm(dim=-1, keepdim=True)
+        unit = tokens.double() / tokens.double().norm(dim=-1, keepdim=True)
         best = [max((float(unit[a] @ unit[b]), -b) for b in range(1, len(tokens), 2)) for a in range(0, len(tokens), 2)]
         order = sorted(range(len(best)), key=lambda a: -best[a][0])
         r = min(len(tokens) - k, len(tokens) // 2)
