@@ -86,6 +86,7 @@ clean:
 	.venv-vllm/bin/python -m pip install --requirement tests/vllm/requirements.txt
 	.venv-vllm/bin/python -m pip install --no-deps --editable .
 	.venv-vllm/bin/python tests/vllm/prepare_env.py
+	@touch $@
 
 .venv-llava/stamp: tests/adapters/llava-requirements.txt
 	$(call new-venv,.venv-llava)
