@@ -214,8 +214,12 @@ class Serving:
         if layout.size > _REHEARSED and not layout.newlines:
             return count
         rehearsed = self._rehearsed(layout)
-        if int((rehearsed.source >= 0).sum()) != count:
-            self._refuse(f"announced {count} tokens and kept {int((rehearsed.source >= 0).sum())}")
+        kept = int((rehearsed.source >= 0).sum())
+        if kept != count:
+            raise ParameterError(
+                f"{self.pruner.name} announces {count} tokens for a picture of {layout.size} and keeps {kept}; vLLM needs both "
+                "to be equal: mend the method's kept_in() or kept_on()"
+            )
         return len(rehearsed.places)
 
     def _rehearsed(self, layout: Layout) -> Emission:

@@ -84,6 +84,13 @@ def test_budgets_that_a_picture_cannot_meet_fail_in_the_front_end():
         announced(adapter, {"pruner": "visionzip", "dominant": 20, "contextual": 2}, Layout.grid(4, 4))
 
 
+def test_a_method_that_keeps_another_number_than_it_announces_fails_in_the_front_end(monkeypatch):
+    serving = Serving(skeleton(tiny("llava").config), parse({"pruner": "hiprune", "keep": 4}))
+    monkeypatch.setattr(type(serving.pruner), "kept_on", lambda self, model, layout: 5)
+    with pytest.raises(ParameterError, match="hiprune announces 5 tokens for a picture of 16 and keeps 4"):
+        serving.length(Layout.grid(4, 4))
+
+
 def test_engines_start_with_known_families_only():
     config = tiny("llava").config
     check_start("LlavaForConditionalGeneration", config, {"pruner": "hiprune"})
