@@ -24,8 +24,8 @@ ARCHITECTURES = {
 }
 """vLLM's architectures that can be pruned, and who serves them: ``module:class`` in this package."""
 
-TESTED = "0.32"
-"""The minor version of vLLM whose internals this package was written against and is tested with."""
+TESTED = ("0.32", "0.33")
+"""Minor versions of vLLM whose internals this package knows and was tried with."""
 
 
 def register() -> None:

@@ -68,12 +68,13 @@ def _skeleton(kind: type, text: str) -> Adapter:
 
 
 def check_version() -> None:
-    """Raise :class:`UnsupportedModelError` unless vLLM is the minor version that the plugin knows from inside."""
+    """Raise :class:`UnsupportedModelError` unless vLLM is of a minor version that the plugin knows from inside."""
     import vllm
 
-    if not vllm.__version__.startswith(f"{TESTED}."):
+    if not vllm.__version__.startswith(tuple(f"{minor}." for minor in TESTED)):
         raise UnsupportedModelError(
-            f"foveate prunes inside vLLM {TESTED}, and this is vLLM {vllm.__version__}: pip install 'foveate[vllm]'"
+            f"foveate prunes inside vLLM {' and '.join(TESTED)}, and this is vLLM {vllm.__version__}: pip install "
+            "'foveate[vllm]'"
         )
 
 

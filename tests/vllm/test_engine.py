@@ -11,10 +11,10 @@ from tests.vllm.engines import EMBEDDED, folder, picture, served, start
 HIPRUNE = {"pruner": "hiprune", "keep": 0.3}
 
 
-def test_vllm_is_the_version_that_the_plugin_was_written_against():
+def test_vllm_is_of_a_version_that_the_plugin_knows():
     import vllm
 
-    assert vllm.__version__.startswith(f"{TESTED}.")
+    assert ".".join(vllm.__version__.split(".")[:2]) in TESTED
 
 
 def test_vllm_still_has_what_the_plugin_overrides():

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import foveate
+from foveate.adapters.vllm_plugin import TESTED
 from foveate.adapters.vllm_plugin.serving import (
     Serving,
     announced,
     check_request,
     check_start,
+    check_version,
     deepest_block,
     emitted,
     everything,
@@ -89,6 +94,16 @@ def test_a_method_that_keeps_another_number_than_it_announces_fails_in_the_front
     monkeypatch.setattr(type(serving.pruner), "kept_on", lambda self, model, layout: 5)
     with pytest.raises(ParameterError, match="hiprune announces 5 tokens for a picture of 16 and keeps 4"):
         serving.length(Layout.grid(4, 4))
+
+
+def test_versions_that_the_plugin_does_not_know_are_refused(monkeypatch):
+    for version in (*(f"{minor}.0" for minor in TESTED), f"{TESTED[-1]}.1+cu130"):
+        monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__=version))
+        check_version()
+    for version in ("0.31.0", "0.34.0", f"{TESTED[0]}0.0", f"1.{TESTED[0]}"):
+        monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__=version))
+        with pytest.raises(UnsupportedModelError, match=f"inside vLLM 0.32 and 0.33, and this is vLLM {version}"):
+            check_version()
 
 
 def test_engines_start_with_known_families_only():
