@@ -46,8 +46,9 @@ def _check_at_start(registry: object) -> None:
     def checked(architectures: str | list[str], model_config: object) -> object:
         given = getattr(model_config.hf_config, "foveate", None)
         if given is not None:
-            from foveate.adapters.vllm_plugin.serving import check_start, check_version
+            from foveate.adapters.vllm_plugin.serving import check_front_end, check_start, check_version
 
+            check_front_end()
             check_version()
             check_start(architectures, model_config.hf_config, given, model_config.model_impl)
         _check_requests()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -75,6 +76,24 @@ def check_version() -> None:
         raise UnsupportedModelError(
             f"foveate prunes inside vLLM {' and '.join(TESTED)}, and this is vLLM {vllm.__version__}: pip install "
             "'foveate[vllm]'"
+        )
+
+
+def check_front_end() -> None:
+    """Raise :class:`UnsupportedModelError` where vLLM is told to use its front end in Rust.
+
+    That one counts a picture's tokens by itself and loads no plugin, so the engine would serve every picture unpruned.
+    ``vllm-rs serve`` sets the variable for the engine that it starts.
+    """
+    given = os.environ.get("VLLM_USE_RUST_FRONTEND", "0")
+    try:
+        wanted = bool(int(given))  # as vLLM reads it
+    except ValueError:
+        wanted = True  # vLLM itself stops at it
+    if wanted:
+        raise UnsupportedModelError(
+            f"VLLM_USE_RUST_FRONTEND={given}: vLLM's front end in Rust loads no plugin, and pictures would not be pruned; unset "
+            "it (and start `vllm serve`, not `vllm-rs serve`), or remove the foveate entry to serve the model unpruned"
         )
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import foveate
-from foveate.adapters.vllm_plugin import TESTED
+from foveate.adapters.vllm_plugin import TESTED, _check_at_start
 from foveate.adapters.vllm_plugin.serving import (
     Serving,
     announced,
@@ -104,6 +104,18 @@ def test_versions_that_the_plugin_does_not_know_are_refused(monkeypatch):
         monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__=version))
         with pytest.raises(UnsupportedModelError, match=f"inside vLLM 0.32 and 0.33, and this is vLLM {version}"):
             check_version()
+
+
+@pytest.mark.parametrize("given", ["1", "2", " 1 ", "true", ""])
+@pytest.mark.parametrize("entry", [{}, {"pruner": "hiprune", "keep": 0.25}], ids=str)
+def test_an_engine_behind_the_front_end_in_rust_does_not_start(monkeypatch, entry, given):
+    """It would serve every picture unpruned: that front end loads no plugin."""
+    registry = SimpleNamespace(inspect_model_cls=lambda *_: pytest.fail("vLLM went on"))
+    _check_at_start(registry)
+    config = SimpleNamespace(hf_config=SimpleNamespace(foveate=entry), model_impl="auto")
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", given)
+    with pytest.raises(UnsupportedModelError, match=f"VLLM_USE_RUST_FRONTEND={given}: .*would not be pruned; unset"):
+        registry.inspect_model_cls("LlavaForConditionalGeneration", config)
 
 
 def test_engines_start_with_known_families_only():
