@@ -83,7 +83,7 @@ def check_front_end() -> None:
     """Raise :class:`UnsupportedModelError` where vLLM is told to use its front end in Rust.
 
     That one counts a picture's tokens by itself and loads no plugin, so the engine would serve every picture unpruned.
-    ``vllm-rs serve`` sets the variable for the engine that it starts.
+    From vLLM 0.33 on ``vllm-rs serve`` sets the variable for the engine that it starts.
     """
     given = os.environ.get("VLLM_USE_RUST_FRONTEND", "0")
     try:
