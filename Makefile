@@ -90,6 +90,7 @@ clean:
 	.venv-vllm/bin/python -m pip install --requirement tests/vllm/requirements.txt
 	.venv-vllm/bin/python -m pip install --no-deps --editable .
 	.venv-vllm/bin/python tests/vllm/prepare_env.py
+	@touch $@
 
 # Everything that foveate itself needs, as setup.cfg has it, but for transformers
 .venv-llava/stamp: setup.cfg tests/adapters/llava-requirements.txt

@@ -24,8 +24,8 @@ ARCHITECTURES = {
 }
 """vLLM's architectures that can be pruned, and who serves them: ``module:class`` in this package."""
 
-TESTED = "0.32"
-"""The minor version of vLLM whose internals this package was written against and is tested with."""
+TESTED = ("0.32", "0.33")
+"""Minor versions of vLLM whose internals this package knows and was tried with."""
 
 
 def register() -> None:
@@ -46,8 +46,9 @@ def _check_at_start(registry: object) -> None:
     def checked(architectures: str | list[str], model_config: object) -> object:
         given = getattr(model_config.hf_config, "foveate", None)
         if given is not None:
-            from foveate.adapters.vllm_plugin.serving import check_start, check_version
+            from foveate.adapters.vllm_plugin.serving import check_front_end, check_start, check_version
 
+            check_front_end()
             check_version()
             check_start(architectures, model_config.hf_config, given, model_config.model_impl)
         _check_requests()

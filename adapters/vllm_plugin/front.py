@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from foveate.adapters.vllm_plugin.serving import check_front_end
 from foveate.adapters.vllm_plugin.settings import SEPARATORS, parse
 from foveate.errors import ParameterError, UnsupportedModelError
 
@@ -38,7 +39,7 @@ def main(args: argparse.Namespace) -> int:
     """Replace this process by vLLM's server.
 
     Raises:
-        FoveateError: bad settings, or no vLLM.
+        FoveateError: bad settings, no vLLM, or a front end of vLLM that does not prune.
     """
     entry = _entry(args)
     rest = list(args.rest)
@@ -51,6 +52,7 @@ def main(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(shlex.join(command))
         return 0
+    check_front_end()
     if importlib.util.find_spec("vllm") is None:
         raise UnsupportedModelError("vLLM is not installed here: pip install 'foveate[vllm]'")
     _require_plugin()

@@ -74,11 +74,16 @@ class Pruning:
         """The rows of each picture that were announced, ``[(K, D)]``, in the order in which they enter the decoder.
 
         Raises:
-            InputError: the method kept another number than was announced.
+            InputError: the method kept another number than was announced, or nothing was.
         """
         fields = kwargs.pop(FIELD, None)
         if self.foveate_adapter is None:
             return super().embed_multimodal(**kwargs)
+        if fields is None and "pixel_values" in kwargs:
+            raise InputError(
+                "a picture came without foveate's count of its tokens: whatever prepared it had not loaded the plugin; send "
+                "requests through vLLM's own front end in Python, with foveate installed there, too"
+            )
         if fields is None:
             return self._unpruned(
                 "video" if "pixel_values_videos" in kwargs else "image", super().embed_multimodal(**kwargs)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -68,12 +69,31 @@ def _skeleton(kind: type, text: str) -> Adapter:
 
 
 def check_version() -> None:
-    """Raise :class:`UnsupportedModelError` unless vLLM is the minor version that the plugin knows from inside."""
+    """Raise :class:`UnsupportedModelError` unless vLLM is of a minor version that the plugin knows from inside."""
     import vllm
 
-    if not vllm.__version__.startswith(f"{TESTED}."):
+    if not vllm.__version__.startswith(tuple(f"{minor}." for minor in TESTED)):
         raise UnsupportedModelError(
-            f"foveate prunes inside vLLM {TESTED}, and this is vLLM {vllm.__version__}: pip install 'foveate[vllm]'"
+            f"foveate prunes inside vLLM {' and '.join(TESTED)}, and this is vLLM {vllm.__version__}: pip install "
+            "'foveate[vllm]'"
+        )
+
+
+def check_front_end() -> None:
+    """Raise :class:`UnsupportedModelError` where vLLM is told to use its front end in Rust.
+
+    That one counts a picture's tokens by itself and loads no plugin, so the engine would serve every picture unpruned.
+    From vLLM 0.33 on ``vllm-rs serve`` sets the variable for the engine that it starts.
+    """
+    given = os.environ.get("VLLM_USE_RUST_FRONTEND", "0")
+    try:
+        wanted = bool(int(given))  # as vLLM reads it
+    except ValueError:
+        wanted = True  # vLLM itself stops at it
+    if wanted:
+        raise UnsupportedModelError(
+            f"VLLM_USE_RUST_FRONTEND={given}: vLLM's front end in Rust loads no plugin, and pictures would not be pruned; unset "
+            "it (and start `vllm serve`, not `vllm-rs serve`), or remove the foveate entry to serve the model unpruned"
         )
 
 
@@ -214,8 +234,12 @@ class Serving:
         if layout.size > _REHEARSED and not layout.newlines:
             return count
         rehearsed = self._rehearsed(layout)
-        if int((rehearsed.source >= 0).sum()) != count:
-            self._refuse(f"announced {count} tokens and kept {int((rehearsed.source >= 0).sum())}")
+        kept = int((rehearsed.source >= 0).sum())
+        if kept != count:
+            raise ParameterError(
+                f"{self.pruner.name} announces {count} tokens for a picture of {layout.size} and keeps {kept}; vLLM needs both "
+                "to be equal: mend the method's kept_in() or kept_on()"
+            )
         return len(rehearsed.places)
 
     def _rehearsed(self, layout: Layout) -> Emission:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from foveate.adapters.vllm_plugin import ARCHITECTURES, TESTED
-from tests.vllm.engines import EMBEDDED, folder, picture, served, start
+from tests.vllm.engines import EMBEDDED, ROOT, folder, picture, served, start
 
 HIPRUNE = {"pruner": "hiprune", "keep": 0.3}
 
 
-def test_vllm_is_the_version_that_the_plugin_was_written_against():
+def test_vllm_is_of_a_version_that_the_plugin_knows():
     import vllm
 
-    assert vllm.__version__.startswith(f"{TESTED}.")
+    assert ".".join(vllm.__version__.split(".")[:2]) in TESTED
 
 
 def test_vllm_still_has_what_the_plugin_overrides():
@@ -147,6 +152,20 @@ def test_an_engine_with_a_bad_entry_does_not_start(tmp_path):
     ):
         with pytest.raises(Exception, match=says):
             start(home, entry)
+
+
+def test_vllms_server_does_not_start_with_an_entry_and_its_front_end_in_rust(tmp_path):
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "VLLM_USE_RUST_FRONTEND": "1",
+        "VLLM_RUST_FRONTEND_PATH": sys.executable,  # never started
+    }
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder("llava", tmp_path))]
+    command += ["--hf-overrides", json.dumps({"foveate": HIPRUNE}), "--dtype", "float32", "--max-model-len", "1024"]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
+    assert run.returncode != 0
+    assert "VLLM_USE_RUST_FRONTEND=1: vLLM's front end in Rust loads no plugin" in run.stderr
 
 
 def test_a_model_without_pictures_is_refused_where_pruning_was_asked_for(tmp_path):

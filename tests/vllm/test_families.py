@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import foveate
+from foveate.errors import InputError
 from tests.vllm.engines import ARMED, Served, picture, served
 
 TOLERANCE = 1e-4
@@ -112,6 +113,13 @@ def test_bad_requests_fail_alone(engine, entry, says):
     with pytest.raises(ValueError, match=says):
         engine.answer([engine.request([shown], entry)])
     assert engine.answer([engine.request([shown])])[0].outputs
+
+
+def test_pictures_that_nobody_counted_are_refused_by_the_worker(engine):
+    """As from a front end that does not know the plugin."""
+    model = engine.llm.llm_engine.model_executor.driver_worker.worker.get_model()
+    with pytest.raises(InputError, match="without foveate's count"):
+        model.embed_multimodal(pixel_values=torch.zeros(1, 3, 8, 8))
 
 
 def test_the_engine_was_started_for_all_methods(engine):

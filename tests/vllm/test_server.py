@@ -147,6 +147,7 @@ def test_bad_requests_are_answered_with_our_message_and_the_server_lives_on(clie
     assert ask(client, 1).choices[0].message.content is not None
 
 
+@pytest.mark.timeout(600)  # it starts slowly, and has the patience for that
 def test_two_data_parallel_processes_say_the_same(home, expected, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     with running(

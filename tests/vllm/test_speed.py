@@ -8,11 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.vllm.engines import ROOT
 
 ENGINE = {"max_model_len": 1024, "enforce_eager": True, "block_size": 32, "dtype": "float32"}
 
 
+@pytest.mark.timeout(600)
 def test_both_engines_answer_by_turns(tmp_path: Path) -> None:
     out = tmp_path / "serving.json"
     command = [

@@ -55,6 +55,23 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, arguments, says):
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("arguments", [[], ["--pruner", "random"]], ids=str)
+def test_the_front_end_in_rust_is_refused(capsys, monkeypatch, arguments):
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    assert main(["serve", "some/model", *arguments]) == 2
+    assert "VLLM_USE_RUST_FRONTEND=1" in capsys.readouterr().err
+
+
+def test_the_front_end_in_python_is_not(capsys, monkeypatch):
+    started = []
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("foveate.adapters.vllm_plugin.front._require_plugin", lambda: None)
+    monkeypatch.setattr("os.execv", lambda *command: started.append(command))
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "0")
+    assert main(["serve", "some/model"]) == 0
+    assert len(started) == 1
+
+
 def test_other_commands_still_refuse_what_they_do_not_know(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["list", "--port", "80"])

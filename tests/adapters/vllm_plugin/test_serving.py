@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import foveate
+from foveate.adapters.vllm_plugin import TESTED, _check_at_start
 from foveate.adapters.vllm_plugin.serving import (
     Serving,
     announced,
     check_request,
     check_start,
+    check_version,
     deepest_block,
     emitted,
     everything,
@@ -82,6 +87,35 @@ def test_budgets_that_a_picture_cannot_meet_fail_in_the_front_end():
     adapter = skeleton(tiny("llava").config)
     with pytest.raises(FoveateError, match="dominant=20"):
         announced(adapter, {"pruner": "visionzip", "dominant": 20, "contextual": 2}, Layout.grid(4, 4))
+
+
+def test_a_method_that_keeps_another_number_than_it_announces_fails_in_the_front_end(monkeypatch):
+    serving = Serving(skeleton(tiny("llava").config), parse({"pruner": "hiprune", "keep": 4}))
+    monkeypatch.setattr(type(serving.pruner), "kept_on", lambda self, model, layout: 5)
+    with pytest.raises(ParameterError, match="hiprune announces 5 tokens for a picture of 16 and keeps 4"):
+        serving.length(Layout.grid(4, 4))
+
+
+def test_versions_that_the_plugin_does_not_know_are_refused(monkeypatch):
+    for version in (*(f"{minor}.0" for minor in TESTED), f"{TESTED[-1]}.1+cu130"):
+        monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__=version))
+        check_version()
+    for version in ("0.31.0", "0.34.0", f"{TESTED[0]}0.0", f"1.{TESTED[0]}"):
+        monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__=version))
+        with pytest.raises(UnsupportedModelError, match=f"inside vLLM 0.32 and 0.33, and this is vLLM {version}"):
+            check_version()
+
+
+@pytest.mark.parametrize("given", ["1", "2", " 1 ", "true", ""])
+@pytest.mark.parametrize("entry", [{}, {"pruner": "hiprune", "keep": 0.25}], ids=str)
+def test_an_engine_behind_the_front_end_in_rust_does_not_start(monkeypatch, entry, given):
+    """It would serve every picture unpruned: that front end loads no plugin."""
+    registry = SimpleNamespace(inspect_model_cls=lambda *_: pytest.fail("vLLM went on"))
+    _check_at_start(registry)
+    config = SimpleNamespace(hf_config=SimpleNamespace(foveate=entry), model_impl="auto")
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", given)
+    with pytest.raises(UnsupportedModelError, match=f"VLLM_USE_RUST_FRONTEND={given}: .*would not be pruned; unset"):
+        registry.inspect_model_cls("LlavaForConditionalGeneration", config)
 
 
 def test_engines_start_with_known_families_only():
