@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from foveate import tested
+
 ARCHITECTURES = {
     "LlavaForConditionalGeneration": "llava:Llava",
     "LlavaNextForConditionalGeneration": "llava:LlavaNext",
@@ -24,7 +26,7 @@ ARCHITECTURES = {
 }
 """vLLM's architectures that can be pruned, and who serves them: ``module:class`` in this package."""
 
-TESTED = ("0.32", "0.33")
+TESTED = tuple(f"{major}.{minor}" for major, minor in tested.TESTED["vllm"].minors)
 """Minor versions of vLLM whose internals this package knows and was tried with."""
 
 
