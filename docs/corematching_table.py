@@ -18,8 +18,10 @@ from torch import Tensor
 from foveate.adapters import attach
 from foveate.cuda import core_neurons, match_counts, neuron_counts
 from foveate.eval_suites import models, shapes, suites
+from foveate.eval_suites.environment import machine
 from foveate.eval_suites.evaluate import answers
 from foveate.eval_suites.shapes import scenes
+from foveate.eval_suites.terminal import versions
 from foveate.pruners.base import Hook, ModelInfo, Pruner, Selection, Stage, Tokens, top_k
 from foveate.pruners.corematching import CoreMatching
 
@@ -132,6 +134,7 @@ def main(number: int = 300) -> None:
     )
     for (layer, name), cell in sorted(found.items()):
         print(f"| {layer} | {name} | " + " | ".join(f"{np.mean(v) * 100:.1f}" for v in cell.values()) + " |")
+    print(f"\nMeasured with {versions(machine(torch.device('cpu')))}.")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from xml.sax.saxutils import escape
 from foveate.eval_suites.leaderboard import ALPHA, Leaderboard, Line
 from foveate.eval_suites.results import opened
 from foveate.eval_suites.rows import mean_sd
+from foveate.eval_suites.terminal import versions
 from foveate.pruners import PRUNERS
 from foveate.registry_view import Card, card
 
@@ -389,11 +390,16 @@ def files() -> dict[Path, str]:
         parts = ["## Parameters", parameter_table(card(name))]
         parts += ["## Measured"] if shown else []
         parts += [results(bench, name) for bench in shown]
-        parts += [_REPEAT] if shown else []
+        parts += [f"{_with(shown)} {_REPEAT}"] if shown else []
         wanted[FOLDER / f"{name}.md"] = _filled(FOLDER / f"{name}.md", "\n\n".join(parts))
         wanted |= {FOLDER / f"{name}-{bench.facts['suite']}.svg": figure(bench, name) for bench in shown}
-    wanted[FOLDER / "README.md"] = _filled(FOLDER / "README.md", index_table(benches))
+    index = "\n\n".join([index_table(benches), *(_with([benches[suite]]) for suite in ("shapes",) if suite in benches)])
+    wanted[FOLDER / "README.md"] = _filled(FOLDER / "README.md", index)
     return wanted
+
+
+def _with(shown: Iterable[Bench]) -> str:
+    return f"Measured with {versions(*(bench.facts for bench in shown))}."
 
 
 def _filled(page: Path, generated: str) -> str:

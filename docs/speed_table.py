@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from foveate.eval_suites.speed import COLUMNS, Timing, cells
+from foveate.eval_suites.terminal import versions
 
 
 def table(run: dict[str, Any]) -> None:
@@ -18,7 +19,7 @@ def table(run: dict[str, Any]) -> None:
     whole, shape = timings[0], facts["geometry"]
     print(
         f"{shape['layers']} layers × {shape['width']}, MLP {shape['intermediate']}, {shape['visual']} visual and {shape['text']} text "
-        f"tokens, {len(whole.prefill)} turns. The unpruned model's MLPs take {whole.mlp_prefill:.0%} of its prefill and "
+        f"tokens, {len(whole.prefill)} turns; {versions(facts)}. The unpruned model's MLPs take {whole.mlp_prefill:.0%} of its prefill and "
         f"{whole.mlp_decode:.0%} of its decode time.\n"
     )
     print(f"| {' | '.join(COLUMNS)} |".replace("|  |", "| |"))

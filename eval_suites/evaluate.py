@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image
 
 from foveate.adapters import attach
@@ -96,7 +97,13 @@ def main() -> None:
         print(name, {task: round(value, 3) for task, value in table[name].items()}, flush=True)
     if options.out:
         known = json.loads(options.out.read_text()) if options.out.exists() else {}
-        known[suite.name] = {"questions": options.limit, "positions": options.positions, "accuracy": table}
+        known[suite.name] = {
+            "questions": options.limit,
+            "positions": options.positions,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "accuracy": table,
+        }
         options.out.write_text(json.dumps(known, indent=1) + "\n")
 
 

@@ -12,7 +12,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from foveate.eval_suites.rows import Row, Status, mean_sd
-from foveate.eval_suites.terminal import console
+from foveate.eval_suites.terminal import console, versions
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -403,9 +403,15 @@ class Leaderboard:
 
     @property
     def title(self) -> str:
-        """What was asked of which model."""
+        """What was asked of which model, and with which versions."""
         e = self.environment
-        return f"{e.get('model')} on {e.get('suite')}, {self.drawn}, positions: {e.get('positions')}"
+        asked = f"{e.get('model')} on {e.get('suite')}, {self.drawn}, positions: {e.get('positions')}"
+        return f"{asked}; {self.versions}" if self.versions else asked
+
+    @property
+    def versions(self) -> str:
+        """Of the packages that results depend on; equal for all rows (:data:`foveate.eval_suites.store.MUST_AGREE`)."""
+        return versions(self.environment, names=("foveate", "torch", "transformers", "lmms_eval"))
 
     @property
     def drawn(self) -> str:

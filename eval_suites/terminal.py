@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["console", "markdown_table"]
+__all__ = ["console", "markdown_table", "versions"]
 
 
 def console(width: int = 120) -> Console:
@@ -25,3 +25,14 @@ def console(width: int = 120) -> Console:
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Rows of cells under a head, without a newline at the end."""
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+
+
+def versions(*facts: Mapping[str, Any], names: Sequence[str] = ("torch", "transformers")) -> str:
+    """What results were measured with: ``torch 2.15.0, transformers 5.24.0``.
+
+    Args:
+        facts: of each result; where they differ, a package has several versions: ``torch 2.14.1 and 2.15.0``.
+        names: of packages; those that no facts name are left out.
+    """
+    found = {name: dict.fromkeys(str(one[name]) for one in facts if one.get(name)) for name in names}
+    return ", ".join(f"{name} {' and '.join(different)}" for name, different in found.items() if different)

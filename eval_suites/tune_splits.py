@@ -25,6 +25,7 @@ from foveate.eval_suites.certify import relative_accuracy
 from foveate.eval_suites.leaderboard import Leaderboard
 from foveate.eval_suites.results import opened
 from foveate.eval_suites.rows import Row, Status
+from foveate.eval_suites.terminal import versions
 from foveate.eval_suites.tune import Chain, Setting, search
 from foveate.pruners import create
 
@@ -142,6 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"| {table['target']} | {table['splits']} | {table['chosen']} | {held} | {table['with_a_false_certificate']} | "
             f"{(1 - options.confidence) * table['splits']:g} |"
         )
+    print(f"\nMeasured with {versions(*(board.environment for board in boards))}.")
     if options.out:
         names = (
             "model",

@@ -17,7 +17,7 @@ from foveate.eval_suites import models
 from foveate.eval_suites.budgets import parse_keep
 from foveate.eval_suites.distributed import world
 from foveate.eval_suites.environment import machine, version_of
-from foveate.eval_suites.terminal import markdown_table
+from foveate.eval_suites.terminal import markdown_table, versions
 from foveate.eval_suites.vision import EMBEDDED
 from foveate.eval_suites.vision.evaluate import Line, Run, at, class_places, evaluate
 from foveate.eval_suites.vision.pictures import Pictures, folder, held_out_scenes
@@ -161,10 +161,10 @@ def table(lines: Sequence[Line], facts: dict[str, Any], timed: bool = True) -> s
     schedules = {tuple(line.rows): (line.method, line.keep) for line in reversed(lines) if len(line.rows) > 1}
     for rows_, (method, keep) in reversed(schedules.items()):
         text += f"\n\nRows per block, {method}{'' if keep is None else f' at keep {keep:.4g}'}: {', '.join(map(str, rows_))}."
-    if facts["classes"] and facts["no_accuracy"]:
+    if facts["classes"] and facts.get("no_accuracy"):
         text += f"\n\nNo accuracy: {facts['no_accuracy']}."
-    versions = ", ".join(f"{name} {facts[name]}" for name in ("foveate", "torch", "timm", "open_clip") if facts[name])
-    about = f"{facts['model']}, {facts['pictures']} pictures ({facts['source']}); {facts['hardware']}, {versions}"
+    packages = versions(facts, names=("foveate", "torch", "transformers", "timm", "open_clip"))
+    about = f"{facts['model']}, {facts['pictures']} pictures ({facts['source']}); {facts['hardware']}, {packages}"
     return f"{text}\n\n{about}, {facts['dtype']}, {facts['date'][:10]}.\n"
 
 

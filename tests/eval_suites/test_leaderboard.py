@@ -313,6 +313,16 @@ def test_markdown_has_one_column_for_every_head(board):
     assert "| *grid* | 83.0" in board.markdown()
 
 
+def test_every_form_of_a_board_names_its_versions(board):
+    facts = board.environment | {"foveate": "0.0.1", "torch": "2.0.1+x", "transformers": "5.0.1", "lmms_eval": "0.7.1"}
+    named = Leaderboard(board.rows, facts, TASKS)
+    made = "foveate 0.0.1, torch 2.0.1+x, transformers 5.0.1, lmms_eval 0.7.1"
+    assert f"; {made}\n" in named.markdown()
+    assert made in text(named, 200)
+    assert f"abacus; {made}</p>" in page([named])
+    assert "; \n" not in board.markdown()  # one that knows of none
+
+
 def test_failures_are_what_went_wrong_not_what_a_model_cannot_do(board):
     assert [row.method for row in board.failures] == ["broken"]
 
