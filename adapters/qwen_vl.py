@@ -134,8 +134,6 @@ def _layout(frames: int, rows: int, cols: int) -> Layout:
 
 def _window_order(tower: nn.Module, grid_thw: Tensor) -> Tensor:
     """The tower's permutation: position p of its sequence holds merge unit ``order[p]``."""
-    if hasattr(tower, "get_window_index"):  # transformers before 5.20
-        return torch.as_tensor(tower.get_window_index(grid_thw)[0])
     from transformers.vision_utils import get_vision_window_index
 
     return get_vision_window_index(
