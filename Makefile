@@ -17,7 +17,7 @@ new-venv = $(PYTHON) -m venv --clear $(1) || { $(PYTHON) -m venv --clear --witho
 	$(PYTHON) -m pip --python $(1)/bin/python install pip; }
 
 .DELETE_ON_ERROR:
-.PHONY: bench demo test test-lmms vllm-env test-vllm test-llava check-releases lint format clean
+.PHONY: bench demo test test-oldest test-lmms vllm-env test-vllm test-llava check-releases lint format clean
 
 bench: .venv/core.stamp
 	$(BIN)/foveate bench $(BENCH) $(ARGS)
@@ -27,6 +27,10 @@ demo: .venv/demo.stamp
 
 test: .venv/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
+
+# The same tests on the lowest supported versions, in an environment of their own (.venv-oldest, 6 GB).
+test-oldest: .venv-oldest/stamp
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 # The plug-in for lmms-eval, in an environment of its own (.venv-lmms, 6 GB): lmms-eval brings some 150 packages along.
 test-lmms: .venv-lmms/stamp
@@ -55,7 +59,7 @@ format: .venv/lint.stamp
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-lmms .venv-vllm .venv-llava build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-lmms .venv-vllm .venv-llava build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 # Stamps: nothing is installed twice unless the project's own requirements changed. `dev` covers the other three.
 
@@ -77,6 +81,13 @@ clean:
 	$(BIN)/python -c "import configparser as c; p = c.ConfigParser(); p.read('setup.cfg'); \
 	print(p['options.extras_require']['lint'])" > .venv/lint.txt
 	$(BIN)/python -m pip install --requirement .venv/lint.txt
+	@touch $@
+
+.venv-oldest/stamp: setup.cfg pyproject.toml tests/oldest-requirements.txt
+	$(call new-venv,.venv-oldest)
+	.venv-oldest/bin/python -m pip install --requirement tests/oldest-requirements.txt \
+	--editable '.[cuda12,demo,llava,video,vit]'
+	.venv-oldest/bin/python -m pip install --no-deps $(LLAVA)
 	@touch $@
 
 .venv-lmms/stamp: setup.cfg pyproject.toml tests/lmms/constraints.txt

@@ -25,7 +25,7 @@ from foveate.adapters.tower_merging import remaining
 from foveate.adapters.trace import Trace
 from foveate.adapters.vit import block_stages, tower_for
 from foveate.adapters.vit_session import VitSession
-from foveate.errors import FoveateError, MissingSignalError, ParameterError
+from foveate.errors import AttachError, FoveateError, MissingSignalError, ParameterError
 from foveate.pruners.base import (
     CrossModalAttention,
     Hook,
@@ -212,12 +212,14 @@ class Session(Attachment):
         brought = self._prompt_watch.take(embeds)
         self._again = brought.again
         if self._bring(brought, embeds, mask, past):
+            self._refuse_checkpointing()
             self._decoder_tap.open = True
             return Call.PROMPT
         if not any(
             past == 0 or (stage.refresh and embeds.shape[1] > 1) for stage in self._stages if stage.hook is Hook.LLM_MLP
         ):
             return Call.CONTINUATION
+        self._refuse_checkpointing()
         nothing = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
         attended = ~nothing if mask is None or mask.ndim != 2 else mask[:, past:].bool().to(embeds.device)
         self._prompt = Prompt(self._decoder, None, embeds, attended, nothing)
@@ -266,6 +268,17 @@ class Session(Attachment):
                     f"{places} {modality.kind} tokens were encoded, and {type(self._adapter.inner).__name__} was called "
                     "without pixels or features under a name that is known"
                 )
+
+    def _refuse_checkpointing(self) -> None:
+        """Layers that transformers before 5.23 checkpoints run their hooks again in the backward pass, after the prompt."""
+        checkpointed = self.model.training and torch.is_grad_enabled() and compat.installed() < (5, 23)
+        if checkpointed and any(
+            getattr(layer, "gradient_checkpointing", False) for layer in self._adapter.text_model.layers
+        ):
+            raise AttachError(
+                f"{self.pruner.name} cannot act under the gradient checkpointing of transformers before 5.23, which runs "
+                "hooks twice; switch it off, or install a newer transformers"
+            )
 
     def _number(self, items: list[Item]) -> None:
         """Give each picture its id; beams share that of the first."""

@@ -49,15 +49,19 @@ class Tested:
 
 # By the name on the package index. `make test` covers all but the last two, which have environments of their own.
 TESTED = {
-    "transformers": Tested(oldest="5.16.0", newest="5.24.0"),
-    "torch": Tested(oldest="2.15.0", newest="2.15.0"),
-    "torchvision": Tested(oldest="0.29.2", newest="0.29.2"),
-    "timm": Tested(oldest="1.0.31", newest="1.0.31"),
-    "open_clip_torch": Tested(oldest="3.3.0", newest="3.3.0"),
-    "gradio": Tested(oldest="6.31.0", newest="6.31.0"),
-    "accelerate": Tested(oldest="1.15.0", newest="1.15.0"),
-    "cupy-cuda13x": Tested(oldest="14.2.0", newest="14.2.0"),
-    "av": Tested(oldest="18.1.0", newest="18.1.0"),
+    "transformers": Tested(
+        oldest="5.16.0",
+        newest="5.24.0",
+        between=("5.17.0", "5.18.0", "5.19.0", "5.20.2", "5.21.1", "5.22.2", "5.23.0"),
+    ),
+    "torch": Tested(oldest="2.7.0", newest="2.15.0"),
+    "torchvision": Tested(oldest="0.22.0", newest="0.29.2"),
+    "timm": Tested(oldest="1.0.26", newest="1.0.31"),
+    "open_clip_torch": Tested(oldest="2.32.0", newest="3.3.0"),
+    "gradio": Tested(oldest="6.0.0", newest="6.31.0"),
+    "accelerate": Tested(oldest="1.1.0", newest="1.15.0"),
+    "cupy-cuda13x": Tested(oldest="14.0.0", newest="14.2.0"),
+    "av": Tested(oldest="14.0.0", newest="18.1.0"),
     "lmms-eval": Tested(oldest="0.7.3", newest="0.7.3"),
     "vllm": Tested(oldest="0.32.0", newest="0.33.0"),  # 0.33 once, by hand: docs/serving.md
 }

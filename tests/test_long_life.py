@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import foveate
+from foveate.adapters import compat
 from tests.models import IMAGE, inputs, picture, tiny
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -92,7 +93,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name, reentrant):
 
     plain = gradients()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    if name == "tome":  # its blocks cannot run twice
+    if name == "tome" or compat.installed() < (5, 23):  # blocks cannot run twice, nor can hooks
         with pytest.raises(foveate.AttachError, match="gradient checkpointing"):
             gradients()
         return

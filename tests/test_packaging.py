@@ -15,6 +15,9 @@ import zipfile
 from collections.abc import Iterator
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import foveate
 
@@ -178,6 +181,37 @@ def test_nvidia_packages_import_beside_the_folder_named_cuda(way, tmp_path):
     theirs, ours = python(code, ROOT if here else tmp_path, path=None if here else ROOT).split()
     assert not pathlib.Path(theirs).is_relative_to(ROOT / "cuda")
     assert pathlib.Path(ours).is_relative_to(ROOT / "cuda")
+
+
+# -------------------------------------------------------------------------------------------- what it says it works with
+
+
+def lowest(lines: str, sign: str) -> dict[str, Version | None]:
+    """Package -> the version after `sign` in its requirement, None where a requirement has none."""
+    found = {}
+    for line in lines.strip().splitlines():
+        if line and not line.startswith("#"):
+            requirement = Requirement(line)
+            name = canonicalize_name(requirement.name)
+            version = next((Version(spec.version) for spec in requirement.specifier if spec.operator == sign), None)
+            assert found.setdefault(name, version) == version, f"{name}: two lowest versions"
+    return found
+
+
+def test_lowest_versions_are_those_that_make_test_oldest_runs_on(setup_cfg):
+    extras = setup_cfg["options.extras_require"]
+    tested = ("cuda12", "demo", "llava", "video", "vit")
+    used = setup_cfg["options"]["install_requires"] + "".join(extras[extra] for extra in tested)
+    assert None not in lowest(used, ">=").values()
+    named = lowest(used + extras["dev"], ">=")  # without a lowest version: the tools of the tests
+    del named["foveate"]
+    assert named.pop("cupy-cuda13x") == named["cupy-cuda12x"]  # one release; torch's CUDA decides which of them can run
+    assert named == lowest((ROOT / "tests" / "oldest-requirements.txt").read_text(), "==")
+
+
+def test_building_and_testing_need_the_same_setuptools(setup_cfg):
+    (needed,) = re.findall(r'^requires = \["(.*)"\]$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert needed in setup_cfg["options.extras_require"]["dev"].split()
 
 
 # ------------------------------------------------------------------------------------------------ what importing costs

@@ -111,7 +111,8 @@ def see(visual: nn.Module, pixels: Tensor) -> Tensor:
     height, width = pixels.shape[2] // WINDOW, pixels.shape[3] // WINDOW
     windows, inside = height * width, (WINDOW // PATCH) ** 2
     with torch.autocast(pixels.device.type, enabled=False):
-        cos, sin = visual.rotary_pos_emb(patches, place.T)  # (N, 32)
+        angles = (place.T[..., None] * visual.rotary_pos_emb.inv_freq.float()).flatten(1).repeat(1, 2)  # (N, 32)
+        cos, sin = angles.cos(), angles.sin()
     x = F.linear(patches, visual.patch_embed.proj.weight.flatten(1))
     for index, block in enumerate(visual.blocks):
         heads = block.attn.num_heads

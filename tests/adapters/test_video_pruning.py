@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -15,6 +16,8 @@ from foveate.errors import InputError, ParameterError
 from foveate.pruners.allocation import frame_budgets, frame_grid, frame_weights, scores_per_view
 from foveate.pruners.base import Hook, Pruner, Selection, Stage
 from tests.models import VIDEO, VIDEO_FAMILIES, VISION_END, VISION_START, inputs, picture, tiny
+
+ENCODES_ONCE = hasattr(transformers.GenerationMixin, "_prepare_multimodal_encoder_kwargs_for_generation")
 
 SHAPE = (4, 4, 4)
 SCORES = [0.9, 0.0, 0.5, 0.3]
@@ -136,6 +139,8 @@ def test_a_batch_of_videos_answers_as_single_ones(family: str, assigner: str) ->
             session.frame_scores = [scores[row]]
             alone = model.generate(**single, max_new_tokens=6, do_sample=False)[:, width:]
             assert torch.equal(together[row : row + 1, : alone.shape[1]], alone)
+            if not ENCODES_ONCE:  # then the scores are used up by the first token
+                continue
             session.frame_scores = [scores[row]]
             uncached = model.generate(**single, max_new_tokens=6, do_sample=False, use_cache=False)[:, width:]
             assert torch.equal(uncached, alone)

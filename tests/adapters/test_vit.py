@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 import foveate
-from foveate.adapters import MergeTrace, VitSession
+from foveate.adapters import MergeTrace, VitSession, compat
 from foveate.adapters.vit import tower_for
 from foveate.errors import AttachError, UnsupportedModelError
 from foveate.pruners.merging import BlockTokens
@@ -78,6 +78,8 @@ MERGERS = [foveate.ToMe(r=3), foveate.PiToMe(ratio=0.8), foveate.PiToMe(ratio=0.
 
 
 def built(name: str) -> nn.Module:
+    if name.startswith("hf dinov2") and compat.installed() < (5, 18):
+        pytest.skip("DINOv2 of transformers before 5.18 takes no mask; it is refused")
     torch.manual_seed(0)
     model = MODELS[name]().eval()
     with torch.no_grad():

@@ -135,6 +135,8 @@ def compile_report(source: str, names: list[str], architecture: int) -> dict[str
     headers = pathfinder.find_nvidia_header_directory("cudart")
     if headers is None:
         pytest.skip("needs the CUDA runtime's headers, which come with torch for CUDA")
+    if architecture not in nvrtc.getSupportedArchs():
+        pytest.skip(f"NVRTC {'.'.join(map(str, nvrtc.getVersion()))} does not know sm_{architecture}")
     program = nvrtc.createProgram(source, "kernels.cu", (), ())
     for name in names:
         nvrtc.addNameExpression(program, name)
