@@ -224,4 +224,4 @@ def test_inference_mode_no_grad_and_plain_calls_agree(name):
             second = model(**request()).logits
         third = model(**request()).logits
     assert torch.equal(first, second)
-    assert torch.equal(first, third.detach())
+    torch.testing.assert_close(first, third.detach())  # with gradients torch may take other kernels

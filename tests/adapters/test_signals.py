@@ -95,10 +95,11 @@ def test_clip_statistics_equal_eager_maps(attention: str) -> None:
     torch.testing.assert_close(seen["patches"], maps[:, 1:].mean(1)[:, 1:], **CLOSE)
     torch.testing.assert_close(seen["given"], maps[:, 1:, 1:].mean(2), **CLOSE)
     torch.testing.assert_close(seen["cls"], maps[:, 0, 1:], **CLOSE)
-    torch.testing.assert_close(seen["features"], hidden[:, 1:], atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(seen["class_features"], hidden[:, None, 0], atol=1e-5, rtol=1e-4)
+    # two attentions' sums, in other orders, behind three blocks
+    torch.testing.assert_close(seen["features"], hidden[:, 1:], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(seen["class_features"], hidden[:, None, 0], atol=1e-4, rtol=1e-4)
     assert seen["keys"].shape == (2, 16, 8)
-    torch.testing.assert_close(tokens.embeds, tokens.project(tokens_features(out, -2)), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(tokens.embeds, tokens.project(tokens_features(out, -2)), atol=1e-4, rtol=1e-4)
     assert len(tokens.embeds) == 2
     assert maps[:, 0, 1:].std() > 1e-3, "flat attention proves nothing"
 
