@@ -313,6 +313,11 @@ def layer_arguments(
     return made
 
 
+def checkpoints(layer: nn.Module) -> bool:
+    """Does a layer of a model in training run once more in the backward pass?"""
+    return bool(getattr(layer, "gradient_checkpointing", False))
+
+
 def layer_rotary(kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
     """The cosines and sines that the model passes to a decoder layer."""
     return kwargs.get("position_embeddings")

@@ -124,7 +124,7 @@ class HFTower(Tower):
 
     @property
     def checkpointing(self) -> bool:
-        return self.trunk.training and any(getattr(block, "gradient_checkpointing", False) for block in self.blocks)
+        return self.trunk.training and any(map(compat.checkpoints, self.blocks))
 
     def halves(self, block: nn.Module) -> Halves:
         name = type(block).__name__

@@ -272,9 +272,7 @@ class Session(Attachment):
     def _refuse_checkpointing(self) -> None:
         """Layers that transformers before 5.23 checkpoints run their hooks again in the backward pass, after the prompt."""
         checkpointed = self.model.training and torch.is_grad_enabled() and compat.installed() < (5, 23)
-        if checkpointed and any(
-            getattr(layer, "gradient_checkpointing", False) for layer in self._adapter.text_model.layers
-        ):
+        if checkpointed and any(map(compat.checkpoints, self._adapter.text_model.layers)):
             raise AttachError(
                 f"{self.pruner.name} cannot act under the gradient checkpointing of transformers before 5.23, which runs "
                 "hooks twice; switch it off, or install a newer transformers"

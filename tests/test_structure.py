@@ -29,7 +29,7 @@ UPSTREAM = (
     r"|position_embeddings|apply_rotary_pos_emb\w*|apply_multimodal_rotary_pos_emb|q_norm|k_norm|\.scaling|\.num_heads"
     r"|cu_seqlens|mm_encoder_outputs|pooler_output|pack_image_features|unpad_image|get_anyres_image_grid_shape|apply_pooling"
     r"|get_(?:vision_)?window_index|interpolate_pos_encoding|(?:CLIP|Siglip)EncoderLayer|ViTLayer|Dinov2\w*Layer"
-    r"|_attn_implementation|_name_or_path|cached_file|\.get_seq_length"
+    r"|gradient_checkpointing|_attn_implementation|_name_or_path|cached_file|\.get_seq_length"
 )
 # files that spell some of them for another reason
 OTHERS = {
