@@ -8,6 +8,7 @@ really holds.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import sys
 import types
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.errors import MissingSignalError, NotUnderstoodError, UnsupportedModelError
+from foveate.errors import InputError, MissingSignalError, NotUnderstoodError, UnsupportedModelError
 from foveate.tested import TESTED, minor
 
 Version = tuple[int, int]
@@ -42,7 +43,12 @@ def _release() -> str:
 
 def untested() -> bool:
     """Is this transformers newer than any that foveate was tested with?"""
-    return installed() > TESTED["transformers"].minors[-1]
+    return _newer(_release())
+
+
+@lru_cache
+def _newer(release: str) -> bool:
+    return minor(release) > TESTED["transformers"].minors[-1]
 
 
 def check_version(name: str, supported: Iterable[tuple[Version, Version]] = SUPPORTED) -> None:
@@ -86,10 +92,10 @@ def not_understood(what: str) -> NotUnderstoodError:
 
 
 def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter] | None:
-    """A function's parameters by name; None if it takes anything."""
+    """A function's parameters by name; None if it takes anything, as a wrapper does."""
     parameters = inspect.signature(function).parameters
-    anything = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return None if all(p.kind in anything for p in parameters.values()) else dict(parameters)
+    anything = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+    return None if anything <= {p.kind for p in parameters.values()} else dict(parameters)
 
 
 def _require(function: Callable[..., Any], where: str, *wanted: tuple[str, ...]) -> None:
@@ -103,6 +109,25 @@ def _require(function: Callable[..., Any], where: str, *wanted: tuple[str, ...])
 # --------------------------------------------------------------------------------------------------------------- caches
 
 _CACHE = ("cache", "past_key_values")  # from 5.24 on; before
+
+
+def mark(cache: Any, state: Any) -> None:
+    """Note on a cache, and on its first layer, which another cache may take over, what pruning left in it."""
+    cache.foveate = state
+    cache.layers[0].foveate = state
+
+
+def marked(cache: Any) -> Any:
+    """The note on a cache; None where nothing was pruned.
+
+    Raises:
+        NotUnderstoodError: the layers of a pruned cache stand in one that knows nothing of it.
+    """
+    state = getattr(cache, "foveate", None)
+    layers = getattr(cache, "layers", None)
+    if state is None and layers and getattr(layers[0], "foveate", None) is not None:
+        raise not_understood(f"the layers of a pruned cache came back in another {type(cache).__name__}")
+    return state
 
 
 def is_cache(value: Any) -> bool:
@@ -153,7 +178,10 @@ def cache_name(function: Callable[..., Any]) -> str:
     Raises:
         NotUnderstoodError: nothing that is known.
     """
-    return _cache_name(getattr(function, "__func__", function))
+    function = getattr(function, "__func__", function)
+    # what is remembered is kept alive: only what stands in a module or a class
+    find = _remembered_cache_name if isinstance(function, types.FunctionType) else _cache_name
+    return find(function)
 
 
 def handed_on(model: nn.Module, output: Any) -> dict[str, Any]:
@@ -161,15 +189,20 @@ def handed_on(model: nn.Module, output: Any) -> dict[str, Any]:
     return cache_argument(model.forward, returned_cache(output))
 
 
-@lru_cache
 def _cache_name(function: Callable[..., Any]) -> str:
-    _require(function, function.__qualname__, _CACHE)
+    _require(function, getattr(function, "__qualname__", repr(function)), _CACHE)
     parameters = inspect.signature(function).parameters
     return next((name for name in _CACHE if name in parameters), _CACHE[0])
 
 
+_remembered_cache_name = lru_cache(_cache_name)
+
+
 def cached_length(cache: Any, layer: int = 0) -> int:
     """Places that the cache of a layer really holds, whatever :func:`answer_length` makes it say."""
+    keys = layer_states(cache, layer)[0] if layer < len(getattr(cache, "layers", ())) else None
+    if isinstance(keys, Tensor) and keys.ndim == 4 and type(cache.layers[layer]).__name__ == "DynamicLayer":
+        return keys.shape[2]  # others keep a part elsewhere, and count
     return int(type(cache).get_seq_length(cache, layer))
 
 
@@ -204,8 +237,9 @@ def set_layer_states(cache: Any, layer: int, keys: Tensor, values: Tensor) -> No
 
 _CUT = ("inputs_embeds", "attention_mask", "position_ids", "visual_pos_masks", "deepstack_visual_embeds")
 _LAYER_CUT = ("hidden_states", "attention_mask", "position_embeddings", "position_ids")
-# arguments that may come along and that no text model of a known family reads
-_UNREAD = ("mm_token_type_ids", "token_type_ids", "cache_position", "labels", "input_ids")
+# arguments that may come along and that no text model of a known family reads, unless its signature names them
+_UNREAD = ("mm_token_type_ids", "token_type_ids", "cache_position", "labels", "shift_labels")
+_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k")  # bounds of several sequences in one row
 _DEEPSTACK = "_deepstack_process"
 
 
@@ -231,48 +265,63 @@ def by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str,
     return {**inspect.signature(module.forward).bind_partial(*args).arguments, **kwargs} if args else kwargs
 
 
-def check_cut(kwargs: Mapping[str, Any], where: str, batch: int, lengths: Iterable[int]) -> None:
+def check_cut(
+    module: nn.Module, kwargs: Mapping[str, Any], batch: int, lengths: Iterable[int], *, strict: bool = False
+) -> None:
     """Raise :class:`NotUnderstoodError` if an unknown argument of the text model or of a layer runs along the sequence.
 
-    ``lengths`` are those of the sequence that the call may have brought, ``batch`` the number of its rows.
+    ``lengths`` are those of the sequence that the call may have brought, ``batch`` the number of its rows; ``strict``: an
+    argument that is neither known nor a plain setting is one too many, whatever its shape.
+
+    Raises:
+        InputError: the call packs several sequences into a row.
     """
-    for name, value in kwargs.items():
-        if name in _CUT or name in _LAYER_CUT or name in _UNREAD or name in _CACHE:
-            continue
-        for tensor in _tensors(value):
-            if any(_along(tensor, batch, length) for length in set(lengths) if length > 1):
-                raise not_understood(
-                    f"{where} takes {name!r} of shape {tuple(tensor.shape)}, which runs along the sequence, and nobody "
-                    "knows how it is shortened"
-                )
+    packed = [name for name in _PACKED if kwargs.get(name) is not None]
+    if packed:
+        raise InputError(f"{packed[0]} packs several sequences into one row, which cannot be pruned; pad them instead")
+    read = _parameters(module.forward) or {}
+    known = {*_CUT, *_LAYER_CUT, *_CACHE, *(name for name in _UNREAD if name not in read)}
+    sizes = {size for length in lengths if length > 1 for size in (length, batch * length)}
+    for name in kwargs.keys() - known:
+        value = kwargs[name]
+        shapes = [shape for shape in _shapes(value) if sizes & set(shape)]
+        plain = value is None or isinstance(value, (bool, int, float, str))
+        if shapes or (strict and not plain):
+            form = f"of shape {shapes[0]}, which runs along the sequence" if shapes else f"({type(value).__name__})"
+            raise not_understood(
+                f"{type(module).__name__} takes {name!r} {form}, and nobody knows how it is shortened with the sequence"
+            )
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
+def _shapes(value: Any) -> Iterator[tuple[int, ...]]:
+    """Shapes of all arrays in an argument; a list of numbers is one, too."""
+    if isinstance(getattr(value, "shape", None), tuple):  # torch.Size is one
+        yield tuple(value.shape)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from _shapes(vars(value))
     elif isinstance(value, Mapping):
         for one in value.values():
-            yield from _tensors(one)
+            yield from _shapes(one)
     elif isinstance(value, (list, tuple)):
+        if value and isinstance(value[0], (bool, int, float)):
+            yield (len(value),)
         for one in value:
-            yield from _tensors(one)
-
-
-def _along(tensor: Tensor, batch: int, length: int) -> bool:
-    """Has the tensor an axis of ``length`` places, by itself, behind one of rows, or twice, as in a mask?"""
-    shape = tensor.shape
-    if shape[:1] == (length,):
-        return True
-    return any(size == length and shape[i] in (1, batch, length) for i, size in enumerate(shape[1:]))
+            yield from _shapes(one)
 
 
 def deepstack(kwargs: Mapping[str, Any]) -> tuple[Tensor, Sequence[Tensor]] | None:
-    """Which places ``(B, L)`` take DeepStack features, and the levels ``(places, D)`` that join after early layers."""
-    levels = kwargs.get("deepstack_visual_embeds")
-    return None if levels is None else (kwargs["visual_pos_masks"], levels)
+    """Which places ``(B, L)`` take DeepStack features, and the levels ``(places, D)`` that join after early layers.
+
+    Raises:
+        NotUnderstoodError: one came without the other.
+    """
+    places, levels = kwargs.get("visual_pos_masks"), kwargs.get("deepstack_visual_embeds")
+    if (places is None) != (levels is None):
+        raise not_understood("visual_pos_masks and deepstack_visual_embeds do not come together")
+    return None if levels is None else (places, levels)
 
 
-def deepstack_levels(levels: Sequence[Tensor]) -> dict[str, Any]:
+def deepstack_argument(levels: Sequence[Tensor]) -> dict[str, Any]:
     """DeepStack levels as argument of the text model."""
     return {"deepstack_visual_embeds": levels}
 
@@ -305,9 +354,8 @@ def layer_arguments(
         NotUnderstoodError: the model passes these under other names.
     """
     made = {"attention_mask": mask, "position_embeddings": rotary}
-    missing = made.keys() - kwargs.keys()
-    if missing:
-        raise not_understood(f"decoder layers are called without {', '.join(sorted(missing))}: {', '.join(kwargs)}")
+    if "attention_mask" not in kwargs or kwargs.get("position_embeddings") is None:
+        raise not_understood(f"decoder layers are called without {' or '.join(made)}: {', '.join(kwargs)}")
     if kwargs.get("position_ids") is not None:
         made["position_ids"] = positions
     return made
@@ -318,9 +366,27 @@ def checkpoints(layer: nn.Module) -> bool:
     return bool(getattr(layer, "gradient_checkpointing", False))
 
 
-def layer_rotary(kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
-    """The cosines and sines that the model passes to a decoder layer."""
-    return kwargs.get("position_embeddings")
+def entering_states(args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+    """The hidden states in front of a decoder layer.
+
+    Raises:
+        NotUnderstoodError: there are none, or what else the layer gets has no names.
+    """
+    if len(args) > 1 or not (args or "hidden_states" in kwargs):
+        raise not_understood(
+            f"a decoder layer is called with {len(args)} arguments without names and {', '.join(kwargs)}"
+        )
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def with_states(args: tuple, kwargs: dict[str, Any], hidden: Tensor) -> tuple[tuple, dict[str, Any]]:
+    """A decoder layer's call with other hidden states."""
+    return ((hidden,), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+
+def own_arguments(kwargs: Mapping[str, Any]) -> tuple[Any, tuple[Tensor, Tensor] | None]:
+    """The mask that a model passes to a decoder layer, and the cosines and sines."""
+    return kwargs.get("attention_mask"), kwargs.get("position_embeddings")
 
 
 # ---------------------------------------------------------------------------------------------- attention of the decoder
@@ -355,6 +421,8 @@ def scale(attention: nn.Module) -> float:
     for name in ("scaling", "scale"):
         if hasattr(attention, name):
             return getattr(attention, name)
+    if installed() >= (5, 0):
+        raise MissingSignalError(f"what {type(attention).__name__} multiplies logits by is not known")
     return attention.head_dim**-0.5  # transformers 4.37 has no name for it
 
 
@@ -406,6 +474,9 @@ RESIZE_POSITIONS = "interpolate_pos_encoding"
 def pixel_argument(call: Mapping[str, Any], name: str) -> str:
     """What an encoder method calls its pixels: older LLaVA-OneVision code says ``pixel_values`` for videos too."""
     return name if name in call else "pixel_values"
+
+
+IMAGE_ENCODER, VIDEO_ENCODER = "get_image_features", "get_video_features"
 
 
 def encoder_method(inner: nn.Module, name: str) -> Callable[..., Any]:

@@ -16,14 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.adapters import compat
+from foveate.adapters import checks, compat
 from foveate.adapters.attachment import Replaced, undone_on_failure
 from foveate.adapters.spans import Call, Choice, Held, Selector, Span, take
 from foveate.adapters.sparse_mlp import SparseMLP
 from foveate.errors import AttachError, InputError, UnsupportedModelError
 
-# Decoders that hooks sit on; decides whether a pruned cache may be continued.
+# Decoders that hooks sit on, which decides whether a pruned cache may be continued; and those of a running forward pass.
 _LIVE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_RUNNING: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 @dataclass
@@ -45,7 +46,10 @@ def _unpruned_length(cache: Any, layer_idx: int = 0) -> int:
     state = cache.foveate
     if state.inside:
         return compat.cached_length(cache, layer_idx)
-    if state.decoder() not in _LIVE:
+    decoder = state.decoder()
+    if decoder in _RUNNING:
+        raise compat.not_understood(f"{type(decoder).__name__} uses a cache that its call did not bring")
+    if decoder not in _LIVE:
         raise AttachError(
             "this KV cache was filled while a pruner was attached and the model has since been detached; "
             "attach a pruner again to continue it, or start from an empty cache"
@@ -65,6 +69,8 @@ class _Frame:
     current: Held  # which of ``held`` the running layers have
     pruned: bool = False  # a stage has taken something away, or put something else in its place
     spans: list[Span] = field(default_factory=list)
+    reached: set[int] = field(default_factory=set)  # layers whose hooks have run
+    levels: int = 0  # of DeepStack that have joined
 
     @property
     def span(self) -> Span:
@@ -95,6 +101,7 @@ class Decoder:
         self.mrope = mrope
         self.frame: _Frame | None = None
         self.cache: Any = None  # of the running call, from its first moment on
+        self._has_pruned = False
         self.check_names()
         self.mlps: dict[int, SparseMLP] = {}
         self._handles: list[Any] = []
@@ -133,18 +140,24 @@ class Decoder:
         for part in (*self._handles, *self.mlps.values()):
             part.remove()
         _LIVE.discard(self.text_model)
+        _RUNNING.discard(self.text_model)
         self.frame = None
 
     # ------------------------------------------------------------------------------------------------------- entry
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         self.frame = None
+        _RUNNING.add(module)
         kwargs = compat.by_name(module, args, kwargs)
         embeds = kwargs.get("inputs_embeds")
         if embeds is None:
+            if kwargs.get("input_ids") is None:
+                raise compat.not_understood(
+                    f"{type(module).__name__} is called without inputs_embeds: {', '.join(kwargs)}"
+                )
             return None
         cache = self.cache = compat.passed_cache(kwargs)
-        state: CacheState | None = getattr(cache, "foveate", None)
+        state: CacheState | None = compat.marked(cache)
         if state is not None:
             state.inside = True
         batch, length = embeds.shape[:2]
@@ -152,8 +165,8 @@ class Decoder:
         mask = kwargs.get("attention_mask")
         call = self.selector.begin(embeds, mask if isinstance(mask, Tensor) else None, past)
         if call is Call.CONTINUATION and state is None:
-            if cache is None:
-                _check_nothing_cached(mask, kwargs.get("position_ids"), length)
+            if self._has_pruned:
+                checks.check_nothing_hidden(cache, mask, kwargs.get("position_ids"), length, self.mrope)
             return None
         _refuse(cache, state, mask, batch, past + length)
         mask = torch.ones(batch, past + length, device=embeds.device) if mask is None else mask.to(embeds.device)
@@ -177,18 +190,21 @@ class Decoder:
         if call is Call.CONTINUATION:
             for i, mlp in self.mlps.items():
                 mlp.serve(state.neurons.get(i))
-            _check_follows(held[0], frame.span)
+            checks.check_follows(held[0], frame.span)
+        if call is Call.PROMPT and (choice is not None or self.selector.layers):
+            self._check_cut(module, kwargs, strict=compat.untested())
+            if compat.deepstack(kwargs) is not None and compat.deepstack_method(module) is None:
+                raise compat.not_understood(f"{type(module).__name__} has no method that adds DeepStack features")
         if choice is None and state is None:
             return None  # nothing pruned here: the caller's own arguments go on
         kwargs = dict(kwargs)
         if choice is not None:
-            self._check_cut(kwargs, type(module).__name__)
             kwargs["inputs_embeds"] = self._narrow(0, choice, embeds)
             joined = compat.deepstack(kwargs)
             if joined is not None:
                 mask, levels = joined[0], deepstack_levels(joined[1], choice.deepstack)
                 mixed = [_mixed(choice.mixtures, mask, level) for level in levels] if choice.mixtures else levels
-                kwargs |= compat.deepstack_levels(mixed)
+                kwargs |= compat.deepstack_argument(mixed)
         kwargs["attention_mask"] = frame.span.mask.long()
         kwargs["position_ids"] = frame.span.positions
         if text_row:
@@ -215,7 +231,10 @@ class Decoder:
         frame = self.frame
         if frame is None:
             return None
-        hidden = self._entering(i, args, kwargs)
+        hidden = compat.entering_states(args, kwargs)
+        checks.check_width(self.text_model, i, hidden, frame.span)
+        frame.reached.add(i)
+        self._check_own(i, hidden, kwargs)
         held = next((h for h in frame.held[1:] if h.first_layer == i), None)
         if held is not None:  # from here on the cache holds less of the past
             span, nearer = frame.span, frame.current.shift - held.shift
@@ -224,47 +243,37 @@ class Decoder:
             frame.spans.append(self._span(frame, here, span.index, span.alive, span.rank, positions, here.shift))
             frame.current = held
             if frame.call is Call.CONTINUATION:
-                _check_follows(held, frame.span)
+                checks.check_follows(held, frame.span)
         if frame.call is Call.PROMPT and i in self.selector.layers:
             choice = self.selector.at_layer(i, hidden, frame.span, self.cache)
             if choice is not None:
                 hidden = self._narrow(i, choice, hidden)
         if len(frame.spans) == 1:
             return None
-        kwargs = {**kwargs, **self._layer_kwargs(i, hidden, kwargs)}
-        if args:
-            return (hidden,), kwargs
-        return args, {**kwargs, "hidden_states": hidden}
+        return compat.with_states(args, {**kwargs, **self._layer_kwargs(i, hidden, kwargs)}, hidden)
 
-    def _entering(self, i: int, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        """The hidden states in front of layer ``i``, which must be those of the running span.
-
-        Raises:
-            NotUnderstoodError: they are not, or what else the layer gets has no names.
-        """
-        layer = type(self.text_model.layers[i]).__name__
-        if len(args) > 1:
-            raise compat.not_understood(f"{layer} {i} is given {len(args)} arguments without names")
-        hidden, width = args[0] if args else kwargs["hidden_states"], self.frame.span.index.shape[1]
-        if hidden.shape[1] != width:
-            raise compat.not_understood(f"{hidden.shape[1]} places reach {layer} {i}, where {width} should be left")
-        rotary = compat.layer_rotary(kwargs) if i == 0 and compat.untested() else None
-        if rotary is not None and not all(map(_same, rotary, self.rotary(hidden))):
-            raise compat.not_understood(f"{layer} 0 works at other positions than its model was given")
-        return hidden
-
-    def _check_cut(self, kwargs: dict[str, Any], where: str) -> None:
+    def _check_cut(self, module: nn.Module, kwargs: dict[str, Any], *, strict: bool = False) -> None:
         frame = self.frame
         lengths = {frame.length, frame.past + frame.length, *(span.index.shape[1] for span in frame.spans)}
-        compat.check_cut(kwargs, where, len(frame.mask), lengths)
-        if compat.deepstack(kwargs) is not None and compat.deepstack_method(self.text_model) is None:
-            raise compat.not_understood(f"{where} is given DeepStack features and has no method that adds them")
+        compat.check_cut(module, kwargs, len(frame.mask), lengths, strict=strict)
+
+    def _check_own(self, i: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        """Under an untested transformers: is what this layer gets of the model itself what foveate makes of the entry?"""
+        frame = self.frame
+        if frame.call is not Call.PROMPT or not (i == 0 or i in self.selector.layers) or not compat.untested():
+            return
+        entry = frame.spans[0]
+        states = hidden.new_empty(*entry.index.shape, 1)
+        mask = entry.mask.to(hidden.device, torch.long)
+        mask = compat.causal_mask(self.text_model.config, states, mask, compat.passed_cache(kwargs), i)
+        layer = f"{type(self.text_model.layers[i]).__name__} {i}"
+        checks.check_own(layer, kwargs, mask, self.text_model.rotary_emb(states, entry.positions.to(hidden.device)))
 
     def _layer_kwargs(self, i: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Substitutes that every layer of a later span needs, for the model's loop keeps passing its own locals."""
         span = self.frame.span
         if span.layer_kwargs is None:
-            self._check_cut(kwargs, type(self.text_model.layers[i]).__name__)
+            self._check_cut(self.text_model.layers[i], kwargs)
             mask = span.mask.to(hidden.device, torch.long)
             mask = compat.causal_mask(self.text_model.config, hidden, mask, compat.passed_cache(kwargs), i)
             span.layer_kwargs = compat.layer_arguments(kwargs, mask, self.rotary(hidden), _text_positions(span))
@@ -348,7 +357,10 @@ class Decoder:
 
         def process(hidden: Tensor, visual: Tensor, level: Tensor) -> Tensor:
             frame = self.frame
-            if frame is None or not frame.pruned:
+            if frame is None:
+                return add(hidden, visual, level)
+            frame.levels += 1
+            if not frame.pruned:
                 return add(hidden, visual, level)
             index = frame.span.index.to(visual.device)
             rows = _visual_rows(visual)
@@ -364,7 +376,7 @@ class Decoder:
         if frame is None:
             return None
         cache = compat.returned_cache(output)
-        self._check_held(cache, kwargs)
+        self._check_left(cache, kwargs)
         if cache is not None:
             self._keep_books(cache, output.last_hidden_state)
         if frame.pruned:
@@ -386,6 +398,7 @@ class Decoder:
         for mlp in self.mlps.values():
             mlp.serve(None)
         self.frame = self.cache = None
+        _RUNNING.discard(module)
         self.selector.forget()
 
     # ------------------------------------------------------------------------------------------------------- cache
@@ -409,26 +422,23 @@ class Decoder:
             last = span.last if frame.call is Call.PROMPT and compat.untested() else None
             held.append(Held(span.first_layer, torch.cat([span.held, new], dim=1), span.shift, last))
         held = self._evict(cache, held)
-        cache.foveate = CacheState(weakref.ref(self.text_model), frame.past + frame.length, held, neurons)
+        compat.mark(cache, CacheState(weakref.ref(self.text_model), frame.past + frame.length, held, neurons))
         compat.answer_length(cache, _unpruned_length)
+        self._has_pruned = True
 
-    def _check_held(self, cache: Any, kwargs: dict[str, Any]) -> None:
-        """Raise :class:`NotUnderstoodError` unless every layer's cache holds just what the layer saw."""
-        passed, name = self.cache, type(self.text_model).__name__
-        if cache is not passed and passed is not None:
-            raise compat.not_understood(
-                f"{name} was given a {type(passed).__name__} and returned {type(cache).__name__}"
-            )
-        if cache is None:
-            if kwargs.get("use_cache") and not self.text_model.training:
-                raise compat.not_understood(f"{name} was to fill a cache and returned none")
-            return
-        for i in range(len(self.text_model.layers)):
-            span, holds = self._span_of(i + 1), compat.cached_length(cache, i)
-            if holds != span.mask.shape[1]:
-                raise compat.not_understood(
-                    f"decoder layer {i} saw {span.mask.shape[1]} places and its cache holds {holds}"
-                )
+    def _check_left(self, cache: Any, kwargs: dict[str, Any]) -> None:
+        """What a forward pass has left behind must be what its stages asked for."""
+        frame, model = self.frame, self.text_model
+        if frame.call is Call.PROMPT:
+            checks.check_reached(model, self.selector.layers, frame.reached)
+            joined = compat.deepstack(kwargs)
+            if frame.pruned and joined is not None and frame.levels != min(len(joined[1]), len(model.layers)):
+                raise compat.not_understood(f"{frame.levels} of {len(joined[1])} DeepStack levels have joined")
+        elif frame.call is Call.CONTINUATION:
+            checks.check_reached(model, (held.first_layer for held in frame.held[1:]), frame.reached)
+        asked = kwargs.get("use_cache")
+        filled = (getattr(model.config, "use_cache", True) if asked is None else asked) and not model.training
+        checks.check_held(model, self.cache, cache, bool(filled), frame.spans)
 
     def _evict(self, cache: Any, held: list[Held]) -> list[Held]:
         """Take out of earlier layers' caches what an evicting span does not hold; returns what is held then."""
@@ -537,36 +547,6 @@ def _refuse(cache: Any, state: CacheState | None, mask: Any, batch: int, total: 
         raise InputError(
             f"the KV cache was filled with {len(state.held[0].places)} sequences, this call brings {batch}; "
             "a pruned cache cannot be re-batched"
-        )
-
-
-def _same(given: Tensor, asked: Tensor) -> bool:
-    """Are two rotary tables ``(1 or B, K, d)`` and ``(B, K, d)`` alike?"""
-    return given.shape[1:] == asked.shape[1:] and bool((given.to(asked.device) == asked).all())
-
-
-def _check_nothing_cached(mask: Any, positions: Tensor | None, length: int) -> None:
-    """Raise :class:`NotUnderstoodError` for a call without a cache that goes on behind cached places all the same."""
-    covered = mask.shape[1] if isinstance(mask, Tensor) and mask.ndim == 2 else length
-    if length == 1 and positions is not None and covered == length:
-        covered = int(positions.max()) + 1
-    if covered > length:
-        raise compat.not_understood(
-            f"the call is the last {length} of {covered} places, and brings no cache that is known as one"
-        )
-
-
-def _check_follows(held: Held, span: Span) -> None:
-    """Raise :class:`NotUnderstoodError` unless the first place of ``span`` is at the position after the last one ``held``."""
-    if held.last is None:
-        return
-    position, known = held.last
-    first = span.positions[..., 0].reshape(-1, len(position)).amax(0)
-    wrong = known & (span.index[:, 0] == 0) & (first != position + 1)
-    if bool(wrong.any()):
-        row = int(wrong.long().argmax())
-        raise compat.not_understood(
-            f"decoding goes on at position {int(first[row])} after a prompt that ended at {int(position[row])}"
         )
 
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from foveate.adapters import compat
+from foveate.adapters import checks, compat
 from foveate.adapters.attachment import undone_on_failure
 from foveate.adapters.signals import NEURONS, Tap, exact
 from foveate.cuda import (
@@ -128,6 +128,8 @@ class DecoderTap(Tap):
         def reduce(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             q, k = (_heads(seen.pop(name), module).transpose(1, 2) for name in ("q", "k"))
             q, k = rotate(q, k, *self.asked().rotary(k))
+            if compat.untested():
+                checks.check_signal_keys(self.asked().cache, module.layer_idx, k)
             k = _with_past(k, self.asked().cache, module.layer_idx, stored=True)
             for signal in signals:
                 self.values[signal] = self._statistic(signal, q, k, compat.scale(module))

@@ -44,7 +44,7 @@ class LlavaAdapter(Adapter):
 
     @property
     def modalities(self) -> tuple[Modality, ...]:
-        return (Modality("image", "get_image_features", "pixel_values", self.inner.config.image_token_id),)
+        return (Modality("image", compat.IMAGE_ENCODER, "pixel_values", self.inner.config.image_token_id),)
 
     @property
     def project(self) -> Callable[[Tensor], Tensor] | None:

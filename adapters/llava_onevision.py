@@ -28,7 +28,7 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         config = self.inner.config
         return (
             *super().modalities,
-            Modality("video", "get_video_features", "pixel_values_videos", config.video_token_id),
+            Modality("video", compat.VIDEO_ENCODER, "pixel_values_videos", config.video_token_id),
         )
 
     @property

@@ -32,8 +32,8 @@ class Qwen2VLAdapter(Adapter):
     def modalities(self) -> tuple[Modality, ...]:
         config = self.inner.config
         return (
-            Modality("image", "get_image_features", "pixel_values", config.image_token_id),
-            Modality("video", "get_video_features", "pixel_values_videos", config.video_token_id),
+            Modality("image", compat.IMAGE_ENCODER, "pixel_values", config.image_token_id),
+            Modality("video", compat.VIDEO_ENCODER, "pixel_values_videos", config.video_token_id),
         )
 
     def describe(self) -> ModelInfo:

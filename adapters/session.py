@@ -25,7 +25,7 @@ from foveate.adapters.tower_merging import remaining
 from foveate.adapters.trace import Trace
 from foveate.adapters.vit import block_stages, tower_for
 from foveate.adapters.vit_session import VitSession
-from foveate.errors import AttachError, FoveateError, MissingSignalError, ParameterError
+from foveate.errors import AttachError, FoveateError, InputError, MissingSignalError, ParameterError
 from foveate.pruners.base import (
     CrossModalAttention,
     Hook,
@@ -230,7 +230,7 @@ class Session(Attachment):
         """Does the call bring visual tokens? They become the running call's items."""
         ids = brought.ids
         if ids is None or not brought.modalities or ids.shape != embeds.shape[:2]:
-            self._check_arrived(brought)
+            self._check_nothing_arrived(brought, embeds)
             self._encoder.forget()
             return False
         visual = torch.zeros_like(ids, dtype=torch.bool)
@@ -256,17 +256,31 @@ class Session(Attachment):
         self._prompt = Prompt(self._decoder, ids, embeds, attended, visual, items, trace)
         return True
 
-    def _check_arrived(self, brought: Brought) -> None:
-        """Raise :class:`NotUnderstoodError` if pictures were encoded for this prompt and their features came unnoticed."""
-        if brought.ids is None or brought.modalities:
+    def _check_nothing_arrived(self, brought: Brought, embeds: Tensor) -> None:
+        """Raise if features of pictures stand in ``embeds`` that would go unpruned, for they came unnoticed.
+
+        Raises:
+            InputError: the prompt has been lengthened. NotUnderstoodError: they came under a name that is not known.
+        """
+        ids = brought.ids
+        if ids is None:
+            return  # embeddings that the caller made
+        if ids.shape != embeds.shape[:2]:
+            if brought.modalities:
+                raise InputError(
+                    f"{tuple(ids.shape)} token ids became {tuple(embeds.shape[:2])} embeddings, so it is not known where the "
+                    "pictures are; soft prompts cannot be pruned"
+                )
+            return
+        if ids.shape[1] == 1 or not (self._encoder.encoded or compat.untested()):
             return
         for modality in self._adapter.modalities:
-            encoded = self._encoder.encoded.get(modality.kind)
-            places = int((brought.ids == modality.token_id).sum()) if encoded else 0
-            if places and places == sum(layout.length for layout in encoded.layouts):
+            here = ids == modality.token_id
+            token = torch.tensor(modality.token_id, device=ids.device)
+            if bool(here.any()) and not bool((embeds[here] == self._adapter.inner.get_input_embeddings()(token)).all()):
                 raise compat.not_understood(
-                    f"{places} {modality.kind} tokens were encoded, and {type(self._adapter.inner).__name__} was called "
-                    "without pixels or features under a name that is known"
+                    f"features stand in {int(here.sum())} places of {modality.kind}s, and "
+                    f"{type(self._adapter.inner).__name__} was called without pixels or features under a name that is known"
                 )
 
     def _refuse_checkpointing(self) -> None:

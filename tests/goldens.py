@@ -22,7 +22,7 @@ from transformers.image_processing_utils import select_best_resolution
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from foveate.adapters import MergeTrace, attach
+from foveate.adapters import MergeTrace, attach, compat
 from foveate.adapters.decoder import deepstack_levels, zero_rows
 from foveate.adapters.decoder_signals import row_matches, transition_variation
 from foveate.adapters.llava_next import _anyres
@@ -1222,8 +1222,7 @@ def transprune_run(params: Params, inputs: Inputs) -> Tensors:
         layer.self_attn.register_forward_pre_hook(note, with_kwargs=True)
     with torch.no_grad(), attach(model, pruner, positions=positions) as session:
         run = model(input_ids=ids, pixel_values=torch.zeros(n, 3, 1, 1), use_cache=True)
-        name = "cache" if hasattr(run, "cache") else "past_key_values"  # before and from transformers 5.24 on
-        cache, images = run[name], session.trace.images
+        cache, images = compat.returned_cache(run), session.trace.images
         kept = [
             torch.tensor([i for i, image in enumerate(images) if len(image.kept_at(layer))])
             for layer in pruner.schedule(ModelInfo(decoder_layers=text.num_hidden_layers))
@@ -1233,7 +1232,7 @@ def transprune_run(params: Params, inputs: Inputs) -> Tensors:
         lengths = [layer.keys.shape[2] for layer in cache.layers]
         hidden, turned = [], []
         for token in inputs["decode_ids"]:
-            step = model(input_ids=token.view(1, 1), **{name: cache}, use_cache=True)
+            step = model(input_ids=token.view(1, 1), **compat.cache_argument(model.forward, cache), use_cache=True)
             hidden.append(step.last_hidden_state[0, 0])
             turned.append(torch.stack([rotations[i] for i in sorted(rotations)]).round().long())
     return {
