@@ -74,14 +74,21 @@ def check_held(model: nn.Module, passed: Any, cache: Any, filled: bool, spans: l
                 raise compat.not_understood(f"decoder layer {layer} saw {saw} places and its cache holds {holds}")
 
 
-def check_nothing_hidden(cache: Any, mask: Any, positions: Tensor | None, length: int, mrope: bool) -> None:
+def check_nothing_hidden(
+    model: nn.Module, cache: Any, mask: Any, positions: Tensor | None, length: int, mrope: bool
+) -> None:
     """Does a call go on after cached places that it does not bring, or that another cache brings?
 
     Asked where nothing is known to be pruned, on a model that was pruned before.
     """
-    held = 0 if cache is None else compat.told_length(cache)
     if cache is not None and compat.one_length_for_all(cache):
         return  # counts for itself
+    lengths = {0} if cache is None else {compat.cached_length(cache, layer) for layer in range(len(model.layers))}
+    if len(lengths) > 1:
+        raise compat.not_understood(
+            f"layers of a {type(cache).__name__} that is not known as pruned hold {sorted(lengths)} places"
+        )
+    (held,) = lengths
     covered = mask.shape[1] if isinstance(mask, Tensor) and mask.ndim == 2 else held + length
     if positions is not None and not mrope:  # no place of an unpruned sequence is further on than places are there
         covered = max(covered, int(positions.max()) + 1)

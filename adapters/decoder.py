@@ -166,7 +166,8 @@ class Decoder:
         call = self.selector.begin(embeds, mask if isinstance(mask, Tensor) else None, past)
         if call is Call.CONTINUATION and state is None:
             if self._has_pruned:
-                checks.check_nothing_hidden(cache, mask, kwargs.get("position_ids"), length, self.mrope)
+                positions = kwargs.get("position_ids")
+                checks.check_nothing_hidden(module, cache, mask, positions, length, self.mrope)
             return None
         _refuse(cache, state, mask, batch, past + length)
         mask = torch.ones(batch, past + length, device=embeds.device) if mask is None else mask.to(embeds.device)
@@ -191,6 +192,8 @@ class Decoder:
             for i, mlp in self.mlps.items():
                 mlp.serve(state.neurons.get(i))
             checks.check_follows(held[0], frame.span)
+            if held[0].last is not None:
+                self._check_cut(module, kwargs, strict=True)
         if call is Call.PROMPT and (choice is not None or self.selector.layers):
             self._check_cut(module, kwargs, strict=compat.untested())
             if compat.deepstack(kwargs) is not None and compat.deepstack_method(module) is None:

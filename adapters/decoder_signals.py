@@ -129,7 +129,7 @@ class DecoderTap(Tap):
             q, k = (_heads(seen.pop(name), module).transpose(1, 2) for name in ("q", "k"))
             q, k = rotate(q, k, *self.asked().rotary(k))
             if compat.untested():
-                checks.check_signal_keys(self.asked().cache, module.layer_idx, k)
+                checks.check_signal_keys(compat.passed_cache(kwargs), module.layer_idx, k)
             k = _with_past(k, self.asked().cache, module.layer_idx, stored=True)
             for signal in signals:
                 self.values[signal] = self._statistic(signal, q, k, compat.scale(module))

@@ -71,7 +71,12 @@ class Rehearsed(Pruner):
             return stage  # in front of the decoder nobody sees the text
 
         def select(tokens: Tokens, **signals: Tensor) -> Selection:
-            key = stage.hook, stage.layer, tokens.layout, tokens.sample_ids, tokens.count
+            key = (
+                stage.hook,
+                stage.layer,
+                tokens.layout,
+                tokens.embeds.shape[:2],
+            )  # pictures of one layout come together
             if key not in self.chosen:
                 self.chosen[key] = stage.select(tokens, **signals)
             return self.chosen[key]

@@ -8,8 +8,10 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -19,7 +21,7 @@ import foveate
 from foveate.adapters import compat
 from foveate.errors import NotUnderstoodError, UnsupportedModelError
 from foveate.tested import TESTED, minor
-from tests.models import FAMILIES, cache_of, cached, inputs, picture, tiny
+from tests.models import FAMILIES, IMAGE, cache_of, cached, inputs, picture, tiny
 from tests.pruners.synthetic import TopNorm
 
 ENTRY, LAYER = TopNorm(at_input=0.5), TopNorm(at_layer=((2, 0.5),))
@@ -52,6 +54,13 @@ def hidden_from_hooks(module: nn.Module, there: Callable[[dict], dict], back: Ca
     usual.__signature__ = inspect.signature(forward)
     module.forward = usual
     module.register_forward_pre_hook(lambda module, args, kwargs: (args, there(kwargs)), with_kwargs=True)
+
+
+@dataclass
+class Record:
+    """What an argument may keep its tensors in."""
+
+    values: Tensor
 
 
 # ----------------------------------------------------------------------------------------------- the cache, renamed
@@ -98,7 +107,7 @@ def test_a_cache_that_no_hook_sees_raises_when_decoding_goes_on(pruner: foveate.
         return {name: value for name, value in kwargs.items() if name not in NAMES}
 
     hidden_from_hooks(model.model.language_model, take, lambda kwargs: {**kwargs, **dict(kept)})
-    with foveate.attach(model, pruner), pytest.raises(NotUnderstoodError, match="no cache that is known as one"):
+    with foveate.attach(model, pruner), pytest.raises(NotUnderstoodError, match="brings 0 of them in a cache"):
         model.generate(**given, **GREEDY)
 
 
@@ -135,19 +144,81 @@ def test_a_cache_that_holds_other_places_than_its_layer_saw_raises(pruner: fovea
         model(**given, use_cache=True)
 
 
+@METHODS
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+@pytest.mark.parametrize("how", ["layers", "tensors"])
+def test_a_pruned_cache_that_comes_back_as_another_raises(family: str, how: str, pruner: foveate.Pruner) -> None:
+    """As where a later generate() wraps the cache anew between two steps: with its layers, or with copies of what they hold."""
+    if (family, how) == ("qwen3_vl", "tensors"):
+        pytest.skip("positions of three axes need not reach the number of places, so nothing tells")
+    model, given = tiny(family), scene(family)
+    update = model._update_model_kwargs_for_generation
+
+    def wrapped(outputs: Any, kwargs: dict[str, Any], *args: Any, **more: Any) -> dict[str, Any]:
+        kwargs = update(outputs, kwargs, *args, **more)
+        name = next(name for name in NAMES if kwargs.get(name) is not None)
+        new = transformers.DynamicCache()
+        if how == "layers":
+            new.layers = kwargs[name].layers
+        else:
+            for i in range(len(kwargs[name].layers)):
+                new.update(*compat.layer_states(kwargs[name], i), i)
+        return {**kwargs, name: new}
+
+    model._update_model_kwargs_for_generation = wrapped
+    said = "came back in another" if how == "layers" else "in a cache that is known as one|not known as pruned"
+    with foveate.attach(model, pruner), pytest.raises(NotUnderstoodError, match=said):
+        model.generate(**given, **GREEDY)
+
+
+@METHODS
+def test_a_cache_inside_another_argument_raises_when_decoding_goes_on(pruner: foveate.Pruner) -> None:
+    model, given = tiny("llava"), scene()
+    name = next(iter(cached(model.model.language_model, None)))
+    hidden_from_hooks(
+        model.model.language_model,
+        lambda kwargs: {**{k: v for k, v in kwargs.items() if k != name}, "state": {"kv": kwargs.get(name)}},
+        lambda kwargs: {**{k: v for k, v in kwargs.items() if k != "state"}, name: kwargs["state"]["kv"]},
+    )
+    with foveate.attach(model, pruner):
+        cache = cache_of(model(**given, use_cache=True))
+        with pytest.raises(NotUnderstoodError, match="uses a cache that its call did not bring"):
+            model(input_ids=torch.tensor([[5]]), **cached(model, cache))
+
+
+def test_another_cache_than_was_given_raises() -> None:
+    model, given = tiny("llava"), scene()
+
+    def other(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        for name in NAMES:
+            if name in output.__dict__:
+                output.__dict__[name] = transformers.DynamicCache()
+
+    model.model.language_model.register_forward_hook(other, with_kwargs=True)
+    with foveate.attach(model, ENTRY), pytest.raises(NotUnderstoodError, match="returned another DynamicCache"):
+        model(**given, **cached(model, transformers.DynamicCache()), use_cache=True)
+
+
 # ------------------------------------------------------------------------------------- arguments along the sequence
 
 
 @METHODS
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("form", ["rows", "states", "listed"])
+@pytest.mark.parametrize("form", ["rows", "row", "states", "heads", "listed", "flat", "array", "numbers", "record"])
 def test_an_unknown_argument_along_the_sequence_raises(family: str, pruner: foveate.Pruner, form: str) -> None:
     model, given = tiny(family), scene(family)
+    given = {name: torch.cat([value, value]) if form == "flat" else value for name, value in given.items()}
     batch, length = given["input_ids"].shape
     made = {
         "rows": torch.zeros(batch, length),
+        "row": torch.zeros(length),
         "states": torch.zeros(batch, length, 7),
+        "heads": torch.zeros(batch, 4, length, 7),
         "listed": {"first": [torch.zeros(3, batch, length)]},
+        "flat": torch.zeros(batch * length, 7),
+        "array": np.zeros((batch, length)),
+        "numbers": [0] * length,
+        "record": Record(torch.zeros(batch, length)),
     }
     new = {"segment_ids": made[form]}
     model.model.language_model.register_forward_pre_hook(
@@ -155,6 +226,63 @@ def test_an_unknown_argument_along_the_sequence_raises(family: str, pruner: fove
     )
     with foveate.attach(model, pruner), pytest.raises(NotUnderstoodError, match="'segment_ids' of shape"):
         model.generate(**given, **GREEDY)
+
+
+def test_packed_sequences_are_refused() -> None:
+    model, given = tiny("llava"), scene()
+    bounds = torch.tensor([0, 10, given["input_ids"].shape[1]], dtype=torch.int32)
+    with foveate.attach(model, LAYER), pytest.raises(foveate.InputError, match="packs several sequences"):
+        model(**given, cu_seq_lens_q=bounds)
+
+
+@pytest.mark.filterwarnings("ignore:transformers .* is newer")
+@METHODS
+def test_any_unknown_argument_raises_under_a_later_version(pruner: foveate.Pruner, later: str) -> None:
+    """In the prompt, and at the first step after it."""
+    model, given = tiny("llava"), scene()
+    with foveate.attach(model, pruner):
+        with pytest.raises(NotUnderstoodError, match=r"takes 'blocks' \(Tensor\)"):
+            model(**given, blocks=torch.ones(3))
+        cache = cache_of(model(**given, use_cache=True))
+        with pytest.raises(NotUnderstoodError, match=r"takes 'blocks' \(Tensor\)"):
+            model(input_ids=torch.tensor([[5]]), **cached(model, cache), blocks=torch.ones(3))
+
+
+def test_deepstack_places_without_levels_raise() -> None:
+    model, given = tiny("qwen3_vl"), scene("qwen3_vl")
+    hidden_from_hooks(
+        model.model.language_model,
+        lambda kwargs: renamed(kwargs, ("deepstack_visual_embeds",), "levels"),
+        lambda kwargs: renamed(kwargs, ("levels",), "deepstack_visual_embeds"),
+    )
+    for method in (ENTRY, LAYER, foveate.PosPad(foveate.Random(keep=0.5))):
+        with foveate.attach(model, method), pytest.raises(NotUnderstoodError, match="do not come together"):
+            model(**given)
+
+
+@METHODS
+def test_deepstack_levels_that_another_method_adds_raise(
+    pruner: foveate.Pruner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, given = tiny("qwen3_vl"), scene("qwen3_vl")
+    text = model.model.language_model
+    monkeypatch.setattr(compat, "_DEEPSTACK", "another_name")
+    with foveate.attach(model, pruner), pytest.raises(NotUnderstoodError, match="no method that adds DeepStack"):
+        model(**given)
+    type(text).another_name = lambda self, *args: None  # there, and not called
+    try:
+        with foveate.attach(model, pruner), pytest.raises((NotUnderstoodError, IndexError)):
+            model(**given)
+    finally:
+        del type(text).another_name
+
+
+def test_layers_that_run_past_their_hooks_raise() -> None:
+    model, given = tiny("llava"), scene()
+    layer = model.model.language_model.layers[2]
+    layer._call_impl = lambda *args, **kwargs: layer.forward(*args, **kwargs)
+    with foveate.attach(model, LAYER), pytest.raises(NotUnderstoodError, match=r"past the hooks of its layers \[2\]"):
+        model(**given)
 
 
 def test_an_unknown_argument_that_is_not_along_the_sequence_is_none_of_our_business() -> None:
@@ -276,14 +404,58 @@ def test_a_changed_mask_function_raises_on_attaching(change: str, monkeypatch: p
 def test_pictures_whose_features_arrive_unnoticed_raise() -> None:
     """As where generate() hands encoded pictures over under another name: nothing would be pruned, without a word."""
     model, given = tiny("llava"), scene()
-    inner = model.model
-    hidden_from_hooks(
-        inner,
-        lambda kwargs: renamed(kwargs, ("mm_encoder_outputs",), "early"),
-        lambda kwargs: renamed(kwargs, ("early",), "mm_encoder_outputs"),
-    )
-    with foveate.attach(model, ENTRY), pytest.raises(NotUnderstoodError, match="16 image tokens were encoded"):
-        model.generate(**given, **GREEDY)
+    names = ("mm_encoder_outputs", "pixel_values")  # from 5.18 on; before
+
+    def away(kwargs: dict[str, Any]) -> dict[str, Any]:
+        return {f"early_{k}" if k in names else k: v for k, v in kwargs.items()}
+
+    hidden_from_hooks(model.model, away, lambda kwargs: {k.removeprefix("early_"): v for k, v in kwargs.items()})
+    for options in ({}, {"num_beams": 2}):
+        with (
+            foveate.attach(model, ENTRY),
+            pytest.raises(NotUnderstoodError, match=f"features stand in {16 * len(options) + 16} places of images"),
+        ):
+            model.generate(**given, **GREEDY, **options)
+
+
+@pytest.mark.filterwarnings("ignore:transformers .* is newer")
+def test_features_that_nobody_saw_being_encoded_raise_under_a_later_version(later: str) -> None:
+    model, given = tiny("llava"), scene()
+    own = model.model.get_image_features
+    features = compat.features(own(given.pop("pixel_values")))[0]
+
+    def put(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        embeds = kwargs["inputs_embeds"].clone()
+        embeds[given["input_ids"] == IMAGE] = features
+        return args, {**kwargs, "inputs_embeds": embeds}
+
+    model.model.language_model.register_forward_pre_hook(put, with_kwargs=True)
+    with foveate.attach(model, ENTRY), pytest.raises(NotUnderstoodError, match="features stand in 16 places"):
+        model(**given)
+
+
+def test_placeholders_without_features_are_text() -> None:
+    """Also where somebody encoded a picture by hand before."""
+    model, given = tiny("llava"), scene()
+    pixels = given.pop("pixel_values")
+    expected = model(**given).logits
+    with foveate.attach(model, ENTRY) as session:
+        model.model.get_image_features(pixels)
+        assert torch.equal(model(**given).logits, expected)
+        assert session.trace is None
+
+
+def test_a_lengthened_prompt_is_refused() -> None:
+    """As soft prompts make it: it is not known any more where the pictures are."""
+    model, given = tiny("llava"), scene()
+
+    def more(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        embeds = torch.nn.functional.pad(kwargs["inputs_embeds"], (0, 0, 2, 0))
+        return args, {**kwargs, "inputs_embeds": embeds, "attention_mask": None, "position_ids": None}
+
+    model.model.language_model.register_forward_pre_hook(more, with_kwargs=True)
+    with foveate.attach(model, ENTRY), pytest.raises(foveate.InputError, match="soft prompts cannot be pruned"):
+        model(**given)
 
 
 def test_an_encoder_method_of_another_name_raises_on_attaching(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -367,18 +539,45 @@ def test_decoding_that_goes_on_at_another_position_raises_under_a_later_version(
 
 
 @pytest.mark.filterwarnings("ignore:transformers .* is newer")
-def test_a_model_that_works_at_other_positions_raises_under_a_later_version(later: str) -> None:
+@pytest.mark.parametrize(("pruner", "layer"), [(ENTRY, 0), (LAYER, 0), (LAYER, 2)])
+@pytest.mark.parametrize("what", ["positions", "mask"])
+def test_a_model_that_works_at_other_positions_or_masks_raises_under_a_later_version(
+    what: str, pruner: foveate.Pruner, layer: int, later: str
+) -> None:
+    """Also where one layer alone does: whoever cuts its mask later on has to know how that was made."""
     model, given = tiny("llava"), scene()
     text = model.model.language_model
-    text.layers[0].register_forward_pre_hook(
-        lambda module, args, kwargs: (
-            args,
-            {**kwargs, "position_embeddings": text.rotary_emb(args[0], torch.arange(args[0].shape[1])[None] + 1)},
-        ),
-        with_kwargs=True,
-    )
-    with foveate.attach(model, ENTRY), pytest.raises(NotUnderstoodError, match="works at other positions"):
+
+    def other(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        width = args[0].shape[1]
+        made = {
+            "positions": {"position_embeddings": text.rotary_emb(args[0], torch.arange(width)[None] + 1)},
+            "mask": {"attention_mask": torch.ones(1, 1, width, width, dtype=torch.bool)},
+        }
+        return args, {**kwargs, **made[what]}
+
+    text.layers[layer].register_forward_pre_hook(other, with_kwargs=True)
+    said = {"positions": "works at other positions", "mask": "works with another mask"}[what]
+    with foveate.attach(model, pruner), pytest.raises(NotUnderstoodError, match=f"LlamaDecoderLayer {layer} {said}"):
         model(**given)
+
+
+@pytest.mark.filterwarnings("ignore:transformers .* is newer")
+def test_signals_of_other_keys_than_the_layer_makes_raise_under_a_later_version(
+    later: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where an attention normalises its keys in a part of another name: a method would rank by the wrong ones."""
+    model, given = tiny("qwen3_vl"), scene("qwen3_vl")
+    for layer in model.model.language_model.layers:
+        layer.self_attn.k_norm.weight.mul_(torch.linspace(0.2, 3, len(layer.self_attn.k_norm.weight)))
+    with foveate.attach(model, "fastv", k=2, keep=0.5):
+        model(**given, use_cache=True)
+    monkeypatch.setattr(compat, "key_source", lambda attention: attention.k_proj)
+    with (
+        foveate.attach(model, "fastv", k=2, keep=0.5),
+        pytest.raises(NotUnderstoodError, match="makes other keys than were read"),
+    ):
+        model(**given, use_cache=True)
 
 
 # ----------------------------------------------------------------------------------------------- attaching, half-way
