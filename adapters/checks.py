@@ -24,7 +24,7 @@ def check_reached(model: nn.Module, wanted: Iterable[int], reached: Iterable[int
 
 
 def check_width(model: nn.Module, layer: int, hidden: Tensor, span: Span) -> None:
-    """Do the hidden states in front of a layer have the places of its span?"""
+    """Do the hidden states that enter a layer have the places of its span?"""
     if hidden.shape[1] != span.index.shape[1]:
         raise compat.not_understood(
             f"{hidden.shape[1]} places reach {type(model.layers[layer]).__name__} {layer}, where {span.index.shape[1]} "

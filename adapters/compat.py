@@ -367,7 +367,7 @@ def checkpoints(layer: nn.Module) -> bool:
 
 
 def entering_states(args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
-    """The hidden states in front of a decoder layer.
+    """The hidden states that enter a decoder layer.
 
     Raises:
         NotUnderstoodError: there are none, or what else the layer gets has no names.

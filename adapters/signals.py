@@ -129,10 +129,9 @@ class EncoderTap(Tap, ABC):
 
     def __init__(self, blocks: Sequence[nn.Module], signals: Iterable[Signal]) -> None:
         super().__init__()
+        signals = dict.fromkeys(signals)  # not a set: tensor-parallel processes must reduce in one order
         with undone_on_failure(self.remove):
-            self._install(
-                blocks, dict.fromkeys(signals)
-            )  # not a set: tensor-parallel processes must reduce in one order
+            self._install(blocks, signals)
 
     def _install(self, blocks: Sequence[nn.Module], signals: Iterable[Signal]) -> None:
         for i in {s.layer for s in signals}:

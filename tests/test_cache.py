@@ -38,7 +38,7 @@ REFUSED = {
     *((method, family) for method in ("pitome", "tome") for family in FAMILIES if "qwen" in family),
     *(("downsample", family) for family in ("llava_next", "llava_onevision")),
 }
-# where it is the picture that is made smaller, in front of the processor, and nothing happens in the model
+# where it is the picture that is made smaller, before the processor, and nothing happens in the model
 OUTSIDE = {("downsample", family) for family in FAMILIES if "qwen" in family}
 CASES = [
     pytest.param(method, family, id=f"{method}-{family}")
@@ -68,7 +68,7 @@ class Rehearsed(Pruner):
 
     def _again(self, stage: Stage) -> Stage:
         if stage.hook not in (Hook.LLM_INPUT, Hook.LLM_LAYER):
-            return stage  # in front of the decoder nobody sees the text
+            return stage  # before the decoder nobody sees the text
 
         def select(tokens: Tokens, **signals: Tensor) -> Selection:
             key = (

@@ -49,7 +49,7 @@ def runs(name: str) -> list[dict[str, Any]]:
 
 
 def of(package: str, facts: dict[str, Any]) -> Iterator[str]:
-    """Versions without what stands behind a plus."""
+    """Versions without what follows a plus."""
     for version in [facts[package]] if isinstance(facts[package], str) else facts[package]:
         yield version.partition("+")[0]
 

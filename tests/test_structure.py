@@ -28,7 +28,7 @@ UPSTREAM = (
     r"past_key_values|is_compileable|_deepstack_process|deepstack_visual_embeds|visual_pos_masks|create_causal_mask"
     r"|position_embeddings|apply_rotary_pos_emb\w*|apply_multimodal_rotary_pos_emb|q_norm|k_norm|\.scaling|\.num_heads"
     r"|cu_seqlens|mm_encoder_outputs|pooler_output|pack_image_features|unpad_image|get_anyres_image_grid_shape|apply_pooling"
-    r"|get_(?:vision_)?window_index|interpolate_pos_encoding|(?:CLIP|Siglip)EncoderLayer|ViTLayer|Dinov2\w*Layer"
+    r"|get_(?:image|video)_features|get_(?:vision_)?window_index|interpolate_pos_encoding|(?:CLIP|Siglip)EncoderLayer|ViTLayer|Dinov2\w*Layer"
     r"|gradient_checkpointing|_attn_implementation|_name_or_path|cached_file|\.get_seq_length"
 )
 # files that spell some of them for another reason
@@ -41,6 +41,7 @@ OTHERS = {
     "adapters/vit.py": "names of torch",
     "adapters/vllm_plugin/towers.py": "names of vLLM",
     "pruners/cdpruner.py": "a user's CLIP; pruners stand below the adapters",
+    "eval_suites/vision/subjects.py": "public methods of CLIP and SigLIP models",
     **{
         f"eval_suites/{suite}/train.py": "a training recipe, which runs by itself"
         for suite in ("screens", "shapes", "vision")
