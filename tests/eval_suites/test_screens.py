@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from foveate.adapters.base import installed_transformers
+from foveate.adapters import compat
 from foveate.eval_suites import clips, evaluate, models, screens, suites
 from foveate.eval_suites.screens import lessons, model, scenes, train
 
@@ -190,7 +190,7 @@ def test_the_model_sees(shipped):
 @pytest.mark.parametrize("kind", ["screen", "clip"])
 def test_packed_training_gives_the_served_logits(shipped, kind):
     """Several questions in one sequence, and the tower without its loops, train as `generate` serves each alone."""
-    if kind == "clip" and installed_transformers() < (5, 18):
+    if kind == "clip" and compat.installed() < (5, 18):
         pytest.skip("transformers before 5.18 cuts the seconds between frames to whole ones, here to 0")
     module = screens if kind == "screen" else clips
     draw, ask = (
