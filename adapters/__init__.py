@@ -1,22 +1,14 @@
 """Model families and how a pruner gets onto them."""
 
-from foveate.adapters import (  # noqa: F401  (they register their families)
-    hf_vit,
-    llava,
-    llava_next,
-    llava_onevision,
-    llava_original,
-    open_clip,
-    qwen_vl,
-    timm_vit,
-)
-from foveate.adapters.base import FAMILIES, Adapter, adapter_for
-from foveate.adapters.frame_scorer import FrameScorer, FrameScores
+from foveate.adapters.families import llava, llava_next, llava_onevision, llava_original, qwen_vl  # noqa: F401
+from foveate.adapters.families.base import FAMILIES, Adapter, adapter_for
 from foveate.adapters.session import Session, attach
+from foveate.adapters.towers import open_clip, timm, transformers  # noqa: F401  (they register themselves)
+from foveate.adapters.towers.base import MergeTrace
+from foveate.adapters.towers.session import VitSession
 from foveate.adapters.trace import ImageTrace, StageTrace, Trace
-from foveate.adapters.video import Video, read_video
-from foveate.adapters.vit import MergeTrace
-from foveate.adapters.vit_session import VitSession
+from foveate.adapters.video.frame_scorer import FrameScorer, FrameScores
+from foveate.adapters.video.reading import Video, read_video
 
 __all__ = [
     "FAMILIES",

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from foveate.errors import AttachError
-from foveate.pruners.base import Pruner
+from foveate.pruners.core.method import Pruner
 
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Attachment]] = weakref.WeakKeyDictionary()
 Self = TypeVar("Self", bound="Attachment")

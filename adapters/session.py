@@ -14,19 +14,19 @@ from torch import Tensor, nn
 
 from foveate.adapters import compat
 from foveate.adapters.attachment import Attachment, attached_to, undone_on_failure
-from foveate.adapters.base import Adapter, Brought, adapter_for
-from foveate.adapters.decoder_signals import DecoderTap
-from foveate.adapters.encoder import EncoderWatch
-from foveate.adapters.prompt import Item, Pool, Prompt, Result, by_item, find_items, pools_of
-from foveate.adapters.sequence import SequenceWriter
-from foveate.adapters.signals import DECODER
-from foveate.adapters.spans import Call, Choice, Span
-from foveate.adapters.tower_merging import remaining
+from foveate.adapters.engine.decoder_signals import DecoderTap
+from foveate.adapters.engine.encoder import EncoderWatch
+from foveate.adapters.engine.prompt import Item, Pool, Prompt, Result, by_item, find_items, pools_of
+from foveate.adapters.engine.sequence import SequenceWriter
+from foveate.adapters.engine.spans import Call, Choice, Span
+from foveate.adapters.families.base import Adapter, Brought, adapter_for
+from foveate.adapters.towers.base import block_stages, tower_for
+from foveate.adapters.towers.merging import remaining
+from foveate.adapters.towers.session import VitSession
+from foveate.adapters.towers.taps import DECODER
 from foveate.adapters.trace import Trace
-from foveate.adapters.vit import block_stages, tower_for
-from foveate.adapters.vit_session import VitSession
 from foveate.errors import AttachError, FoveateError, InputError, MissingSignalError, ParameterError
-from foveate.pruners.base import (
+from foveate.pruners.core.method import (
     CrossModalAttention,
     Hook,
     InstructionAttention,
@@ -39,8 +39,8 @@ from foveate.pruners.base import (
     keep_all,
     one_of,
 )
-from foveate.pruners.preset import Preset, is_preset
-from foveate.pruners.registry import PRUNERS, create
+from foveate.pruners.core.preset import Preset, is_preset
+from foveate.pruners.core.registry import PRUNERS, create
 
 # stands for all that happens inside the tower, where the sequence enters the decoder
 _TOWER = Stage(Hook.VIT_BLOCK, keep_all)

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from foveate.adapters.overlay import Picture, draw, on_white
+from foveate.adapters.drawing import Picture, draw, on_white
 from foveate.errors import ParameterError
-from foveate.pruners.base import Layout
+from foveate.pruners.core.method import Layout
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -203,7 +203,7 @@ class Trace:
                 draws on grey.
             number: which of the prompt's pictures and videos.
             show: ``"kept"``, ``"scores"`` or ``"groups"``; **options: ``layer`` and ``width``, see
-                :func:`foveate.adapters.overlay.draw`.
+                :func:`foveate.adapters.drawing.draw`.
 
         Raises:
             ParameterError: the call had no such picture, or there is nothing of the kind to show.

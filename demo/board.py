@@ -14,9 +14,10 @@ from PIL import Image
 
 from foveate.demo import views
 from foveate.errors import FoveateError
-from foveate.eval_suites import results, suites
-from foveate.eval_suites.leaderboard import Leaderboard
-from foveate.eval_suites.rows import Row, Status
+from foveate.eval_suites import suites
+from foveate.eval_suites.results import export
+from foveate.eval_suites.results.leaderboard import Leaderboard
+from foveate.eval_suites.results.rows import Row, Status
 
 COLUMNS = ("method", "budget", "seed", "accuracy %", "same answer %", "tokens per layer", "ms per sample", "status")
 FRONT, BEHIND, BASELINE = "on the Pareto front", "behind it", "baseline"
@@ -88,7 +89,7 @@ def samples(board: Leaderboard, row: Row) -> str:
 
 def tab(path: str | None) -> None:
     """Fill the tab in."""
-    boards = results.boards(path) if path else []
+    boards = export.boards(path) if path else []
     if not boards:
         gr.HTML(
             '<p class="fv-note"><strong>No results yet.</strong> <code>foveate bench --out results.db</code> measures every method '

@@ -18,8 +18,8 @@ from foveate.adapters import FrameScorer, Session, Trace, adapter_for
 from foveate.demo.media import Clip, Media, key
 from foveate.errors import FoveateError, ParameterError
 from foveate.eval_suites import suites
-from foveate.eval_suites.models import EMBEDDED, Loaded
-from foveate.eval_suites.runner import parse_methods
+from foveate.eval_suites.running.models import EMBEDDED, Loaded
+from foveate.eval_suites.running.runner import parse_methods
 from foveate.pruners import PRUNERS, Hook, Pruner, RandomLike, create
 
 MAX_QUESTION, MAX_NAME, MAX_MORE = 500, 80, 200  # characters

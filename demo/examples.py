@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from foveate.demo.media import Clip, Media
-from foveate.eval_suites import clips, screens, shapes
+from foveate.eval_suites.suites import clips, screens, shapes
 
 INK, PAPER, BLUE, GREY = (28, 30, 36), (252, 251, 247), (32, 90, 170), (205, 208, 214)
 

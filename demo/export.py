@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from foveate.eval_suites.models import EMBEDDED
+from foveate.eval_suites.running.models import EMBEDDED
 from foveate.pruners import Pruner, Then
 
 
@@ -25,7 +25,7 @@ def snippet(
     """Code that asks ``model`` the same question with the same method.
 
     Args:
-        model: its name for :func:`foveate.eval_suites.models.load`; prompt: the full text for the processor.
+        model: its name for :func:`foveate.eval_suites.running.models.load`; prompt: the full text for the processor.
         question: what the prompt asks, for methods that score frames by it.
         example: the picture or clip is the example of this name; None: a file that the reader puts in place.
         video: it is a clip; metadata: the model is told when its frames were taken.
@@ -40,7 +40,7 @@ def snippet(
         imports, found = ["from foveate.demo.examples import example"], f"example({example!r})"
     own = model in EMBEDDED
     if scores and own:
-        imports.append("from foveate.eval_suites import suites")
+        imports.append("from foveate.eval_suites.suites import find")
     if video and prepares:
         imports.append("from foveate.demo.media import Clip")
     smaller = "Clip(tuple(map(method.prepare, clip.frames)), clip.fps)" if video else "method.prepare(image)"
@@ -52,12 +52,12 @@ def snippet(
     scorer = "scorer = foveate.FrameScorer(loaded.model, loaded.processor)"
     if own:
         scorer = (
-            'prompts = suites.find("clips").frame_prompts\n'
+            'prompts = find("clips").frame_prompts\n'
             "scorer = foveate.FrameScorer(loaded.model, loaded.processor, prompts=prompts, decouple=False)"
         )
     lines = [
         "import foveate",
-        *sorted(["from foveate.eval_suites.models import load", *imports]),
+        *sorted(["from foveate.eval_suites.running.models import load", *imports]),
         "",
         f"loaded = load({model!r})",
         f"method = {call(pruner)}",

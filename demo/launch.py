@@ -76,7 +76,7 @@ def create(
         from foveate.demo.app import App
     from foveate.demo.engine import Engine, Engines
     from foveate.demo.examples import BY_MODEL
-    from foveate.eval_suites import models
+    from foveate.eval_suites.running import models
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 
 from foveate.adapters import read_video
-from foveate.adapters.video import Limits
+from foveate.adapters.video.reading import Limits
 from foveate.errors import InputError
 
 MAX_BYTES = 10 * 2**20  # of a picture

@@ -11,7 +11,7 @@ from html import escape
 import numpy as np
 from PIL import Image, ImageOps
 
-from foveate.adapters.overlay import Facts, draw, facts, heat_colours, panels
+from foveate.adapters.drawing import Facts, draw, facts, heat_colours, panels
 from foveate.adapters.trace import ImageTrace
 from foveate.demo.engine import Answer
 from foveate.demo.examples import Example

@@ -17,12 +17,14 @@ from torch import Tensor
 
 from foveate.adapters import attach
 from foveate.cuda import core_neurons, match_counts, neuron_counts
-from foveate.eval_suites import models, shapes, suites
-from foveate.eval_suites.environment import machine
-from foveate.eval_suites.evaluate import answers
-from foveate.eval_suites.shapes import scenes
+from foveate.eval_suites import suites
+from foveate.eval_suites.running import models
+from foveate.eval_suites.running.environment import machine
+from foveate.eval_suites.running.evaluate import answers
+from foveate.eval_suites.suites import shapes
+from foveate.eval_suites.suites.shapes import scenes
 from foveate.eval_suites.terminal import versions
-from foveate.pruners.base import Hook, ModelInfo, Pruner, Selection, Stage, Tokens, top_k
+from foveate.pruners.core.method import Hook, ModelInfo, Pruner, Selection, Stage, Tokens, top_k
 from foveate.pruners.corematching import CoreMatching
 
 PATCH, BATCH, KEEPS, METHOD = 8, 30, (72, 36), CoreMatching()

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
-from foveate.eval_suites.leaderboard import ALPHA, Leaderboard, Line
-from foveate.eval_suites.results import opened
-from foveate.eval_suites.rows import mean_sd
+from foveate.eval_suites.results.export import opened
+from foveate.eval_suites.results.leaderboard import ALPHA, Leaderboard, Line
+from foveate.eval_suites.results.rows import mean_sd
 from foveate.eval_suites.terminal import versions
 from foveate.pruners import PRUNERS
 from foveate.registry_view import Card, card

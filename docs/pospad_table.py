@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import sys
 
-from foveate.eval_suites.leaderboard import Leaderboard, Line
-from foveate.eval_suites.store import Store
+from foveate.eval_suites.results.leaderboard import Leaderboard, Line
+from foveate.eval_suites.results.store import Store
 from foveate.eval_suites.terminal import versions
 
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from foveate.eval_suites.speed import COLUMNS, Timing, cells
+from foveate.eval_suites.speed.decoder import COLUMNS, Timing, cells
 from foveate.eval_suites.terminal import versions
 
 

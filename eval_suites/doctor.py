@@ -23,8 +23,9 @@ import foveate
 from foveate.adapters import attach
 from foveate.cuda import received_attention, warmup
 from foveate.errors import FoveateError
-from foveate.eval_suites import models, tiny
-from foveate.eval_suites.environment import version_of
+from foveate.eval_suites import tiny
+from foveate.eval_suites.running import models
+from foveate.eval_suites.running.environment import version_of
 from foveate.eval_suites.terminal import console
 from foveate.pruners import PRUNERS
 

@@ -15,6 +15,8 @@ import importlib
 import os.path
 from typing import TYPE_CHECKING, Any
 
+from foveate import moved
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 _root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if os.path.isfile(os.path.join(_root, "setup.cfg")) and os.path.isdir(os.path.join(_root, "pruners")):
     __path__.append(_root)
+
+moved.install()
 
 _HOME = {
     "attach": "foveate.adapters",

@@ -105,14 +105,14 @@ def _parser(command: str) -> argparse.ArgumentParser:
 
 
 _ELSEWHERE = {
-    "bench": ("foveate.eval_suites.runner", "run methods over a suite and compare accuracy, tokens and time"),
-    "speed": ("foveate.eval_suites.speed", "time methods on models of any size with random weights"),
+    "bench": ("foveate.eval_suites.running.runner", "run methods over a suite and compare accuracy, tokens and time"),
+    "speed": ("foveate.eval_suites.speed.decoder", "time methods on models of any size with random weights"),
     "demo": ("foveate.demo.launch", "see in a browser what a model keeps of your picture"),
     "serve": ("foveate.adapters.vllm_plugin.front", "serve a model with vLLM, pictures pruned"),
     "doctor": ("foveate.eval_suites.doctor", "say what this machine has and what works on it"),
-    "leaderboard": ("foveate.eval_suites.show", "show result files as a table, a web page or Markdown"),
-    "tune": ("foveate.eval_suites.tune", "find how far a model can be pruned at an accuracy that you name"),
-    "results": ("foveate.eval_suites.results", "export, import and compare result files"),
+    "leaderboard": ("foveate.eval_suites.results.show", "show result files as a table, a web page or Markdown"),
+    "tune": ("foveate.eval_suites.running.tune", "find how far a model can be pruned at an accuracy that you name"),
+    "results": ("foveate.eval_suites.results.export", "export, import and compare result files"),
     "suites": ("foveate.eval_suites.lmms.tasks", "list the suites, or export them as tasks for lmms-eval"),
     "reproduce": ("foveate.eval_suites.recipes", "run a published setting and print our numbers beside the paper's"),
 }

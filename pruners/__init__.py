@@ -1,10 +1,11 @@
 """The methods, one file per published method."""
 
-from foveate.pruners.base import Hook, Layout, ModelInfo, Pruner, Selection, Stage, Tokens, View
 from foveate.pruners.baselines import AvgPool, Downsample, Grid, Random
 from foveate.pruners.cdpruner import CDPruner, ClipText
-from foveate.pruners.compose import Then
-from foveate.pruners.control import RandomLike
+from foveate.pruners.core.compose import Then
+from foveate.pruners.core.control import RandomLike
+from foveate.pruners.core.method import Hook, Layout, ModelInfo, Pruner, Selection, Stage, Tokens, View
+from foveate.pruners.core.registry import PRUNERS, create, find, register
 from foveate.pruners.corematching import CoreMatching
 from foveate.pruners.divprune import DivPrune
 from foveate.pruners.fastv import FastV
@@ -15,7 +16,6 @@ from foveate.pruners.hiprune import HiPrune
 from foveate.pruners.pitome import PiToMe
 from foveate.pruners.pospad import PosPad
 from foveate.pruners.quota import QuoTA
-from foveate.pruners.registry import PRUNERS, create, find, register
 from foveate.pruners.todre import ToDRE
 from foveate.pruners.tome import ToMe
 from foveate.pruners.transprune import TransPrune

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, adaptive_max_pool2d, interpolate
 
 from foveate.errors import BudgetError, InputError, ParameterError, UnsupportedModelError
-from foveate.pruners.base import (
+from foveate.pruners.core.lattice import host_slots, lattice, lattice_size, middles, nearest_host
+from foveate.pruners.core.method import (
     Hook,
     Keep,
     Layout,
@@ -33,8 +34,7 @@ from foveate.pruners.base import (
     seeded,
     view_budgets,
 )
-from foveate.pruners.lattice import host_slots, lattice, lattice_size, middles, nearest_host
-from foveate.pruners.registry import register
+from foveate.pruners.core.registry import register
 
 if TYPE_CHECKING:
     from PIL.Image import Image

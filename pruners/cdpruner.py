@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from foveate.cuda import conditional_dpp
 from foveate.errors import MissingSignalError, ParameterError
-from foveate.pruners.base import (
+from foveate.pruners.core.method import (
     EncoderFeatures,
     Hook,
     Keep,
@@ -38,7 +38,7 @@ from foveate.pruners.base import (
     per_view,
     view_budgets,
 )
-from foveate.pruners.registry import register
+from foveate.pruners.core.registry import register
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from foveate.errors import BudgetError, ParameterError
-from foveate.pruners.base import (
+from foveate.pruners.core.method import (
     CoreMatches,
     CoreNeurons,
     Hook,
@@ -48,7 +48,7 @@ from foveate.pruners.base import (
     ranked,
     top_k,
 )
-from foveate.pruners.registry import register
+from foveate.pruners.core.registry import register
 
 RELEASED_LAYERS, RELEASED_ROW = range(5, 19), -5
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from foveate.cuda import diverse_subset
-from foveate.pruners.base import (
+from foveate.pruners.core.method import (
     Hook,
     Keep,
     Layout,
@@ -27,7 +27,7 @@ from foveate.pruners.base import (
     check_keep,
     keep_all,
 )
-from foveate.pruners.registry import register
+from foveate.pruners.core.registry import register
 
 
 @register("divprune")

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from foveate.pruners.base import (
+from foveate.pruners.core.method import (
     Hook,
     Keep,
     LastTokenAttention,
@@ -30,7 +30,7 @@ from foveate.pruners.base import (
     integer,
     top_k,
 )
-from foveate.pruners.registry import register
+from foveate.pruners.core.registry import register
 
 
 @register("fastv")

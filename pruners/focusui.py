@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from foveate.errors import InputError, MissingSignalError
-from foveate.pruners.base import (
+from foveate.pruners.core.method import (
     Hook,
     Keep,
     Layout,
@@ -47,9 +47,9 @@ from foveate.pruners.base import (
     one_of,
     top_k,
 )
-from foveate.pruners.patch_scorer import PatchScorer, load_scorer
-from foveate.pruners.registry import register
-from foveate.pruners.ui_graph import MODES, ui_graph
+from foveate.pruners.core.patch_scorer import PatchScorer, load_scorer
+from foveate.pruners.core.registry import register
+from foveate.pruners.core.ui_graph import MODES, ui_graph
 
 SCORER_FILE = "patch_scorer.safetensors"
 
@@ -61,7 +61,7 @@ class FocusUI(Pruner):
 
     Attributes:
         keep: fraction, rounded down, or number of tokens of the picture.
-        scorer: a :class:`~foveate.pruners.patch_scorer.PatchScorer`, the file or checkpoint folder it is in, or ``"uigraph"``.
+        scorer: a :class:`~foveate.pruners.core.patch_scorer.PatchScorer`, the file or checkpoint folder it is in, or ``"uigraph"``.
             None: ``patch_scorer.safetensors`` beside the model's weights, else the UI graph, with a warning.
         reduct: fraction dropped, with the rounding of the released code; overrides ``keep``. 0 or less drops nothing.
         min_keep: tokens that any budget leaves.

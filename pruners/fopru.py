@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from foveate.pruners.base import (
+from foveate.pruners.core.method import (
     GivenAttention,
     Hook,
     Keep,
@@ -41,7 +41,7 @@ from foveate.pruners.base import (
     split_budget,
     view_budgets,
 )
-from foveate.pruners.registry import register
+from foveate.pruners.core.registry import register
 
 
 @register("fopru")

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, interpolate, normalize, one_hot
 
 from foveate.errors import InputError, ParameterError
-from foveate.pruners.base import (
+from foveate.pruners.core.method import (
     ClassAttention,
     EncoderFeatures,
     Hook,
@@ -50,7 +50,7 @@ from foveate.pruners.base import (
     top_k,
     view_budgets,
 )
-from foveate.pruners.registry import register
+from foveate.pruners.core.registry import register
 
 
 @register("globalcom2")

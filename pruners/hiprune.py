@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from foveate.errors import ParameterError
-from foveate.pruners.base import (
+from foveate.pruners.core.method import (
     ClassAttention,
     Hook,
     Keep,
@@ -43,7 +43,7 @@ from foveate.pruners.base import (
     ranked,
     split_budget,
 )
-from foveate.pruners.registry import register
+from foveate.pruners.core.registry import register
 
 _STEPS = {  # (row, column) steps from an anchor to its buffers, in the order in which they are added
     "cross": ((0, -1), (0, 1), (-1, 0), (1, 0)),

@@ -23,9 +23,9 @@ from torch import Tensor
 from foveate.cuda import best_match, similarity_energy
 from foveate.cuda.merging import take_rows
 from foveate.errors import ParameterError
-from foveate.pruners.base import Hook, ModelInfo, number, one_of, ranked
-from foveate.pruners.merging import BlockKeys, BlockStage, BlockTokens, Groups, Merger, check_ratio, share
-from foveate.pruners.registry import register
+from foveate.pruners.core.merging import BlockKeys, BlockStage, BlockTokens, Groups, Merger, check_ratio, share
+from foveate.pruners.core.method import Hook, ModelInfo, number, one_of, ranked
+from foveate.pruners.core.registry import register
 from foveate.pruners.tome import bipartite
 
 _LLAVA_TOME_BLOCKS = 13  # of the published CLIP patch

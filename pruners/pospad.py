@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from foveate.cuda import gather_tokens, run_mean
 from foveate.errors import BudgetError, MissingSignalError, ParameterError
-from foveate.pruners.base import (
+from foveate.pruners.core.method import (
     Hook,
     Keep,
     Layout,
@@ -43,8 +43,8 @@ from foveate.pruners.base import (
     ranked,
     top_k,
 )
-from foveate.pruners.registry import create, register
-from foveate.pruners.runs import Runs, runs, stretch_ends
+from foveate.pruners.core.registry import create, register
+from foveate.pruners.core.runs import Runs, runs, stretch_ends
 
 MARKERS = ("trained", "run_mean", "last", "mean_vocab", "pad")
 PLACEMENTS = ("end", "first", "middle", "full", "none")

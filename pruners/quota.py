@@ -22,8 +22,16 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from foveate.errors import InputError, ParameterError
-from foveate.pruners.allocation import CAPS, checked_scores, frame_budgets, frame_grid, frame_weights, scores_per_view
-from foveate.pruners.base import (
+from foveate.pruners.core.allocation import (
+    CAPS,
+    checked_scores,
+    frame_budgets,
+    frame_grid,
+    frame_weights,
+    scores_per_view,
+)
+from foveate.pruners.core.lattice import host_slots, middles
+from foveate.pruners.core.method import (
     Hook,
     Keep,
     Layout,
@@ -42,9 +50,8 @@ from foveate.pruners.base import (
     one_of,
     split_budget,
 )
-from foveate.pruners.lattice import host_slots, middles
-from foveate.pruners.registry import register
-from foveate.pruners.resampling import GRID, MERGING, PLANS, linspace_index
+from foveate.pruners.core.registry import register
+from foveate.pruners.core.resampling import GRID, MERGING, PLANS, linspace_index
 
 Cells = tuple[int, int] | int
 

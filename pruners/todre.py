@@ -24,7 +24,7 @@ from torch.nn.functional import normalize
 
 from foveate.cuda import diverse_subset
 from foveate.errors import ParameterError
-from foveate.pruners.base import (
+from foveate.pruners.core.method import (
     ClassAttention,
     CrossModalAttention,
     Hook,
@@ -46,7 +46,7 @@ from foveate.pruners.base import (
     one_of,
     seeded,
 )
-from foveate.pruners.registry import register
+from foveate.pruners.core.registry import register
 
 _OBJECTIVES = {"max_sum": "max_sum", "k_center": "max_min"}
 

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from foveate.cuda import best_match
 from foveate.errors import ParameterError
-from foveate.pruners.base import Hook, ModelInfo, integer, number, one_of, ranked
-from foveate.pruners.merging import BlockKeys, BlockStage, BlockTokens, Groups, Merger, check_ratio, share
-from foveate.pruners.registry import register
+from foveate.pruners.core.merging import BlockKeys, BlockStage, BlockTokens, Groups, Merger, check_ratio, share
+from foveate.pruners.core.method import Hook, ModelInfo, integer, number, one_of, ranked
+from foveate.pruners.core.registry import register
 
 
 @register("tome")

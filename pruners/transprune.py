@@ -24,7 +24,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from foveate.errors import BudgetError, ParameterError
-from foveate.pruners.base import (
+from foveate.pruners.core.method import (
     Hook,
     InstructionAttention,
     Layout,
@@ -42,7 +42,7 @@ from foveate.pruners.base import (
     one_of,
     top_k,
 )
-from foveate.pruners.registry import register
+from foveate.pruners.core.registry import register
 
 HIGH_DEPTH = 32  # layers of the decoders that the published schedule belongs to
 HIGH_PRUNE_LAYERS, HIGH_ACCUMULATE_LAYERS = (7, 9, 12), (7, 8, 9, 10, 11, 12)

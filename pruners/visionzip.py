@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from foveate.errors import BudgetError, MissingSignalError, ParameterError
-from foveate.pruners.base import (
+from foveate.pruners.core.method import (
     ClassAttention,
     ClassFeatures,
     EncoderFeatures,
@@ -42,7 +42,7 @@ from foveate.pruners.base import (
     top_k,
     view_budgets,
 )
-from foveate.pruners.registry import register
+from foveate.pruners.core.registry import register
 
 
 @register("visionzip")

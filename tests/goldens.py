@@ -23,10 +23,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from foveate.adapters import MergeTrace, attach, compat
-from foveate.adapters.decoder import deepstack_levels, zero_rows
-from foveate.adapters.decoder_signals import row_matches, transition_variation
-from foveate.adapters.llava_next import _anyres
-from foveate.adapters.sparse_mlp import SparseMLP
+from foveate.adapters.engine.decoder import deepstack_levels, zero_rows
+from foveate.adapters.engine.decoder_signals import row_matches, transition_variation
+from foveate.adapters.engine.mlp import SparseMLP
+from foveate.adapters.families.llava_next import _anyres
 from foveate.cuda import (
     class_attention,
     core_neurons,
@@ -63,21 +63,28 @@ from foveate.pruners import (
     View,
     VisionZip,
 )
-from foveate.pruners.allocation import CAPS, checked_scores, frame_budgets, frame_grid, frame_weights, with_newlines
-from foveate.pruners.base import budget, keep_all, ranked
+from foveate.pruners.core.allocation import (
+    CAPS,
+    checked_scores,
+    frame_budgets,
+    frame_grid,
+    frame_weights,
+    with_newlines,
+)
+from foveate.pruners.core.frame_questions import parsed_objects
+from foveate.pruners.core.merging import BlockStage, BlockTokens, Groups
+from foveate.pruners.core.method import budget, keep_all, ranked
+from foveate.pruners.core.patch_scorer import PatchScorer, scorer_loss
+from foveate.pruners.core.resampling import GRID, pooled
+from foveate.pruners.core.ui_graph import box_coverage, image_blocks, supervision, ui_graph
 from foveate.pruners.corematching import above_knee, knee
-from foveate.pruners.frame_questions import parsed_objects
 from foveate.pruners.globalcom2 import canvas_of, crop_ratios, distinctness, global_map, richness, token_score
 from foveate.pruners.hiprune import anchor_count, anchors
-from foveate.pruners.merging import BlockStage, BlockTokens, Groups
-from foveate.pruners.patch_scorer import PatchScorer, scorer_loss
 from foveate.pruners.pospad import marker_token
 from foveate.pruners.quota import resampled
-from foveate.pruners.resampling import GRID, pooled
 from foveate.pruners.todre import attended_pivot, diversification, irrelevant
 from foveate.pruners.tome import schedule
 from foveate.pruners.transprune import combined_score
-from foveate.pruners.ui_graph import box_coverage, image_blocks, supervision, ui_graph
 
 Case = Mapping[str, Any]
 Tensors = dict[str, Tensor]

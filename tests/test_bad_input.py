@@ -20,9 +20,9 @@ import foveate
 from foveate import cuda
 from foveate.cli import main
 from foveate.errors import FoveateError
-from foveate.eval_suites import models as loading
-from foveate.eval_suites import store
-from foveate.pruners.base import Hook, Pruner, Selection, Stage, Tokens
+from foveate.eval_suites.results import store
+from foveate.eval_suites.running import models as loading
+from foveate.pruners.core.method import Hook, Pruner, Selection, Stage, Tokens
 from tests.models import inputs, picture, tiny
 
 # ------------------------------------------------------------------------------------------------- attaching to a model

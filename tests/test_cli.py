@@ -19,7 +19,7 @@ from foveate import registry_view as view
 from foveate.cli import main
 from foveate.errors import MissingSignalError, ParameterError
 from foveate.pruners import PRUNERS, Hook, ModelInfo, Pruner, Stage, register
-from foveate.pruners.base import ClassAttention, ReceivedAttention
+from foveate.pruners.core.method import ClassAttention, ReceivedAttention
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -170,7 +170,7 @@ def test_values_read_well(value, text):
 @pytest.fixture
 def runner(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     """A stand-in for the suite runner, which has the two functions that the command line calls."""
-    module = types.ModuleType("foveate.eval_suites.runner")
+    module = types.ModuleType("foveate.eval_suites.running.runner")
 
     def run(args):
         if args.output:

@@ -22,7 +22,7 @@ from PIL import Image
 import foveate
 from foveate.errors import FoveateError
 from foveate.pruners import PRUNERS, create
-from foveate.pruners.merging import Merger
+from foveate.pruners.core.merging import Merger
 from tests.models import FAMILIES, inputs, picture, single_view, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*tokens")
@@ -160,7 +160,7 @@ BAD = {
 
 @cache
 def shipped() -> tuple[Any, Any]:
-    from foveate.eval_suites import models
+    from foveate.eval_suites.running import models
 
     loaded = models.load("shapes-llava")
     return loaded.model, loaded.processor

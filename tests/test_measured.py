@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from foveate.eval_suites import speed_vit
+from foveate.eval_suites.speed import vit as speed_vit
 from foveate.eval_suites.terminal import versions
 from foveate.eval_suites.vision import bench as vision
 from foveate.eval_suites.vision.evaluate import Line as VisionLine

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from foveate.eval_suites.compare import Difference
-from foveate.eval_suites.leaderboard import Leaderboard
-from foveate.eval_suites.rows import Row
+from foveate.eval_suites.results.leaderboard import Leaderboard
+from foveate.eval_suites.results.rows import Row
+from foveate.eval_suites.running.compare import Difference
 
 SCRIPT = Path(__file__).parents[1] / "docs/method_pages.py"
 

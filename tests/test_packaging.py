@@ -99,6 +99,7 @@ def wheel(checkout: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> p
 
 def test_every_package_is_listed(setup_cfg, packages):
     found = {file.parent for file in files() if file.name == "__init__.py" and file.parts[0] != "tests"}
+    found.remove(pathlib.Path("eval_suites/training"))  # recipes, which run from a checkout
     assert set(packages.values()) == found
     assert setup_cfg["options"]["packages"].split() == list(packages)
 

@@ -14,12 +14,12 @@ from foveate.pruners import PRUNERS
 ROOT = Path(__file__).parents[1]
 ORDER = ("cuda", "pruners", "adapters", "eval_suites", "demo")
 # errors.py is everybody's; the command line and its page of methods stand above the folders, inside the facade
-FREE = {"errors", "tested"}
+FREE = {"errors", "tested", "moved"}
 FACADE = {"cli", "registry_view", "attach", "__version__"}
 # what may reach up, late (inside a function), and why
 EXCEPTIONS = {
-    ("eval_suites/page.py", "registry_view"),  # the method cards of the web page are those of `foveate show`
-    ("eval_suites/speed.py", "cli"),  # `python -m foveate.eval_suites.speed` is `foveate speed`
+    ("eval_suites/results/page.py", "registry_view"),  # the method cards of the web page are those of `foveate show`
+    ("eval_suites/speed/decoder.py", "cli"),  # `python -m foveate.eval_suites.speed.decoder` is `foveate speed`
 }
 
 
@@ -34,11 +34,11 @@ UPSTREAM = (
 # files that spell some of them for another reason
 OTHERS = {
     "adapters/compat.py": "its business",
-    "adapters/legacy_decoder.py": "transformers 4.36 and 4.37, which change no more",
-    "adapters/llava_original.py": "names of the package llava",
-    "adapters/open_clip.py": "names of open_clip",
-    "adapters/timm_vit.py": "names of timm",
-    "adapters/vit.py": "names of torch",
+    "adapters/engine/legacy_decoder.py": "transformers 4.36 and 4.37, which change no more",
+    "adapters/families/llava_original.py": "names of the package llava",
+    "adapters/towers/open_clip.py": "names of open_clip",
+    "adapters/towers/timm.py": "names of timm",
+    "adapters/towers/base.py": "names of torch",
     "adapters/vllm_plugin/towers.py": "names of vLLM",
     "pruners/cdpruner.py": "a user's CLIP; pruners stand below the adapters",
     "eval_suites/vision/subjects.py": "public methods of CLIP and SigLIP models",

@@ -11,12 +11,12 @@ from torch import Tensor
 from vllm.model_executor.models import llava, llava_next, llava_onevision
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from foveate.adapters.base import Adapter
+from foveate.adapters.families.base import Adapter
 from foveate.adapters.vllm_plugin.model import Pruning, blocks_of
 from foveate.adapters.vllm_plugin.processor import Announcing
 from foveate.adapters.vllm_plugin.towers import TowerTap
 from foveate.errors import UnsupportedModelError
-from foveate.pruners.base import Signal
+from foveate.pruners.core.method import Signal
 
 
 class LlavaPruning(Pruning):

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from foveate.adapters import compat
-from foveate.adapters.base import Adapter, Encoded
+from foveate.adapters.families.base import Adapter, Encoded
 from foveate.adapters.vllm_plugin.processor import FIELD, Announcement
 from foveate.adapters.vllm_plugin.serving import Emission, Serving, check_start, deepest_block, everything, skeleton
 from foveate.adapters.vllm_plugin.settings import canonical, parse
 from foveate.adapters.vllm_plugin.towers import TowerTap
 from foveate.errors import InputError, UnsupportedModelError
-from foveate.pruners.base import Signal
+from foveate.pruners.core.method import Signal
 
 
 class Pruning:

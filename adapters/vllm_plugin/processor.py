@@ -20,11 +20,11 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.processing import PromptReplacement
 
 import foveate
-from foveate.adapters.base import Adapter
+from foveate.adapters.families.base import Adapter
 from foveate.adapters.vllm_plugin.serving import announced, check_request, layouts_of, skeleton
 from foveate.adapters.vllm_plugin.settings import Entry, identity, merged
 from foveate.errors import FoveateError, InputError, ParameterError, UnsupportedModelError
-from foveate.pruners.base import Layout
+from foveate.pruners.core.method import Layout
 
 FIELD = "foveate"
 

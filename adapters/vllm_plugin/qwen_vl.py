@@ -14,7 +14,7 @@ from vllm.model_executor.models import qwen2_5_vl, qwen2_vl, qwen3_vl
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.platforms import current_platform
 
-from foveate.adapters.base import Encoded
+from foveate.adapters.families.base import Encoded
 from foveate.adapters.vllm_plugin.model import Pruning
 from foveate.adapters.vllm_plugin.mrope import (
     CHANNELS,
@@ -27,7 +27,7 @@ from foveate.adapters.vllm_plugin.processor import FIELD, Announcement, Announci
 from foveate.adapters.vllm_plugin.serving import Emission
 from foveate.adapters.vllm_plugin.towers import TowerTap
 from foveate.errors import ParameterError
-from foveate.pruners.base import Signal
+from foveate.pruners.core.method import Signal
 
 _NEXT_TO_NOTHING = 1e-17  # 1 - this is 1: no video token goes
 

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from foveate.adapters import compat
-from foveate.adapters.base import Adapter, adapter_for
+from foveate.adapters.families.base import Adapter, adapter_for
 from foveate.adapters.vllm_plugin import ARCHITECTURES, TESTED
 from foveate.adapters.vllm_plugin.settings import Entry, Settings, canonical, merged, parse
 from foveate.errors import FoveateError, ParameterError, UnsupportedModelError
-from foveate.pruners.base import (
+from foveate.pruners.core.method import (
     ClassFeatures,
     EncoderFeatures,
     EncoderKeys,
@@ -38,7 +38,7 @@ from foveate.pruners.base import (
     UnpooledFrames,
     keep_all,
 )
-from foveate.pruners.registry import PRUNERS, create
+from foveate.pruners.core.registry import PRUNERS, create
 
 _WIDTH = 8  # channels of made-up features
 _REHEARSED = 8192  # tokens of the largest picture that is rehearsed

@@ -9,8 +9,8 @@ from functools import lru_cache
 from typing import Any
 
 from foveate.errors import ParameterError
-from foveate.pruners.base import Pruner
-from foveate.pruners.registry import create
+from foveate.pruners.core.method import Pruner
+from foveate.pruners.core.registry import create
 
 SEPARATORS = ("keep", "drop")
 Entry = Mapping[str, Any]

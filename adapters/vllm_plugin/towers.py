@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from foveate.adapters.attachment import Replaced
-from foveate.adapters.signals import EncoderTap, by_segment, mean_of_units, statistic
-from foveate.pruners.base import ClassFeatures, Signal
+from foveate.adapters.towers.taps import EncoderTap, by_segment, mean_of_units, statistic
+from foveate.pruners.core.method import ClassFeatures, Signal
 
 
 class TowerTap(EncoderTap):

@@ -9,10 +9,10 @@ from typing import Any
 
 import foveate
 from foveate.errors import ParameterError, nearest
-from foveate.eval_suites.budgets import parse_keep
-from foveate.pruners.base import Pruner
-from foveate.pruners.control import RandomLike
-from foveate.pruners.registry import PRUNERS, create, find
+from foveate.eval_suites.running.budgets import parse_keep
+from foveate.pruners.core.control import RandomLike
+from foveate.pruners.core.method import Pruner
+from foveate.pruners.core.registry import PRUNERS, create, find
 
 __all__ = ["NO_IMAGE", "check_version", "method", "parameters", "split"]
 

@@ -22,19 +22,19 @@ from typing import Any
 
 import foveate
 from foveate.errors import BudgetError, FoveateError, ParameterError, StoreError, UnsupportedModelError, nearest
-from foveate.eval_suites import models, runner
-from foveate.eval_suites.cost import DecoderShape
-from foveate.eval_suites.distributed import world
-from foveate.eval_suites.environment import environment
-from foveate.eval_suites.leaderboard import Leaderboard
 from foveate.eval_suites.lmms import benchmarks, tasks
 from foveate.eval_suites.lmms.benchmarks import Benchmark
 from foveate.eval_suites.lmms.manifests import CLASSES, MODELS
 from foveate.eval_suites.lmms.watch import Said, Seen
-from foveate.eval_suites.meter import BudgetMismatch, Run
-from foveate.eval_suites.rows import Answer, Status
-from foveate.eval_suites.store import Store
-from foveate.pruners.base import Keep
+from foveate.eval_suites.results.leaderboard import Leaderboard
+from foveate.eval_suites.results.rows import Answer, Status
+from foveate.eval_suites.results.store import Store
+from foveate.eval_suites.running import models, runner
+from foveate.eval_suites.running.cost import DecoderShape
+from foveate.eval_suites.running.distributed import world
+from foveate.eval_suites.running.environment import environment
+from foveate.eval_suites.running.meter import BudgetMismatch, Run
+from foveate.pruners.core.method import Keep
 
 __all__ = ["PREFIX", "Kept", "Outcome", "answers", "bench", "check_installed", "run"]
 
@@ -89,7 +89,7 @@ def bench(
         model: a folder or a name on the hub; names: benchmarks separated by commas, with or without ``lmms:``.
         limit: documents of each; None: all.
         runs: these instead of ``pruners`` at the budgets ``keep``.
-        other arguments: see :func:`foveate.eval_suites.runner.bench`.
+        other arguments: see :func:`foveate.eval_suites.running.runner.bench`.
 
     Returns:
         A leaderboard per benchmark, in the order of ``names``. The number that papers quote is in the rows in which no

@@ -27,8 +27,8 @@ from tqdm import tqdm
 from foveate.errors import FoveateError, InputError, ParameterError
 from foveate.eval_suites.lmms import arguments
 from foveate.eval_suites.lmms.watch import Said, Watch
-from foveate.eval_suites.meter import GREY, BudgetMismatch
-from foveate.pruners.base import Pruner, view_id
+from foveate.eval_suites.running.meter import GREY, BudgetMismatch
+from foveate.pruners.core.method import Pruner, view_id
 
 __all__ = ["Journal", "LlavaHf", "LlavaHfChat", "LlavaOnevision", "LlavaOnevisionChat", "Qwen3VLChat", "Qwen25VLChat"]
 

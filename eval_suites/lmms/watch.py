@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from foveate.adapters import Session, attach
-from foveate.adapters.base import adapter_for
+from foveate.adapters.families.base import adapter_for
 from foveate.errors import UnsupportedModelError
-from foveate.eval_suites.meter import seen_pruned, seen_unpruned
-from foveate.pruners.base import Pruner
+from foveate.eval_suites.running.meter import seen_pruned, seen_unpruned
+from foveate.pruners.core.method import Pruner
 
 __all__ = ["Said", "Seen", "Watch"]
 

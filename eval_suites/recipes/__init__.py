@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from foveate.errors import FoveateError, ParameterError, UnknownNameError
-from foveate.eval_suites.leaderboard import Leaderboard
 from foveate.eval_suites.lmms.benchmarks import BENCHMARKS
+from foveate.eval_suites.results.leaderboard import Leaderboard
 from foveate.eval_suites.terminal import console
-from foveate.pruners.base import Layout, Pruner
-from foveate.pruners.registry import create
+from foveate.pruners.core.method import Layout, Pruner
+from foveate.pruners.core.registry import create
 
 __all__ = ["ELSEWHERE", "Recipe", "add_arguments", "find", "main", "recipes"]
 
@@ -200,7 +200,7 @@ def _announce(recipe: Recipe, model: str, chosen: list[str]) -> None:
 
 def _run(recipe: Recipe, model: str, chosen: list[str], args: argparse.Namespace) -> int:
     from foveate.eval_suites.lmms import bench as through
-    from foveate.eval_suites.meter import Run
+    from foveate.eval_suites.running.meter import Run
 
     if recipe.needs:
         _compare(recipe, {})

@@ -11,21 +11,21 @@ from typing import Any
 
 import torch
 
-from foveate.adapters.vit import tower_for
+from foveate.adapters.towers.base import tower_for
 from foveate.errors import ParameterError, UnsupportedModelError
-from foveate.eval_suites import models
-from foveate.eval_suites.budgets import parse_keep
-from foveate.eval_suites.distributed import world
-from foveate.eval_suites.environment import machine, version_of
+from foveate.eval_suites.running import models
+from foveate.eval_suites.running.budgets import parse_keep
+from foveate.eval_suites.running.distributed import world
+from foveate.eval_suites.running.environment import machine, version_of
 from foveate.eval_suites.terminal import markdown_table, versions
 from foveate.eval_suites.vision import EMBEDDED
 from foveate.eval_suites.vision.evaluate import Line, Run, at, class_places, evaluate
 from foveate.eval_suites.vision.pictures import Pictures, folder, held_out_scenes
 from foveate.eval_suites.vision.subjects import Subject, load
 from foveate.pruners import ToMe, create
-from foveate.pruners.base import Keep, Pruner
-from foveate.pruners.control import RandomLike
-from foveate.pruners.merging import Merger
+from foveate.pruners.core.control import RandomLike
+from foveate.pruners.core.merging import Merger
+from foveate.pruners.core.method import Keep, Pruner
 
 __all__ = ["main", "table"]
 
@@ -41,7 +41,7 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         FoveateError: unusable options, model or pictures.
     """
-    from foveate.eval_suites.runner import check_numbers
+    from foveate.eval_suites.running.runner import check_numbers
 
     check_numbers(args.limit, args.seed, args.seeds, args.batch_size)
     budgets, device = parse_keep(args.keep), models.find_device(args.device)
@@ -90,7 +90,7 @@ def plan(subject: Subject, pictures: Pictures, methods: str, budgets: Sequence[K
     Raises:
         ParameterError: a method that does not merge inside vision towers.
     """
-    from foveate.eval_suites.runner import parse_methods
+    from foveate.eval_suites.running.runner import parse_methods
 
     tower = tower_for(subject.model)
     if tower is None:

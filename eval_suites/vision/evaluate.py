@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.adapters import attach
-from foveate.adapters.vit import tower_for
+from foveate.adapters.towers.base import tower_for
 from foveate.errors import BudgetError, UnsupportedModelError
-from foveate.eval_suites.clock import now
+from foveate.eval_suites.speed.clock import now
 from foveate.eval_suites.vision.pictures import Pictures
 from foveate.eval_suites.vision.subjects import Subject
-from foveate.pruners.base import Keep, ModelInfo, Pruner, budget
-from foveate.pruners.control import RandomLike
+from foveate.pruners.core.control import RandomLike
+from foveate.pruners.core.method import Keep, ModelInfo, Pruner, budget
 
 
 @dataclass(frozen=True)

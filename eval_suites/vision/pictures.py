@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 
 from foveate.errors import InputError
-from foveate.eval_suites.shapes import scenes
-from foveate.eval_suites.streams import SAMPLES
+from foveate.eval_suites.suites.shapes import scenes
+from foveate.eval_suites.suites.streams import SAMPLES
 from foveate.eval_suites.vision import HELD_OUT_SEED
 from foveate.eval_suites.vision.scenes import CLASSES, PROMPT, caption, draw, objects
 

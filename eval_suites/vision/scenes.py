@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from foveate.eval_suites.shapes import scenes
+from foveate.eval_suites.suites.shapes import scenes
 
 COLOURS, SHAPES = tuple(scenes.COLOURS), scenes.SHAPES
 CLASSES: tuple[str, ...] = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)

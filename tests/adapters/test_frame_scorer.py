@@ -12,7 +12,7 @@ from PIL import Image
 import foveate
 from foveate import FrameScorer
 from foveate.errors import InputError, ParameterError
-from foveate.pruners.frame_questions import FramePrompts
+from foveate.pruners.core.frame_questions import FramePrompts
 from tests.models import qwen_processor, tiny
 
 QUESTION = "Which colour is the car?"

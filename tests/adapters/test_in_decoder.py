@@ -10,7 +10,7 @@ from torch import nn
 
 import foveate
 from foveate.errors import MissingSignalError, ParameterError
-from foveate.eval_suites.speed import Geometry
+from foveate.eval_suites.speed.decoder import Geometry
 from tests import models
 from tests.models import IMAGE, cache_of, cached, tiny
 from tests.test_oracles import TOLERANCE, absent, continued, masked_logits, rope_positions, scene_inputs

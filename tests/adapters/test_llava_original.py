@@ -17,8 +17,9 @@ from torch import Tensor
 
 import foveate
 from foveate.adapters.attachment import attached_to
-from foveate.adapters.llava_original import RenamedCache
-from foveate.pruners.base import (
+from foveate.adapters.families.llava_original import RenamedCache
+from foveate.pruners.core.merging import Merger
+from foveate.pruners.core.method import (
     EncoderFeatures,
     Hook,
     ModelInfo,
@@ -28,7 +29,6 @@ from foveate.pruners.base import (
     Stage,
     Tokens,
 )
-from foveate.pruners.merging import Merger
 from tests.pruners.synthetic import TopNorm
 
 package = pytest.importorskip(

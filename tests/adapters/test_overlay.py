@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 import foveate
-from foveate.adapters.llava_next import _anyres
-from foveate.adapters.overlay import draw, facts, panels, token_at
+from foveate.adapters.drawing import draw, facts, panels, token_at
+from foveate.adapters.families.llava_next import _anyres
 from foveate.adapters.trace import ImageTrace, StageTrace, Trace
 from foveate.errors import ParameterError
-from foveate.pruners.base import Layout
+from foveate.pruners.core.method import Layout
 from tests.models import inputs, picture, tiny
 
 PINPOINTS = ((32, 64), (64, 32), (64, 64), (32, 96))

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
 import foveate
-from foveate.eval_suites import shapes
+from foveate.eval_suites.suites import shapes
 
 
 @pytest.fixture(scope="module")

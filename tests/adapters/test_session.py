@@ -15,8 +15,8 @@ import transformers
 
 import foveate
 from foveate.adapters import compat
-from foveate.pruners.base import Hook, ModelInfo, Selection, Stage, Tokens
-from foveate.pruners.merging import Merger
+from foveate.pruners.core.merging import Merger
+from foveate.pruners.core.method import Hook, ModelInfo, Selection, Stage, Tokens
 from tests.models import FAMILIES, IMAGE, cache_of, cached, inputs, picture, tiny
 from tests.pruners.synthetic import TopNorm
 from tests.test_oracles import dropped_places, masked_logits, rope_positions, scene_inputs
@@ -264,8 +264,8 @@ def test_half_precision_stays_what_it_is(family: str, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("name", ["divprune", "fopru", "cdpruner", "fastv", "todre"])
 def test_autocast_does_not_coarsen_selections(name: str) -> None:
     """Given the same embeddings and queries, what is chosen does not depend on autocast."""
-    from foveate.adapters.signals import statistic
-    from foveate.pruners.base import ReceivedAttention
+    from foveate.adapters.towers.taps import statistic
+    from foveate.pruners.core.method import ReceivedAttention
 
     q, k = torch.randn(2, 1, 4, 300, 16).unbind(0)
     plain = statistic(ReceivedAttention(0), q, k, 0.25, 0)
@@ -299,7 +299,7 @@ def test_statistics_keep_nothing_for_backward() -> None:
                 seen.append(received.requires_grad)
                 return Selection(torch.arange(4).expand(len(tokens.embeds), -1))
 
-            from foveate.pruners.base import ReceivedAttention
+            from foveate.pruners.core.method import ReceivedAttention
 
             return (Stage(Hook.LLM_INPUT, select, {"received": ReceivedAttention(2)}),)
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import foveate
-from foveate.adapters.signals import EncoderTap
-from foveate.pruners.base import (
+from foveate.adapters.towers.taps import EncoderTap
+from foveate.pruners.core.method import (
     ClassAttention,
     ClassFeatures,
     CrossModalAttention,

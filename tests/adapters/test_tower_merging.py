@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import foveate
 from foveate.adapters.trace import ImageTrace
 from foveate.errors import InputError, UnsupportedModelError
-from foveate.pruners.base import Layout
+from foveate.pruners.core.method import Layout
 from tests.models import FAMILIES, inputs, picture, single_view, tiny
 
 LLAVAS = tuple(family for family in FAMILIES if family.startswith("llava"))

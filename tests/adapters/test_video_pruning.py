@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 import foveate
-from foveate.adapters.base import adapter_for
+from foveate.adapters.families.base import adapter_for
 from foveate.errors import InputError, ParameterError
-from foveate.pruners.allocation import frame_budgets, frame_grid, frame_weights, scores_per_view
-from foveate.pruners.base import Hook, Pruner, Selection, Stage
+from foveate.pruners.core.allocation import frame_budgets, frame_grid, frame_weights, scores_per_view
+from foveate.pruners.core.method import Hook, Pruner, Selection, Stage
 from tests.models import VIDEO, VIDEO_FAMILIES, VISION_END, VISION_START, inputs, picture, tiny
 
 ENCODES_ONCE = hasattr(transformers.GenerationMixin, "_prepare_multimodal_encoder_kwargs_for_generation")

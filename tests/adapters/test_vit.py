@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import foveate
 from foveate.adapters import MergeTrace, VitSession, compat
-from foveate.adapters.vit import tower_for
+from foveate.adapters.towers.base import tower_for
 from foveate.errors import AttachError, UnsupportedModelError
-from foveate.pruners.merging import BlockTokens
+from foveate.pruners.core.merging import BlockTokens
 
 timm = pytest.importorskip("timm")
 open_clip = pytest.importorskip("open_clip")

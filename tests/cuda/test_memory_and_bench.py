@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from foveate.cuda import bench
+from foveate.eval_suites.speed import kernels as bench
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 MOST = 300  # MiB beyond the inputs; a whole map would take 1 GiB. One token more than 16,384: blocks do not divide it

@@ -32,7 +32,7 @@ from foveate.demo.engine import Engine, Engines
 from foveate.demo.examples import BY_MODEL, EVERYWHERE, example, examples, invoice, moving
 from foveate.demo.media import Clip, key, open_media
 from foveate.errors import FoveateError, InputError, ParameterError
-from foveate.eval_suites import models
+from foveate.eval_suites.running import models
 
 EXAMPLES = BY_MODEL["shapes-llava"]
 PICTURE, QUESTION = EXAMPLES[0].make(), EXAMPLES[0].question
@@ -145,7 +145,7 @@ def test_a_video_file_becomes_a_clip_of_few_frames(tmp_path):
 def test_videos_beyond_the_limits_are_refused_before_they_are_decoded(limits, message, tmp_path, monkeypatch):
     write_video(tmp_path / "a.mp4")
     monkeypatch.setattr(media, "VIDEO_LIMITS", dataclasses.replace(media.VIDEO_LIMITS, **limits))
-    monkeypatch.setattr("foveate.adapters.video._decoded", lambda *args: pytest.fail("decoded"))
+    monkeypatch.setattr("foveate.adapters.video.reading._decoded", lambda *args: pytest.fail("decoded"))
     with pytest.raises(InputError, match=message):
         open_media(tmp_path / "a.mp4")
 

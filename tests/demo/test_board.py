@@ -11,8 +11,8 @@ pytest.importorskip("gradio", reason="gradio is not installed (extras demo and d
 from foveate.demo import board
 from foveate.errors import StoreError
 from foveate.eval_suites import suites
-from foveate.eval_suites.leaderboard import Leaderboard
-from foveate.eval_suites.rows import Row, Status
+from foveate.eval_suites.results.leaderboard import Leaderboard
+from foveate.eval_suites.results.rows import Row, Status
 
 KNOWN = list(suites.find("shapes").samples(3, 5))
 FACTS = {"model": "shapes-llava", "suite": "shapes", "limit": 3, "suite_seed": 5}

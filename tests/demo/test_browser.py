@@ -12,7 +12,7 @@ from PIL import Image
 
 from foveate.demo import launch
 from foveate.demo.examples import BY_MODEL
-from foveate.eval_suites.runner import bench
+from foveate.eval_suites.running.runner import bench
 
 pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra dev)")
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright

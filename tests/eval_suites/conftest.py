@@ -16,7 +16,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from foveate.eval_suites import shapes
+from foveate.eval_suites.suites import shapes
 from tests.models import EOS, IMAGE, PAD, PATCH, SIDE, VIDEO, VISION_END, VISION_START, tiny
 
 CHAT_TEMPLATE = (

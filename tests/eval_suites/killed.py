@@ -22,10 +22,10 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from foveate.eval_suites import models, runner
-from foveate.eval_suites.meter import Measured, Meter, Run
-from foveate.eval_suites.rows import Answer
-from foveate.eval_suites.store import Store
+from foveate.eval_suites.results.rows import Answer
+from foveate.eval_suites.results.store import Store
+from foveate.eval_suites.running import models, runner
+from foveate.eval_suites.running.meter import Measured, Meter, Run
 
 LIMIT, BATCH, BUDGET = 12, 2, 0.25
 

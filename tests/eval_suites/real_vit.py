@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from foveate.eval_suites.environment import machine
+from foveate.eval_suites.running.environment import machine
 from foveate.eval_suites.vision.bench import plan, table
 from foveate.eval_suites.vision.evaluate import evaluate
 from foveate.eval_suites.vision.pictures import Pictures

@@ -7,12 +7,12 @@ import math
 import numpy as np
 import pytest
 
+from docs.tune_splits import recorded, splits
 from foveate.errors import ParameterError
-from foveate.eval_suites.certify import least_samples, lower_bound, p_value, relative_accuracy
-from foveate.eval_suites.leaderboard import Leaderboard
-from foveate.eval_suites.rows import Row, Status
-from foveate.eval_suites.tune import Chain, Setting, search
-from foveate.eval_suites.tune_splits import recorded, splits
+from foveate.eval_suites.results.leaderboard import Leaderboard
+from foveate.eval_suites.results.rows import Row, Status
+from foveate.eval_suites.running.certify import least_samples, lower_bound, p_value, relative_accuracy
+from foveate.eval_suites.running.tune import Chain, Setting, search
 from foveate.pruners import Grid
 
 

@@ -8,8 +8,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from foveate.eval_suites import clips, evaluate, models, suites
-from foveate.eval_suites.clips import scenes
+from foveate.eval_suites import suites
+from foveate.eval_suites.running import evaluate, models
+from foveate.eval_suites.suites import clips
+from foveate.eval_suites.suites.clips import scenes
 
 FLOOR = 0.90  # 0.96 on 400 questions
 

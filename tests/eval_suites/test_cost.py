@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import foveate
-from foveate.eval_suites.cost import DecoderShape
+from foveate.eval_suites.running.cost import DecoderShape
 from tests.models import IMAGE, cache_of, inputs, picture, tiny
 
 

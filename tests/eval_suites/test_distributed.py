@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from foveate.errors import ParameterError
-from foveate.eval_suites import runner
-from foveate.eval_suites.distributed import World, world
-from foveate.eval_suites.store import Store, read
+from foveate.eval_suites.results.store import Store, read
+from foveate.eval_suites.running import runner
+from foveate.eval_suites.running.distributed import World, world
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 BENCH = [

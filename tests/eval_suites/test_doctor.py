@@ -10,8 +10,9 @@ import pytest
 
 from foveate.cli import main
 from foveate.errors import FoveateError, MissingSignalError
-from foveate.eval_suites import doctor, models, tiny
+from foveate.eval_suites import doctor, tiny
 from foveate.eval_suites.doctor import Finding, State
+from foveate.eval_suites.running import models
 
 
 @pytest.fixture

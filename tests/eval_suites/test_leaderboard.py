@@ -13,11 +13,11 @@ import pytest
 from rich.console import Console
 
 from foveate.cli import main
-from foveate.eval_suites import compare as comparing
-from foveate.eval_suites.compare import compare, holm, paired
-from foveate.eval_suites.leaderboard import Leaderboard, value_text
-from foveate.eval_suites.page import page, pareto
-from foveate.eval_suites.rows import Row, Status, agreement, interval, mean_sd, share, wilson
+from foveate.eval_suites.results.leaderboard import Leaderboard, value_text
+from foveate.eval_suites.results.page import page, pareto
+from foveate.eval_suites.results.rows import Row, Status, agreement, interval, mean_sd, share, wilson
+from foveate.eval_suites.running import compare as comparing
+from foveate.eval_suites.running.compare import compare, holm, paired
 
 TASKS = ("colour", "count")
 
@@ -422,7 +422,7 @@ def test_page_of_nothing_measured_is_still_a_page():
 
 @pytest.fixture
 def results(tmp_path):
-    from foveate.eval_suites.store import Store
+    from foveate.eval_suites.results.store import Store
     from tests.eval_suites.test_store import FACTS, TASKS, answer, rows
 
     path = tmp_path / "results.db"

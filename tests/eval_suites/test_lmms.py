@@ -13,15 +13,17 @@ import torch
 import foveate
 from foveate.cli import main
 from foveate.errors import FoveateError, ParameterError, UnknownNameError, UnsupportedModelError
-from foveate.eval_suites import models, shapes, suites
+from foveate.eval_suites import suites
 from foveate.eval_suites.lmms import arguments, benchmarks, manifests, tasks
 from foveate.eval_suites.lmms.bench import _complete, _quoted, answers, bench
 from foveate.eval_suites.lmms.watch import Watch
-from foveate.eval_suites.meter import BudgetMismatch
-from foveate.eval_suites.rows import Answer, Row, summarise
-from foveate.eval_suites.store import Store
-from foveate.pruners.control import RandomLike
-from foveate.pruners.registry import create
+from foveate.eval_suites.results.rows import Answer, Row, summarise
+from foveate.eval_suites.results.store import Store
+from foveate.eval_suites.running import models
+from foveate.eval_suites.running.meter import BudgetMismatch
+from foveate.eval_suites.suites import shapes
+from foveate.pruners.core.control import RandomLike
+from foveate.pruners.core.registry import create
 
 DATA = pathlib.Path(__file__).parent.parent / "data" / "lmms"
 HERE = pathlib.Path(manifests.__file__).parent
@@ -85,7 +87,7 @@ def test_no_parameter_of_a_method_is_an_argument_of_lmms_evals_models() -> None:
         "max_pixels",
     }
     theirs |= {"total_pixels", "fps", "system_prompt", "interleave_visuals", "enable_thinking", "reasoning_prompt"}
-    from foveate.pruners.registry import PRUNERS
+    from foveate.pruners.core.registry import PRUNERS
 
     for name in PRUNERS:
         assert not theirs & arguments.parameters(name), name

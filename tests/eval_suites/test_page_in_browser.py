@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from foveate.eval_suites.compare import compare
-from foveate.eval_suites.leaderboard import Leaderboard
-from foveate.eval_suites.page import page
-from foveate.eval_suites.rows import Row, Status, Timing, wilson
+from foveate.eval_suites.results.leaderboard import Leaderboard
+from foveate.eval_suites.results.page import page
+from foveate.eval_suites.results.rows import Row, Status, Timing, wilson
+from foveate.eval_suites.running.compare import compare
 
 pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra dev)")
 from playwright.sync_api import Browser, Page, expect, sync_playwright

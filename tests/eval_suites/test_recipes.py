@@ -8,11 +8,11 @@ import pytest
 
 from foveate.cli import main
 from foveate.errors import UnknownNameError
-from foveate.eval_suites.leaderboard import Leaderboard
 from foveate.eval_suites.lmms.benchmarks import BENCHMARKS
 from foveate.eval_suites.recipes import ELSEWHERE, Recipe, find, recipes
-from foveate.eval_suites.rows import Row, Status
-from foveate.pruners.base import Layout, ModelInfo
+from foveate.eval_suites.results.leaderboard import Leaderboard
+from foveate.eval_suites.results.rows import Row, Status
+from foveate.pruners.core.method import Layout, ModelInfo
 
 ALL = list(recipes().values())
 THE_NINE = {"fopru", "hiprune", "todre", "transprune", "corematching", "pitome", "globalcom2", "quota", "focusui"}

@@ -12,8 +12,8 @@ import sys
 import pytest
 
 from foveate.cli import main
-from foveate.eval_suites.rows import Row
-from foveate.eval_suites.store import Store
+from foveate.eval_suites.results.rows import Row
+from foveate.eval_suites.results.store import Store
 from tests.eval_suites.test_store import FACTS, TASKS, answer, rows
 
 

@@ -16,18 +16,19 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import foveate
-from foveate.adapters.sequence import SequenceWriter
+from foveate.adapters.engine.sequence import SequenceWriter
 from foveate.adapters.session import Session
 from foveate.adapters.trace import ImageTrace, StageTrace
 from foveate.cli import main
 from foveate.errors import BudgetError, FoveateError, MissingSignalError, ParameterError, UnknownNameError
-from foveate.eval_suites import models, suites
-from foveate.eval_suites.leaderboard import Leaderboard
-from foveate.eval_suites.meter import GREY, BudgetMismatch, Meter, check_image
-from foveate.eval_suites.rows import Row, Status
-from foveate.eval_suites.runner import BASELINES, bench, parse_keep, parse_methods
+from foveate.eval_suites import suites
+from foveate.eval_suites.results.leaderboard import Leaderboard
+from foveate.eval_suites.results.rows import Row, Status
+from foveate.eval_suites.running import models
+from foveate.eval_suites.running.meter import GREY, BudgetMismatch, Meter, check_image
+from foveate.eval_suites.running.runner import BASELINES, bench, parse_keep, parse_methods
 from foveate.pruners import PRUNERS, Downsample, FastV, Hook, Layout, ModelInfo, Pruner, Random, Selection, Stage
-from foveate.pruners.base import keep_all
+from foveate.pruners.core.method import keep_all
 from tests.eval_suites.conftest import qwen_processor
 from tests.models import tiny
 

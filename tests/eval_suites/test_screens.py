@@ -11,8 +11,10 @@ import torch
 from PIL import Image
 
 from foveate.adapters import compat
-from foveate.eval_suites import clips, evaluate, models, screens, suites
-from foveate.eval_suites.screens import lessons, model, scenes, train
+from foveate.eval_suites import suites
+from foveate.eval_suites.running import evaluate, models
+from foveate.eval_suites.suites import clips, screens
+from foveate.eval_suites.suites.screens import lessons, model, scenes, train
 
 FLOOR = 0.93  # 0.99 on 400 questions
 

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from foveate.eval_suites import evaluate, models, shapes, suites
-from foveate.eval_suites.shapes import lessons, model, scenes, train
+from foveate.eval_suites import suites
+from foveate.eval_suites.running import evaluate, models
+from foveate.eval_suites.suites import shapes
+from foveate.eval_suites.suites.shapes import lessons, model, scenes, train
 
 FLOOR = 0.92  # 0.977 on 2,000 questions
 NEXT_FLOOR = 0.60

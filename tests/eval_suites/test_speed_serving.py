@@ -8,8 +8,8 @@ import importlib.util
 import pytest
 
 from foveate.errors import ParameterError, UnsupportedModelError
-from foveate.eval_suites import speed_serving
-from foveate.eval_suites.speed_serving import Load, table
+from foveate.eval_suites.speed import serving as speed_serving
+from foveate.eval_suites.speed.serving import Load, table
 
 
 def load(engine: str, turn: int, per_second: float, users: int = 8) -> Load:

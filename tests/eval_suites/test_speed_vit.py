@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from foveate.cli import main
-from foveate.eval_suites.clock import now
-from foveate.eval_suites.speed_vit import Line, table
+from foveate.eval_suites.speed.clock import now
+from foveate.eval_suites.speed.vit import Line, table
 
 
 @pytest.mark.parametrize(("threads", "its"), [(1, "process_time"), (2, "perf_counter")])

@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 
 from foveate.errors import StoreError
-from foveate.eval_suites import models, runner, suites
-from foveate.eval_suites.leaderboard import Leaderboard
-from foveate.eval_suites.meter import Meter, Run
-from foveate.eval_suites.rows import Answer, Row, Status
-from foveate.eval_suites.store import MUST_AGREE, SCHEMA, Store, read
+from foveate.eval_suites import suites
+from foveate.eval_suites.results.leaderboard import Leaderboard
+from foveate.eval_suites.results.rows import Answer, Row, Status
+from foveate.eval_suites.results.store import MUST_AGREE, SCHEMA, Store, read
+from foveate.eval_suites.running import models, runner
+from foveate.eval_suites.running.meter import Meter, Run
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FACTS = {"model": "m", "suite": "s", "limit": 3, **{key: f"<{key}>" for key in MUST_AGREE if key != "limit"}}
@@ -268,7 +269,7 @@ def test_a_bench_killed_at_20_random_moments_ends_with_the_same_table(checkpoint
 
 def test_several_processes_write_one_new_file(path):
     code = (
-        "import sys; from foveate.eval_suites.store import Store; from foveate.eval_suites.rows import Answer, Row\n"
+        "import sys; from foveate.eval_suites.results.store import Store; from foveate.eval_suites.results.rows import Answer, Row\n"
         f"store = Store({str(path)!r}); bench = store.open_bench({FACTS | {'limit': 400}!r}, ('a', 'b'))\n"
         "(run,) = store.open_runs(bench, [Row('unpruned', 'unpruned')]); me = int(sys.argv[1])\n"
         "for n in range(0, 400, 2): store.add(run, [Answer(n + me % 2, 's', 'a', 'x', 1.0, (4,), seconds=0.1)])\n"

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from foveate.eval_suites import clips, models, screens, shapes
+from foveate.eval_suites.running import models
+from foveate.eval_suites.suites import clips, screens, shapes
 
 DRAW = {shapes: shapes.scenes.draw_scene, screens: screens.scenes.draw_screen, clips: clips.scenes.draw_clip}
 LAYOUTS = {shapes: 4000, screens: 600, clips: 600}

@@ -12,11 +12,11 @@ import torch
 
 from foveate.cli import main
 from foveate.errors import StoreError
-from foveate.eval_suites import models, runner, timing
-from foveate.eval_suites.leaderboard import Leaderboard
-from foveate.eval_suites.page import page
-from foveate.eval_suites.rows import Timing
-from foveate.eval_suites.store import _TABLES, SCHEMA, Store, read
+from foveate.eval_suites.results.leaderboard import Leaderboard
+from foveate.eval_suites.results.page import page
+from foveate.eval_suites.results.rows import Timing
+from foveate.eval_suites.results.store import _TABLES, SCHEMA, Store, read
+from foveate.eval_suites.running import models, runner, timing
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +196,9 @@ def test_a_failed_upgrade_changes_nothing(tmp_path, monkeypatch):
     old_file(path)
     with monkeypatch.context() as patched:
         patched.setitem(
-            __import__("foveate.eval_suites.store", fromlist=["x"])._STEPS, 1, "CREATE TABLE timing (x); NONSENSE"
+            __import__("foveate.eval_suites.results.store", fromlist=["x"])._STEPS,
+            1,
+            "CREATE TABLE timing (x); NONSENSE",
         )
         with pytest.raises(StoreError):
             Store(path)

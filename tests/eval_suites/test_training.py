@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from foveate.eval_suites import models
-from foveate.eval_suites.shapes import train
+from foveate.eval_suites.running import models
+from foveate.eval_suites.suites.shapes import train
 
 SMALL = ("--width", "32", "--depth", "2", "--text-width", "32", "--text-depth", "2", "--no-compile", "--no-bf16")
 NAMES = [stage.name for stage in train.STAGES]

@@ -14,12 +14,13 @@ import yaml
 import foveate
 from foveate.cli import main
 from foveate.errors import BudgetError, FoveateError, ParameterError, UnknownNameError, UnsupportedModelError
-from foveate.eval_suites import models, runner, suites, tune
-from foveate.eval_suites.meter import Measured, Meter, Run
-from foveate.eval_suites.questions import load, normalised
-from foveate.eval_suites.rows import Answer, Timing
+from foveate.eval_suites import suites
+from foveate.eval_suites.results.rows import Answer, Timing
+from foveate.eval_suites.running import models, runner, tune
+from foveate.eval_suites.running.meter import Measured, Meter, Run
+from foveate.eval_suites.suites.questions import load, normalised
 from foveate.pruners import Grid
-from foveate.pruners.preset import Preset
+from foveate.pruners.core.preset import Preset
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from foveate.eval_suites import suites
-from foveate.eval_suites.meter import FrameScorer, Meter, Run
-from foveate.eval_suites.models import Loaded
-from foveate.eval_suites.rows import Status
-from foveate.eval_suites.runner import bench
+from foveate.eval_suites.results.rows import Status
+from foveate.eval_suites.running.meter import FrameScorer, Meter, Run
+from foveate.eval_suites.running.models import Loaded
+from foveate.eval_suites.running.runner import bench
 from foveate.pruners import QuoTA, Random
 from tests.models import qwen_processor, tiny
 

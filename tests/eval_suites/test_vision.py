@@ -17,8 +17,8 @@ from foveate.eval_suites.vision.bench import plan
 from foveate.eval_suites.vision.evaluate import _Reference, at, class_places, evaluate
 from foveate.eval_suites.vision.pictures import folder, held_out_scenes
 from foveate.eval_suites.vision.subjects import Subject, load
-from foveate.pruners.base import ModelInfo
-from foveate.pruners.control import RandomLike
+from foveate.pruners.core.control import RandomLike
+from foveate.pruners.core.method import ModelInfo
 
 CPU = torch.device("cpu")
 TOWER = ModelInfo(encoder_layers=12, feature_layer=11, prefix_tokens=1)

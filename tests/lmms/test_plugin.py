@@ -11,12 +11,12 @@ import pytest
 
 import foveate
 from foveate.cli import main
-from foveate.eval_suites import models, runner
 from foveate.eval_suites.lmms import bench as through
 from foveate.eval_suites.lmms import tasks
-from foveate.eval_suites.meter import BudgetMismatch
-from foveate.eval_suites.rows import Row, Status
-from foveate.eval_suites.store import Store
+from foveate.eval_suites.results.rows import Row, Status
+from foveate.eval_suites.results.store import Store
+from foveate.eval_suites.running import models, runner
+from foveate.eval_suites.running.meter import BudgetMismatch
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed; `make test-lmms` makes an environment with it")
 pytest.importorskip("decord", reason="decord is not installed; lmms-eval's models import it")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from foveate.pruners import Hook, Layout, ModelInfo, Pruner, Selection, Stage, Tokens, View
-from foveate.pruners.base import (
+from foveate.pruners.core.method import (
     ClassFeatures,
     CoreMatches,
     CrossModalAttention,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from foveate.errors import MissingSignalError, ParameterError
 from foveate.pruners import Layout, ModelInfo, Selection, Tokens
-from foveate.pruners.base import budget, floor, per_view, ranked, split_budget, top_k, view_id
+from foveate.pruners.core.method import budget, floor, per_view, ranked, split_budget, top_k, view_id
 from tests.pruners.synthetic import QWEN, anyres, make_tokens
 
 

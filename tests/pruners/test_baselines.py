@@ -28,9 +28,9 @@ from foveate.pruners import (
     Tokens,
     VisionZip,
 )
-from foveate.pruners.base import EncoderFeatures, LastTokenAttention, ReceivedAttention
 from foveate.pruners.cdpruner import similarity, stretch
-from foveate.pruners.lattice import host_slots, lattice, middles, nearest_host
+from foveate.pruners.core.lattice import host_slots, lattice, middles, nearest_host
+from foveate.pruners.core.method import EncoderFeatures, LastTokenAttention, ReceivedAttention
 from foveate.pruners.visionzip import assign, complement, merge
 from tests.pruners.synthetic import CLIP, QWEN, C, anyres, first_stage, make_signals, make_tokens, run
 

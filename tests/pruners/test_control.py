@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 import foveate
-from foveate.eval_suites.runner import parse_methods, plan
-from foveate.pruners.control import RandomLike
+from foveate.eval_suites.running.runner import parse_methods, plan
+from foveate.pruners.core.control import RandomLike
 from tests.models import inputs, picture, tiny
 
 

@@ -14,10 +14,10 @@ from torch import Tensor
 import foveate
 from foveate.errors import InputError, MissingSignalError, ParameterError
 from foveate.pruners import FocusUI, Layout, ModelInfo, Tokens
-from foveate.pruners.base import Hook, PatchPixels, Pruner, Selection, Stage, keep_all
+from foveate.pruners.core.method import Hook, PatchPixels, Pruner, Selection, Stage, keep_all
+from foveate.pruners.core.patch_scorer import PatchScorer, save_scorer
+from foveate.pruners.core.ui_graph import image_blocks, ui_graph
 from foveate.pruners.focusui import SCORER_FILE, instruction_words, relevance
-from foveate.pruners.patch_scorer import PatchScorer, save_scorer
-from foveate.pruners.ui_graph import image_blocks, ui_graph
 from tests.models import FAMILIES, PATCH, SIDE, VIDEO_FAMILIES, inputs, picture, tiny
 from tests.pruners.synthetic import QWEN, make_tokens
 from tests.test_oracles import check_against_masking, scene_inputs

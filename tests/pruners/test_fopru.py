@@ -8,7 +8,7 @@ import torch
 from foveate.cuda import given_attention, received_attention
 from foveate.errors import ParameterError
 from foveate.pruners import FoPru, Layout, ModelInfo
-from foveate.pruners.base import GivenAttention, ReceivedAttention
+from foveate.pruners.core.method import GivenAttention, ReceivedAttention
 from foveate.pruners.fopru import best_rows, rank, significance
 from tests.pruners.synthetic import CLIP, QWEN, anyres, first_stage, make_tokens
 

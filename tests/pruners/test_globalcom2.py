@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 import foveate
-from foveate.adapters.llava_next import _anyres
+from foveate.adapters.families.llava_next import _anyres
 from foveate.errors import FoveateError, InputError, MissingSignalError, ParameterError
 from foveate.pruners import GlobalCom2, Layout, ModelInfo, Selection
-from foveate.pruners.base import ClassAttention, EncoderFeatures
+from foveate.pruners.core.method import ClassAttention, EncoderFeatures
 from foveate.pruners.globalcom2 import apportion, canvas_of, crop_ratios, distinctness, richness, token_score
 from tests.models import PINPOINTS, SIDE, inputs, picture, tiny
 from tests.pruners.synthetic import CLIP, QWEN, anyres, make_tokens

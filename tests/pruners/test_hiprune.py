@@ -7,7 +7,7 @@ import torch
 
 from foveate.errors import MissingSignalError, ParameterError
 from foveate.pruners import HiPrune, Layout, ModelInfo
-from foveate.pruners.base import ClassAttention, ReceivedAttention, kept_tokens
+from foveate.pruners.core.method import ClassAttention, ReceivedAttention, kept_tokens
 from foveate.pruners.hiprune import anchor_count, anchors, anchors_and_buffers, per_view_budget, registers
 from tests.pruners.synthetic import CLIP, QWEN, anyres, first_stage, make_tokens
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from foveate.cuda import similarity_energy
 from foveate.errors import FoveateError, ParameterError, UnsupportedModelError
 from foveate.pruners import PiToMe, ToMe
-from foveate.pruners.base import Layout, ModelInfo, View, ranked
-from foveate.pruners.merging import BlockStage, BlockTokens, Groups, Merger, owners
+from foveate.pruners.core.merging import BlockStage, BlockTokens, Groups, Merger, owners
+from foveate.pruners.core.method import Layout, ModelInfo, View, ranked
 from foveate.pruners.pitome import energy_matching, protected_matching
 from foveate.pruners.tome import schedule
 

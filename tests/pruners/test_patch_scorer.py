@@ -13,8 +13,8 @@ from torch import Tensor
 
 from foveate.errors import ParameterError
 from foveate.pruners import Layout
-from foveate.pruners.patch_scorer import PatchScorer, load_scorer, save_scorer, scorer_loss
-from foveate.pruners.ui_graph import box_coverage, components, fused_label, image_blocks, supervision, ui_graph
+from foveate.pruners.core.patch_scorer import PatchScorer, load_scorer, save_scorer, scorer_loss
+from foveate.pruners.core.ui_graph import box_coverage, components, fused_label, image_blocks, supervision, ui_graph
 
 WIDTH = 16
 

@@ -14,7 +14,7 @@ from torch import Tensor
 import foveate
 from foveate.cuda import gather_tokens, run_mean
 from foveate.errors import BudgetError, FoveateError, MissingSignalError, ParameterError, UnknownNameError
-from foveate.eval_suites.runner import parse_methods
+from foveate.eval_suites.running.runner import parse_methods
 from foveate.pruners import (
     DivPrune,
     FastV,
@@ -29,8 +29,8 @@ from foveate.pruners import (
     View,
     create,
 )
-from foveate.pruners.base import Newline
-from foveate.pruners.runs import runs, stretch_ends
+from foveate.pruners.core.method import Newline
+from foveate.pruners.core.runs import runs, stretch_ends
 from tests.models import FAMILIES, VIDEO_FAMILIES, inputs, picture, tiny
 from tests.pruners.synthetic import CLIP, QWEN, anyres, make_signals, make_tokens
 from tests.test_oracles import dropped_places, greedy_by_masking, masked_logits, rope_positions, scene_inputs

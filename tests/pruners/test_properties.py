@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from foveate.errors import BudgetError, FoveateError
 from foveate.pruners import PRUNERS, Layout, Pruner, Selection, Tokens, create
-from foveate.pruners.base import Keep
+from foveate.pruners.core.merging import Merger
+from foveate.pruners.core.method import Keep
+from foveate.pruners.core.runs import stretch_ends
 from foveate.pruners.globalcom2 import canvas_of
-from foveate.pruners.merging import Merger
-from foveate.pruners.runs import stretch_ends
 from tests.pruners.synthetic import CLIP, QWEN, anyres, first_stage, make_signals, make_tokens, one, run
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*tokens")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from foveate.errors import BudgetError, InputError, ParameterError
 from foveate.pruners import Layout, QuoTA
-from foveate.pruners.allocation import (
+from foveate.pruners.core.allocation import (
     CAPS,
     clipped,
     frame_budgets,
@@ -24,9 +24,9 @@ from foveate.pruners.allocation import (
     waterfilled,
     with_newlines,
 )
-from foveate.pruners.frame_questions import FramePrompts, parsed_objects
+from foveate.pruners.core.frame_questions import FramePrompts, parsed_objects
+from foveate.pruners.core.resampling import GRID, PLANS, matching_rounds, merged, pooled
 from foveate.pruners.quota import seats
-from foveate.pruners.resampling import GRID, PLANS, matching_rounds, merged, pooled
 from tests.pruners.synthetic import CLIP, QWEN, anyres, first_stage, make_tokens, run
 
 SCORES = st.lists(st.floats(0, 1), min_size=1, max_size=12)

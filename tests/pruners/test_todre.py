@@ -8,7 +8,7 @@ from torch import Tensor
 
 from foveate.errors import MissingSignalError, ParameterError
 from foveate.pruners import Hook, Layout, ModelInfo, ToDRE, Tokens
-from foveate.pruners.base import ClassAttention, CrossModalAttention
+from foveate.pruners.core.method import ClassAttention, CrossModalAttention
 from foveate.pruners.todre import attended_pivot, closeness_to_mean, diversification, irrelevant
 from tests.pruners.synthetic import CLIP, QWEN, anyres, first_stage, make_tokens
 

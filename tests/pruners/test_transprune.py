@@ -9,7 +9,7 @@ import torch
 
 from foveate.errors import BudgetError, ParameterError
 from foveate.pruners import HiPrune, Layout, ModelInfo, Then, TransPrune, VisionZip
-from foveate.pruners.base import InstructionAttention, TransitionVariation
+from foveate.pruners.core.method import InstructionAttention, TransitionVariation
 from foveate.pruners.transprune import combined_score
 from tests.pruners.synthetic import CLIP, make_tokens
 

@@ -22,7 +22,7 @@ from PIL import Image
 
 import foveate
 from foveate.eval_suites import tiny
-from foveate.eval_suites.speed_serving import as_hub
+from foveate.eval_suites.speed.serving import as_hub
 from tests import models
 from tests.models import EOS, IMAGE, PAD, PATCH, PINPOINTS, SIDE, VIDEO
 
@@ -40,8 +40,8 @@ pytest.importorskip(
 
 ROOT = pathlib.Path(__file__).parents[2]
 EMBEDDED = {
-    "llava": ROOT / "eval_suites/shapes/shapes-llava",
-    "llava_next": ROOT / "eval_suites/shapes/shapes-next",
+    "llava": ROOT / "eval_suites/suites/shapes/shapes-llava",
+    "llava_next": ROOT / "eval_suites/suites/shapes/shapes-next",
 }
 """Not shapes-qwen: its tower was trained with another rotary base than the one that vLLM has built in."""
 SIZES = {"llava": (96, 96), "llava_next": (150, 90), "llava_onevision": (60, 40)}

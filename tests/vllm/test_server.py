@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from foveate.eval_suites import shapes
+from foveate.eval_suites.suites import shapes
 from tests.vllm.engines import ROOT, folder, served
 
 openai = pytest.importorskip("openai")

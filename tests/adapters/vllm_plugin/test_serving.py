@@ -23,7 +23,7 @@ from foveate.adapters.vllm_plugin.serving import (
 )
 from foveate.adapters.vllm_plugin.settings import parse
 from foveate.errors import FoveateError, ParameterError, UnsupportedModelError
-from foveate.pruners.base import Layout, Selection
+from foveate.pruners.core.method import Layout, Selection
 from tests.models import FAMILIES, inputs, picture, tiny
 
 METHODS = ("random", "grid", "avgpool", "fopru", "hiprune", "divprune", "visionzip", "globalcom2", "todre")
@@ -137,7 +137,7 @@ def test_blocks_behind_the_feature_layer_are_loaded_only_when_read():
 
 
 LINES = Layout.grid(2, 3)
-LINES = Layout(LINES.views, tuple(foveate.pruners.base.Newline(r * 4 + 3, r * 3, r * 3 + 3) for r in range(2)))
+LINES = Layout(LINES.views, tuple(foveate.pruners.core.method.Newline(r * 4 + 3, r * 3, r * 3 + 3) for r in range(2)))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,123 @@
+"""Compare what the decoder's hooks cut with what the model really works on and holds.
+
+Each check raises :class:`~foveate.errors.NotUnderstoodError`: a model that is cut in one place and not in another answers with
+wrong tokens. Those that cost time run where this transformers was not tested (:func:`~foveate.adapters.compat.untested`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveate.adapters import compat
+from foveate.adapters.engine.spans import Held, Span
+
+
+def check_reached(model: nn.Module, wanted: Iterable[int], reached: Iterable[int]) -> None:
+    """Did hooks of all the layers run that something was to happen at?"""
+    missed = sorted(set(wanted) - set(reached))
+    if missed:
+        raise compat.not_understood(f"{type(model).__name__} ran past the hooks of its layers {missed}")
+
+
+def check_width(model: nn.Module, layer: int, hidden: Tensor, span: Span) -> None:
+    """Do the hidden states that enter a layer have the places of its span?"""
+    if hidden.shape[1] != span.index.shape[1]:
+        raise compat.not_understood(
+            f"{hidden.shape[1]} places reach {type(model.layers[layer]).__name__} {layer}, where {span.index.shape[1]} "
+            "should be left"
+        )
+
+
+def check_own(layer: str, kwargs: dict[str, Any], mask: Any, rotary: tuple[Tensor, Tensor]) -> None:
+    """Are the mask and the rotary tables that the model passes to a layer those that foveate would pass in their place?
+
+    Whoever cuts them later on has to know how they were made.
+    """
+    own_mask, own_rotary = compat.own_arguments(kwargs)
+    if own_rotary is None or not all(map(_same, own_rotary, rotary)):
+        raise compat.not_understood(f"{layer} works at other positions than its model was given")
+    if not _same_mask(own_mask, mask):
+        raise compat.not_understood(f"{layer} works with another mask than its model was given")
+
+
+def _same(given: Tensor, asked: Tensor) -> bool:
+    """Are two rotary tables ``(1 or B, K, d)`` and ``(B, K, d)`` alike?"""
+    return given.shape[1:] == asked.shape[1:] and bool((given.to(asked.device) == asked).all())
+
+
+def _same_mask(given: Any, asked: Any) -> bool:
+    if isinstance(given, Tensor) and isinstance(asked, Tensor):
+        return given.shape == asked.shape and bool((given.to(asked.device) == asked).all())
+    return type(given) is type(asked)  # no mask, or one that an attention implementation keeps to itself
+
+
+def check_held(model: nn.Module, passed: Any, cache: Any, filled: bool, spans: list[Span]) -> None:
+    """Does the cache of every layer hold just what the layer saw? ``filled``: there must be one."""
+    if cache is not passed and passed is not None:
+        raise compat.not_understood(
+            f"{type(model).__name__} was given a {type(passed).__name__} and returned another {type(cache).__name__}"
+        )
+    if cache is None:
+        if filled:
+            raise compat.not_understood(f"{type(model).__name__} was to fill a cache and returned none")
+        return
+    stops = [span.first_layer for span in spans[1:]] + [len(model.layers)]
+    for span, stop in zip(spans, stops):
+        saw = span.mask.shape[1]
+        for layer in range(span.first_layer, stop):
+            holds = compat.cached_length(cache, layer)
+            if holds != saw:
+                raise compat.not_understood(f"decoder layer {layer} saw {saw} places and its cache holds {holds}")
+
+
+def check_nothing_hidden(
+    model: nn.Module, cache: Any, mask: Any, positions: Tensor | None, length: int, mrope: bool
+) -> None:
+    """Does a call go on after cached places that it does not bring, or that another cache brings?
+
+    Asked where nothing is known to be pruned, on a model that was pruned before.
+    """
+    if cache is not None and compat.one_length_for_all(cache):
+        return  # counts for itself
+    lengths = {0} if cache is None else {compat.cached_length(cache, layer) for layer in range(len(model.layers))}
+    if len(lengths) > 1:
+        raise compat.not_understood(
+            f"layers of a {type(cache).__name__} that is not known as pruned hold {sorted(lengths)} places"
+        )
+    (held,) = lengths
+    covered = mask.shape[1] if isinstance(mask, Tensor) and mask.ndim == 2 else held + length
+    if positions is not None and not mrope:  # no place of an unpruned sequence is further on than places are there
+        covered = max(covered, int(positions.max()) + 1)
+    if covered > held + length:
+        raise compat.not_understood(
+            f"the call is the last {length} of {covered} places, and brings {held} of them in a cache that is known as one"
+        )
+
+
+def check_follows(held: Held, span: Span) -> None:
+    """Is the first place of ``span`` at the position after the last one ``held``?"""
+    if held.last is None:
+        return
+    position, known = held.last
+    first = span.positions[..., 0].reshape(-1, len(position)).amax(0)
+    wrong = known & (span.index[:, 0] == 0) & (first != position + 1)
+    if bool(wrong.any()):
+        row = int(wrong.long().argmax())
+        raise compat.not_understood(
+            f"decoding goes on at position {int(first[row])} after a prompt that ended at {int(position[row])} (or the "
+            "position_ids of these two calls do not belong to one sequence)"
+        )
+
+
+def check_signal_keys(cache: Any, layer: int, keys: Tensor) -> None:
+    """Are the keys ``(B, H, K, d)`` that a statistic is about those that the layer has put into its cache?"""
+    stored = None if cache is None else compat.layer_states(cache, layer)[0]
+    if not (isinstance(stored, Tensor) and stored.ndim == 4 and stored.device == keys.device):
+        return
+    new = stored[:, :, -keys.shape[2] :]
+    if new.shape != keys.shape or not torch.allclose(new.float(), keys.float(), rtol=1e-2, atol=1e-2):
+        raise compat.not_understood(f"attention of decoder layer {layer} makes other keys than were read from it")

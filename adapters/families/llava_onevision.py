@@ -1,0 +1,94 @@
+"""LLaVA-OneVision: AnyRes for a single picture, one view each for several, pooled frames and one newline for a video."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from foveate.adapters import compat
+from foveate.adapters.attachment import undone_on_failure
+from foveate.adapters.families.base import Encoded, Modality
+from foveate.adapters.families.llava_next import LlavaNextAdapter
+from foveate.adapters.towers.taps import SplitProjectionTap
+from foveate.pruners.core.method import Layout, ModelInfo, Newline, Signal, UnpooledFrames
+
+
+class LlavaOnevisionAdapter(LlavaNextAdapter):
+    """``LlavaOnevisionForConditionalGeneration``."""
+
+    family = "llava_onevision"
+    classes: ClassVar = ("LlavaOnevisionForConditionalGeneration", "LlavaOnevisionModel")
+
+    @property
+    def modalities(self) -> tuple[Modality, ...]:
+        config = self.inner.config
+        return (
+            *super().modalities,
+            Modality("video", compat.VIDEO_ENCODER, "pixel_values_videos", config.video_token_id),
+        )
+
+    @property
+    def project(self) -> None:
+        """None: large canvases and frames are shrunk behind the projector."""
+        return None
+
+    def describe(self) -> ModelInfo:
+        return replace(super().describe(), pools_frames=True)
+
+    def tap(self, signals: Iterable[Signal]) -> SplitProjectionTap:
+        signals = set(signals)
+        tap = super().tap(s for s in signals if not isinstance(s, UnpooledFrames))
+        with undone_on_failure(tap.remove):
+            for signal in signals:
+                if isinstance(signal, UnpooledFrames):
+                    _collect(tap, self.inner.multi_modal_projector, signal)
+        return tap
+
+    def encoded(self, kind: str, output: Any, call: dict[str, Any], signals: dict[Signal, Tensor]) -> Encoded:
+        unpooled = {s: x for s, x in signals.items() if isinstance(s, UnpooledFrames)}  # (videos * frames, n, D)
+        encoded = super().encoded(kind, output, call, {s: x for s, x in signals.items() if s not in unpooled})
+        for signal, frames in unpooled.items():
+            by_video = list(frames.unflatten(0, (len(encoded.layouts), -1)).flatten(1, 2)) if kind == "video" else None
+            encoded.signals[signal] = by_video or encoded.features
+        return encoded
+
+    def layouts(self, kind: str, call: dict[str, Any], output: Any) -> list[Layout]:
+        if kind == "image":
+            return super().layouts(kind, call, output)
+        videos = compat.features(output)  # (videos, length, D)
+        pooled = math.ceil(self.side / 2)
+        frames = videos.shape[1] // pooled**2  # the newline may still be missing
+        layout = Layout.video(frames, pooled, pooled)
+        return [Layout(layout.views, (Newline(layout.size, 0, layout.size),))] * len(videos)
+
+    def arrange(self, kind: str, values: Tensor, layouts: list[Layout], call: dict[str, Any]) -> list[Tensor]:
+        if kind == "image":
+            return super().arrange(kind, values, layouts, call)
+        pooled = compat.pooled_frames(self.inner, values.float())  # (videos * frames, n, C)
+        return list(pooled.unflatten(0, (len(layouts), -1)).flatten(1, 2))
+
+    def pack(self, views: tuple[Tensor, ...], call: dict[str, Any], separator: Tensor) -> list[Tensor]:
+        return compat.packed(self.inner, views, call["image_sizes"], separator, vision_aspect_ratio=self._aspect(call))
+
+    def _cropped(self, call: dict[str, Any]) -> list[bool]:
+        per_sample = call.get("batch_num_images")
+        if per_sample is None:
+            return super()._cropped(call)
+        return [n == 1 for n in per_sample for _ in range(n)]
+
+    def _aspect(self, call: dict[str, Any]) -> str:
+        return call.get("vision_aspect_ratio") or self.inner.config.vision_aspect_ratio
+
+    def _limit(self, call: dict[str, Any]) -> int:
+        return int(self._aspect(call).removeprefix("anyres_max_"))
+
+
+def _collect(tap: SplitProjectionTap, module: nn.Module, signal: Signal) -> None:
+    def listen(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        tap.values[signal] = output
+
+    tap.hook(module, listen)

@@ -1,0 +1,1 @@
+"""Inside vision towers: read signals out of their blocks, and merge tokens between them."""

@@ -1,0 +1,1 @@
+"""Videos: read their frames, and score them for a question."""

@@ -1,0 +1,1 @@
+"""Store measurements, and show them: tables, the leaderboard page, exports."""

@@ -1,0 +1,1 @@
+"""Run methods through suites of questions, and measure them."""

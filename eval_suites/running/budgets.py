@@ -1,0 +1,29 @@
+"""Budgets as users write them."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+from foveate.errors import BudgetError, ParameterError
+from foveate.pruners.core.method import Keep, check_keep
+
+__all__ = ["parse_keep"]
+
+
+def parse_keep(text: str) -> list[Keep]:
+    """``"0.5,1/9,64"`` -> ``[0.5, 0.111…, 64]``: what has only digits is a number of tokens, the rest fractions.
+
+    Raises:
+        ParameterError: not a number. BudgetError: no usable budget.
+    """
+    budgets: list[Keep] = []
+    for part in filter(None, map(str.strip, text.split(","))):
+        try:
+            whole = re.fullmatch(r"[+-]?\d+", part)
+            budgets.append(check_keep(int(part) if whole else float(Fraction(part) if "/" in part else part)))
+        except BudgetError:
+            raise
+        except (ValueError, ZeroDivisionError):
+            raise ParameterError(f"keep={part!r} is no number; give fractions in (0, 1] or numbers of tokens") from None
+    return budgets

@@ -1,0 +1,1 @@
+"""Time methods: inside decoders and vision towers, behind a server, kernel by kernel."""

@@ -1,0 +1,564 @@
+"""Time every operation against its plain torch forms and against what the hardware allows.
+
+    python -m foveate.eval_suites.speed.kernels                  # on the GPU if there is one
+    python -m foveate.eval_suites.speed.kernels --device cpu     # the torch references, at small sizes
+
+For each operation and size: this package's form, the plain form that holds whole similarity or attention maps ("eager"),
+the same through torch.compile, and the floor: the most of bytes / bandwidth, products / rate, exponentials / rate, with the
+rates measured on the device at the start. Times are medians; on CUDA every run starts with a cold L2 cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, gelu, normalize, scaled_dot_product_attention, silu
+
+from foveate import cuda
+from foveate.cuda.hardware import processor
+from foveate.cuda.launch import launched
+
+HEADS, HEAD_DIM, WIDTH, NEURONS = 16, 64, 1024, 11008
+SIZES = {"cuda": tuple((b, n) for n in (576, 2880, 16384) for b in (1, 8, 32)), "cpu": ((1, 576),)}
+KEEP = 0.1  # share of tokens that greedy selection picks
+MARGIN = 0.5
+ROWS = 32  # instruction tokens that look at the image
+_SECONDS = 5.0  # that repeating one call may take, if it is not longer itself
+MEASURED = {  # by: did kernels run in all rows, in any?
+    (True, True): "CuPy kernels",
+    (False, True): "CuPy kernels where the table says so, torch references elsewhere",
+    (False, False): "torch references; no kernel ran, nothing here holds for a GPU's kernels",
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What no implementation can do without: bytes moved, multiply-adds counted twice, exponentials."""
+
+    bytes: float
+    flops: float = 0.0
+    exps: float = 0.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation: ``make(B, N, dtype, device)`` gives the arguments of all forms.
+
+    ``held(B, N)``: bytes that the plain form holds at once. ``plain`` is None for loops over picks, which torch runs as they
+    stand in the reference; those are not compiled either.
+    """
+
+    name: str
+    make: Callable[[int, int, torch.dtype, str], tuple[Any, ...]]
+    ours: Callable[..., Any]
+    plain: Callable[..., Any] | None
+    work: Callable[[int, int, int], Work]
+    held: Callable[[int, int], float] = lambda b, n: 0.0
+
+
+def heads(b: int, n: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+    q, k = torch.randn(2, b, n, HEADS, HEAD_DIM, dtype=dtype, device=device).transpose(2, 3)
+    return q, k
+
+
+def heads_and_lse(b: int, n: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    q, k = heads(b, n, dtype, device)
+    step, keys = max(1, (1 << 26) // (b * HEADS * n)), k.float().mT
+    parts = [(q[:, :, s : s + step].float() @ keys * HEAD_DIM**-0.5).logsumexp(-1) for s in range(0, n, step)]
+    return q, k, torch.cat(parts, dim=-1)
+
+
+def tokens(b: int, n: int, dtype: torch.dtype, device: str) -> tuple[Tensor]:
+    return (torch.randn(b, n, WIDTH, dtype=dtype, device=device),)
+
+
+def merging(b: int, n: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    order = torch.rand(b, n, device=device).argsort(dim=1)
+    merged = n // 2
+    target = torch.randint(0, n - merged, (b, merged), device=device)
+    return (*tokens(b, n, dtype, device), order[:, merged:], order[:, :merged], target)
+
+
+def plain_map(q: Tensor, k: Tensor, lse: Tensor | None = None) -> Tensor:
+    return (q @ k.mT * HEAD_DIM**-0.5).softmax(dim=-1, dtype=torch.float32)
+
+
+def plain_energy(x: Tensor) -> Tensor:
+    unit = normalize(x.float(), dim=-1)
+    excess = unit @ unit.mT - MARGIN
+    return torch.where(excess > 0, excess, excess.exp() - 1.0).mean(dim=-1)
+
+
+def plain_match(x: Tensor) -> Tensor:
+    unit = normalize(x.float(), dim=-1)
+    return (unit[:, ::2] @ unit[:, 1::2].mT).max(dim=-1).indices
+
+
+def plain_merge(x: Tensor, keep: Tensor, source: Tensor, target: Tensor) -> Tensor:
+    wide = [index[..., None].expand(-1, -1, x.shape[-1]) for index in (keep, source, target)]
+    total = x.float().gather(1, wide[0]).scatter_add(1, wide[2], x.float().gather(1, wide[1]))
+    count = torch.ones(keep.shape, device=x.device).scatter_add(1, target, torch.ones(source.shape, device=x.device))
+    return (total / count[..., None]).to(x.dtype)
+
+
+def plain_transition(before: Tensor, after: Tensor) -> Tensor:
+    before, after = before.float(), after.float()
+    return after.norm(dim=-1) / before.norm(dim=-1) * (1.0 - cosine_similarity(before, after, dim=-1)).exp()
+
+
+def picks(n: int) -> int:
+    return max(1, int(KEEP * n))
+
+
+def _last_rows(b: int, n: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    q, k = heads(b, n, dtype, device)
+    rows = min(ROWS, n)
+    return q[:, :, -rows:], k, torch.arange(n - rows, n, device=device).expand(b, rows)
+
+
+def _causal_rows(q: Tensor, k: Tensor, positions: Tensor) -> Tensor:
+    hidden = torch.arange(k.shape[2], device=k.device) > positions[:, None, :, None]
+    scores = (q @ k.mT * HEAD_DIM**-0.5).masked_fill(hidden, -torch.inf)
+    return scores.softmax(dim=-1, dtype=torch.float32).mean(dim=(1, 2))
+
+
+def _map_bytes(b: int, n: int) -> float:
+    return 10.0 * b * HEADS * n * n  # scores and probabilities, half and single precision
+
+
+def _gram_bytes(b: int, n: int) -> float:
+    return 8.0 * b * n * n
+
+
+CASES = (
+    Case(
+        "received_attention",
+        heads,
+        cuda.received_attention,
+        lambda q, k: plain_map(q, k).mean(dim=(1, 2)),
+        lambda b, n, e: Work(2 * b * HEADS * n * HEAD_DIM * e, 4 * b * HEADS * n * n * HEAD_DIM, 2 * b * HEADS * n * n),
+        _map_bytes,
+    ),
+    Case(
+        "received_attention, log_sum_exp given",
+        heads_and_lse,
+        lambda q, k, lse: cuda.received_attention(q, k, log_sum_exp=lse),
+        lambda q, k, lse: plain_map(q, k).mean(dim=(1, 2)),
+        lambda b, n, e: Work(2 * b * HEADS * n * HEAD_DIM * e, 2 * b * HEADS * n * n * HEAD_DIM, b * HEADS * n * n),
+        _map_bytes,
+    ),
+    Case(
+        "given_attention",
+        heads,
+        lambda q, k: cuda.given_attention(q, k, first=1),
+        lambda q, k: plain_map(q[:, :, 1:], k)[..., 1:].mean(dim=(1, 3)),
+        lambda b, n, e: Work(2 * b * HEADS * n * HEAD_DIM * e, 2 * b * HEADS * n * n * HEAD_DIM, b * HEADS * n * n),
+        _map_bytes,
+    ),
+    Case(
+        "class_attention",
+        heads,
+        cuda.class_attention,
+        lambda q, k: plain_map(q[:, :, :1], k).mean(dim=(1, 2)),
+        lambda b, n, e: Work(b * HEADS * n * HEAD_DIM * e),
+    ),
+    Case(
+        "rows_to_columns_attention",
+        _last_rows,
+        lambda q, k, positions: cuda.rows_to_columns_attention(q, k, row_positions=positions),
+        _causal_rows,
+        lambda b, n, e: Work(b * HEADS * n * HEAD_DIM * e, 4 * b * HEADS * min(ROWS, n) * n * HEAD_DIM),
+    ),
+    Case(
+        "diverse_subset",
+        tokens,
+        lambda x: cuda.diverse_subset(x, picks(x.shape[1])),
+        None,
+        lambda b, n, e: Work(b * n * WIDTH * e + 4 * b * n * (n + picks(n)), b * n * n * WIDTH),
+    ),
+    Case(
+        "conditional_dpp",
+        lambda b, n, dtype, device: (*tokens(b, n, dtype, device), torch.rand(b, n, device=device)),
+        lambda x, r: cuda.conditional_dpp(x, r, picks(x.shape[1])),
+        None,
+        lambda b, n, e: Work(b * n * WIDTH * e + 2 * b * n * picks(n) ** 2, b * n * n * WIDTH),
+    ),
+    Case(
+        "similarity_energy",
+        tokens,
+        lambda x: cuda.similarity_energy(x, MARGIN),
+        plain_energy,
+        lambda b, n, e: Work(b * n * WIDTH * e, b * n * n * WIDTH),
+        _gram_bytes,
+    ),
+    Case(
+        "best_match",
+        tokens,
+        lambda x: cuda.best_match(x[:, ::2], x[:, 1::2])[1],
+        plain_match,
+        lambda b, n, e: Work(b * n * WIDTH * e, b * n * n * WIDTH / 2),
+        lambda b, n: _gram_bytes(b, n) / 4,
+    ),
+    Case(
+        "gather_tokens",
+        lambda *how: (*tokens(*how), torch.rand(*how[:2], device=how[3]).argsort(dim=1)[:, : max(1, how[1] // 3)]),
+        cuda.gather_tokens,
+        lambda x, index: x.gather(1, index[..., None].expand(-1, -1, x.shape[-1])),
+        lambda b, n, e: Work(2 * b * max(1, n // 3) * WIDTH * e),
+    ),
+    Case(
+        "merge_tokens",
+        merging,
+        lambda *args: cuda.merge_tokens(*args)[0],
+        plain_merge,
+        lambda b, n, e: Work(1.5 * b * n * WIDTH * e),
+        lambda b, n: 12.0 * b * n * WIDTH,
+    ),
+    Case(
+        "transition_score",
+        lambda *how: (*tokens(*how), *tokens(*how)),
+        lambda before, after: cuda.transition_score(before, after)[0],
+        plain_transition,
+        lambda b, n, e: Work(2 * b * n * WIDTH * e),
+        lambda b, n: 16.0 * b * n * WIDTH,
+    ),
+    Case(
+        "match_counts",
+        lambda b, n, dtype, device: (
+            torch.randn(b, n, NEURONS, dtype=dtype, device=device),
+            torch.rand(b, NEURONS, device=device) < 0.3,
+        ),
+        cuda.match_counts,
+        lambda hidden, core: ((hidden > 0) & core[:, None]).sum(dim=-1),
+        lambda b, n, e: Work(b * n * NEURONS * e),
+        lambda b, n: 5.0 * b * n * NEURONS,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What a prefill of LLaVA-1.5 multiplies; the defaults are the 7B model's, with an instruction of 64 tokens."""
+
+    patches: int = 576
+    text: int = 64
+    tower: tuple[int, int, int, int] = (24, 1024, 16, 4096)  # layers, width, heads, width of the MLP
+    decoder: tuple[int, int, int, int] = (32, 4096, 32, 11008)
+
+
+def layer(tokens: int, width: int, heads: int, inner: int, gated: bool, dtype: torch.dtype, device: str) -> Callable:
+    """A transformer layer's products and attention; its norms are left out, so that the prefill is rather too fast."""
+    x = torch.randn(1, tokens, width, dtype=dtype, device=device)
+    sides = [(width, 3 * width), (width, width), (width, inner * (2 if gated else 1)), (inner, width)]
+    qkv, out, up, down = (torch.randn(side, dtype=dtype, device=device) * side[0] ** -0.5 for side in sides)
+
+    def run() -> Tensor:
+        q, k, v = (x @ qkv).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = scaled_dot_product_attention(q, k, v, is_causal=gated).transpose(1, 2).flatten(2)
+        y = x + mixed @ out
+        hidden = y @ up
+        return y + (silu(hidden[..., :inner]) * hidden[..., inner:] if gated else gelu(hidden)) @ down
+
+    return run
+
+
+def selection_shares(clock: Clock, dtype: torch.dtype, geometry: Geometry) -> dict[str, float]:
+    """Milliseconds of a prefill, and the share of it that each operation takes once, on the tensors it would see there."""
+    n, text = geometry.patches, geometry.text
+    prefill = 0.0
+    for (layers, *sides), count, gated in ((geometry.tower, n + 1, False), (geometry.decoder, n + text, True)):
+        prefill += layers * clock(layer(count, *sides, gated, dtype, clock.device))
+    (_, tower_width, tower_heads, _), (_, width, llm_heads, _) = geometry.tower, geometry.decoder
+    how = {"dtype": dtype, "device": clock.device}
+    q = torch.randn(1, tower_heads, n + 1, tower_width // tower_heads, **how)
+    k = torch.randn(1, llm_heads, n + text, width // llm_heads, **how)
+    x, budget = torch.randn(1, n, width, **how), max(1, n // 9)
+    last = torch.arange(n, n + text, device=clock.device)[None]
+    every_ninth = torch.arange(0, n, 9, device=clock.device)[None]
+    calls: dict[str, Callable[[], Any]] = {
+        "received_attention": lambda: cuda.received_attention(q, q, first_query=1),
+        "class_attention": lambda: cuda.class_attention(q, q),
+        "rows_to_columns_attention": lambda: cuda.rows_to_columns_attention(k[:, :, n:], k, row_positions=last),
+        "diverse_subset": lambda: cuda.diverse_subset(x, budget),
+        "conditional_dpp": lambda: cuda.conditional_dpp(x, torch.ones(1, n, device=clock.device), budget),
+        "transition_score": lambda: cuda.transition_score(x, x),
+        "gather_tokens": lambda: cuda.gather_tokens(x, every_ninth),
+    }
+    return {"prefill_ms": prefill, **{name: clock(call) / prefill for name, call in calls.items()}}
+
+
+def start_seconds() -> dict[str, float | str]:
+    """What the first use takes in a process with an empty cache on disk, and in one with a full: CuPy's import, one operation,
+    then all kernels by `foveate.cuda.warmup`. ``error`` if they do not load.
+    """
+    program = (
+        "import time, torch; from foveate import cuda; q = torch.zeros(1, 1, 8, 64, dtype=torch.bfloat16, device='cuda')\n"
+        "def took(call): start = time.perf_counter(); call(); torch.cuda.synchronize(); return time.perf_counter() - start\n"
+        "print(took(lambda: __import__('cupy')), took(lambda: cuda.received_attention(q, q)), took(cuda.warmup))"
+    )
+    found: dict[str, float | str] = {}
+    with tempfile.TemporaryDirectory() as cache:
+        for when in ("compiled", "cached"):
+            environment = {**os.environ, "CUPY_CACHE_DIR": cache, "FOVEATE_KERNELS": "cupy"}
+            done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+            if done.returncode:
+                return found | {"error": done.stderr.strip().splitlines()[-1]}
+            keys = "import_s", f"one_operation_{when}_s", f"all_kernels_{when}_s"
+            found.update(zip(keys, map(float, done.stdout.split())))
+    return found
+
+
+class Clock:
+    """Median time of a call in milliseconds. On CUDA by events, behind a write that clears the L2 cache."""
+
+    def __init__(self, device: str, repeats: int) -> None:
+        self.device, self.repeats = device, repeats
+        if device == "cuda":
+            l2 = torch.cuda.get_device_properties(0).L2_cache_size
+            self.flush = torch.empty(2 * l2, dtype=torch.uint8, device=device)
+
+    def __call__(self, call: Callable[[], Any]) -> float:
+        call()  # compiles, allocates
+        self._wait()
+        start = time.perf_counter()
+        call()
+        self._wait()
+        in_time = max(2, int(_SECONDS / (time.perf_counter() - start)))
+        return statistics.median(self._once(call) for _ in range(min(self.repeats, in_time)))
+
+    def _wait(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def _once(self, call: Callable[[], Any]) -> float:
+        if self.device != "cuda":
+            start = time.perf_counter()
+            call()
+            return 1e3 * (time.perf_counter() - start)
+        self.flush.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+
+def rates(clock: Clock, dtype: torch.dtype) -> dict[str, float]:
+    """Bytes, flops and exponentials per second that plain torch reaches on this device."""
+    large = clock.device == "cuda"
+    source = torch.ones(1 << (28 if large else 24), device=clock.device)
+    target = torch.empty_like(source)
+    side = 8192 if large else 1024
+    a = torch.ones(side, side, dtype=dtype, device=clock.device)
+    copied, multiplied = clock(lambda: target.copy_(source)), clock(lambda: a @ a)
+    found = {"bytes": 2e3 * source.nbytes / copied, "flops": 2e3 * side**3 / multiplied}
+    if large:  # 16 per clock and multiprocessor, all architectures; the clock that the device may run at
+        properties = torch.cuda.get_device_properties(0)
+        if hasattr(properties, "clock_rate"):  # else exponentials set no floor
+            found["exps"] = 16e3 * properties.multi_processor_count * properties.clock_rate
+    else:
+        small = source[: 1 << 20]  # stays in cache
+        found["exps"] = 1e3 * small.numel() / clock(lambda: torch.exp(small, out=target[: 1 << 20]))
+    return found
+
+
+def measure(
+    case: Case, b: int, n: int, dtype: torch.dtype, clock: Clock, rate: dict[str, float], compiled: bool
+) -> dict:
+    args = case.make(b, n, dtype, clock.device)
+    work = case.work(b, n, dtype.itemsize)
+    needs = asdict(work)
+    row: dict[str, Any] = {"operation": case.name, "B": b, "N": n, "dtype": str(dtype).removeprefix("torch.")}
+    launched.clear()
+    row["ours_ms"] = clock(lambda: case.ours(*args))
+    row["body"] = "kernel" if launched else "torch"
+    seconds = {kind: needs[kind] / rate[kind] for kind in needs if kind in rate}
+    row["floor_by"] = slowest = max(seconds, key=seconds.__getitem__)
+    row["floor_ms"] = 1e3 * seconds[slowest]
+    row["floor_share"] = row["floor_ms"] / row["ours_ms"]
+    row["GB/s"], row["TFLOP/s"] = 1e-6 * work.bytes / row["ours_ms"], 1e-9 * work.flops / row["ours_ms"]
+    expected = case.ours(*args)
+    forms: dict[str, Callable[..., Any]] = {}
+    if case.plain is None:
+        forms["eager"] = lambda *args: _reference(case.ours, *args)
+    elif case.held(b, n) < 0.5 * _free_bytes(clock.device):
+        forms["eager"] = case.plain
+        if compiled:
+            torch._dynamo.reset()
+            forms["compile"] = torch.compile(case.plain)
+    for form, call in forms.items():
+        row[f"{form}_ms"] = clock(lambda call=call: call(*args))
+        row[f"{form}_ratio"] = row[f"{form}_ms"] / row["ours_ms"]
+    if "eager" in forms:
+        row["agreement"] = _agreement(expected, forms["eager"](*args))
+    return row
+
+
+def _reference(call: Callable[..., Any], *args: Any) -> Any:
+    """The torch reference, whatever FOVEATE_KERNELS says otherwise."""
+    before = os.environ.get("FOVEATE_KERNELS")
+    os.environ["FOVEATE_KERNELS"] = "torch"
+    try:
+        return call(*args)
+    finally:
+        if before is None:
+            del os.environ["FOVEATE_KERNELS"]
+        else:
+            os.environ["FOVEATE_KERNELS"] = before
+
+
+def _agreement(ours: Tensor, plain: Tensor) -> float:
+    """Share of equal entries of indices and counts; of floats 1 - relative error of the worst entry."""
+    if not ours.is_floating_point():
+        return (ours == plain).double().mean().item()
+    ours, plain = ours.double(), plain.double()
+    return 1.0 - ((ours - plain).abs().max() / plain.abs().max()).item()
+
+
+def _free_bytes(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.empty_cache()  # what torch keeps for later counts as taken
+        return torch.cuda.mem_get_info()[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def environment(device: str) -> dict[str, Any]:
+    installed = {}
+    for name in ("foveate", "torch", "cupy-cuda13x", "cupy-cuda12x"):
+        try:
+            installed[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
+        "threads": torch.get_num_threads(),
+        "kernels": os.environ.get("FOVEATE_KERNELS", "auto"),
+        "versions": installed,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def show(title: str, rows: Iterable[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    columns = {
+        "operation": "operation",
+        "B": "B",
+        "N": "N",
+        "body": "ran",
+        "ours_ms": "ours, ms",
+        "eager_ms": "eager, ms",
+        "compile_ms": "compile, ms",
+        "eager_ratio": "eager / ours",
+        "compile_ratio": "compile / ours",
+        "floor_ms": "floor, ms",
+        "floor_share": "floor / ours",
+        "GB/s": "GB/s",
+        "TFLOP/s": "TFLOP/s",
+        "agreement": "agreement",
+    }
+    for title in columns.values():
+        table.add_column(title, justify="left" if title == "operation" else "right")
+    for row in rows:
+        values = (row.get(key) for key in columns)
+        table.add_row(*("-" if v is None else f"{v:.3g}" if isinstance(v, float) else str(v) for v in values))
+    Console(width=170).print(table)
+
+
+def size(text: str) -> tuple[int, int]:
+    batch, _, count = text.partition("x")
+    return int(batch), int(count)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m foveate.eval_suites.speed.kernels", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--sizes", nargs="+", type=size, metavar="BxN", help="images x tokens, as 8x2880")
+    parser.add_argument("--operations", nargs="+", metavar="NAME", help="only those whose name starts so")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="bfloat16; on a CPU float32")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--prefill", action="store_true", help="also: shares of a LLaVA-1.5-7B prefill (a GPU: always)")
+    parser.add_argument("--output", type=pathlib.Path, help="where to write the JSON")
+    parser.add_argument(
+        "--extend", action="store_true", help="keep rows of an earlier --output that are not made again"
+    )
+    chosen = parser.parse_args(argv)
+    device = chosen.device
+    dtype = getattr(torch, chosen.dtype or ("float32" if device == "cpu" else "bfloat16"))
+    cases = [c for c in CASES if not chosen.operations or c.name.startswith(tuple(chosen.operations))]
+    if not cases:
+        parser.error(
+            f"no operation is called {' or '.join(chosen.operations)}; there are: {', '.join(c.name for c in CASES)}"
+        )
+    clock, facts, sizes = Clock(device, chosen.repeats), environment(device), chosen.sizes or SIZES[device]
+    rows: list[dict[str, Any]] = []
+    if chosen.extend and chosen.output and chosen.output.exists():
+        made_again = {(case.name, *at, str(dtype).removeprefix("torch.")) for case in cases for at in sizes}
+        rows += _earlier_rows(chosen.output, facts, made_again)
+    result: dict[str, Any] = {"environment": facts, "results": rows}
+    with torch.inference_mode():
+        torch.manual_seed(0)
+        result["rates_per_second"] = rate = rates(clock, dtype)
+        for case in cases:
+            for b, n in sizes:
+                rows.append(measure(case, b, n, dtype, clock, rate, not chosen.no_compile))
+            bodies = {row["body"] for row in rows}
+            facts["measured"] = MEASURED[bodies == {"kernel"}, "kernel" in bodies]
+            _write(chosen.output, result)  # what was measured so far is safe whatever comes
+        if chosen.prefill or device == "cuda":
+            result["prefill_shares"] = selection_shares(clock, dtype, Geometry())
+    show(f"{facts['device']}: {facts['measured']}", rows)
+    print(
+        "; ".join(f"{1e-12 * value:.3g} T{kind}/s" for kind, value in rate.items()),
+        "reached by plain torch",
+    )
+    for name, share in result.get("prefill_shares", {}).items():
+        print(f"prefill: {share:.4g} ms" if name == "prefill_ms" else f"{name}: {share:.2%} of it")
+    _write(chosen.output, result)
+    if device == "cuda":
+        result["start_seconds"] = start_seconds()
+        print("; ".join(f"{name}: {value}" for name, value in result["start_seconds"].items()))
+        _write(chosen.output, result)
+
+
+def _earlier_rows(path: pathlib.Path, facts: dict[str, Any], made_again: set[tuple[Any, ...]]) -> list[dict[str, Any]]:
+    """Of a run on the same device with the same versions, the rows whose operation, sizes and dtype are not in ``made_again``."""
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("device", "threads", "kernels", "versions", "cuda", "python"):
+        if (before := earlier["environment"].get(key)) != facts[key]:
+            raise SystemExit(f"{path} was made with {key} {before}, not {facts[key]}; write to another --output")
+    of = ("operation", "B", "N", "dtype")
+    return [row for row in earlier["results"] if tuple(row[key] for key in of) not in made_again]
+
+
+def _write(path: pathlib.Path | None, result: dict[str, Any]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""The control of a method that acts inside the decoder: its own schedule, with tokens that chance has chosen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from foveate.pruners.core.merging import BlockStage, BlockTokens, Groups
+from foveate.pruners.core.method import (
+    Hook,
+    Keep,
+    Layout,
+    ModelInfo,
+    Pruner,
+    Selection,
+    Stage,
+    Tokens,
+    kept_tokens,
+    seeded,
+)
+from foveate.pruners.tome import random_groups
+
+
+@dataclass(frozen=True)
+class RandomLike(Pruner):
+    """A random choice of as many tokens as ``pruner`` takes, in the same layers, picture by picture.
+
+    Whatever else the method does (eviction, sparse neurons) stays, so the difference is what its choice is worth. It reads
+    what the method reads to learn the numbers, and so takes its time as well: for accuracy, not for speed. Inside vision
+    towers, where numbers are known in advance, random pairs merge, the same ones in all pictures.
+
+    Attributes:
+        pruner: the method; seed: with the picture's id and the layer it determines the choice.
+    """
+
+    title: ClassVar[str] = "Random choice with another method's schedule"
+    paper: ClassVar[str] = "baseline"
+
+    pruner: Pruner
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"random@{self.pruner.name}"
+
+    @property
+    def adaptive(self) -> bool:
+        return self.pruner.adaptive
+
+    @property
+    def needs_grid(self) -> bool:
+        return self.pruner.needs_grid
+
+    @property
+    def takes_budget(self) -> bool:
+        return self.pruner.takes_budget
+
+    @property
+    def keep(self) -> Keep | None:
+        """The method's budget. Like the method, it may not have the attribute."""
+        return getattr(self.pruner, self.pruner.budget_parameter)
+
+    def at(self, keep: Keep) -> RandomLike:
+        """The control of the method at this budget."""
+        return replace(self, pruner=replace(self.pruner, **{self.pruner.budget_parameter: keep}))
+
+    def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
+        return tuple(
+            self._in_block(stage)
+            if stage.hook is Hook.VIT_BLOCK
+            else replace(stage, select=self._by_chance(stage))
+            if stage.hook in (Hook.LLM_INPUT, Hook.LLM_LAYER)
+            else stage
+            for stage in self.pruner.stages(model)
+        )
+
+    def _in_block(self, stage: BlockStage) -> BlockStage:
+        def select(tokens: BlockTokens) -> Groups:
+            drawn = torch.Generator().manual_seed(self.seed * 1_000_003 + stage.layer)
+            return random_groups(tokens.embeds, tokens.count, drawn, prefix=tokens.prefix, pairs=True)
+
+        return replace(stage, select=select, signals={})
+
+    def _by_chance(self, stage: Stage) -> Any:
+        def select(tokens: Tokens, **signals: Tensor) -> Selection:
+            count = (stage.select(tokens, **signals).index >= 0).sum(dim=1, keepdim=True)
+            draws = seeded(0x10001 * self.seed + stage.layer, tokens)
+            rank = torch.stack([torch.randperm(tokens.count, generator=g) for g in draws]).to(count.device)
+            return Selection(kept_tokens(rank < count))
+
+        return select
+
+    def kept_in(self, layout: Layout) -> int:
+        return self.pruner.kept_in(layout)
+
+    def kept_on(self, model: ModelInfo, layout: Layout) -> int:
+        return self.pruner.kept_on(model, layout)
+
+    def parameters(self) -> dict[str, Any]:
+        return {"pruner": (self.pruner.name, self.pruner.parameters()), "seed": self.seed}

@@ -1,0 +1,153 @@
+"""What the mergers inside vision towers share: the groups that they make of a block's tokens, and how many they take away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from foveate.errors import UnsupportedModelError
+from foveate.pruners.core.method import Layout, ModelInfo, Pruner, Stage, number
+
+
+@dataclass(frozen=True)
+class BlockKeys:
+    """``(B, N, d)`` float32: attention keys of the block itself, bias and key norm included, before any rotation, for all rows.
+
+    Summed over heads where papers take the mean: their scale means nothing, compare them by cosine.
+    """
+
+
+@dataclass
+class BlockTokens:
+    """The rows of one transformer block between its attention and its MLP.
+
+    Attributes:
+        embeds: ``(B, N, C)``; prefix: class, distillation and register rows in front, which must not merge.
+        count: how many rows are to merge away, as announced by the stage; at least 1.
+    """
+
+    embeds: Tensor
+    prefix: int
+    count: int
+
+
+@dataclass
+class Groups:
+    """Which rows of a block become one.
+
+    Attributes:
+        keep: ``(B, K)`` int64, rows that stay, in the order in which they leave the block; the prefix comes first.
+        source: ``(B, r)`` int64, rows that merge; target: ``(B, r)`` int64, positions in ``keep`` that they merge into.
+    """
+
+    keep: Tensor
+    source: Tensor
+    target: Tensor
+
+
+def _nothing(n: int) -> int:
+    return 0
+
+
+@dataclass(frozen=True)
+class BlockStage(Stage):
+    """A stage at ``Hook.VIT_BLOCK``: ``select(tokens: BlockTokens, **signals) -> Groups`` in block ``layer``.
+
+    Attributes:
+        removes: how many of n rows, prefix counted, merge away here; known before the tokens are.
+        proportional: the block's attention counts every row as often as it holds patches.
+        weighting: a group's row is the ``"size"``-weighted mean of its members, their plain ``"mean"``, or the target alone
+            (``"prune"``).
+        behind_mlp: merge behind the whole block instead of between attention and MLP.
+    """
+
+    removes: Callable[[int], int] = _nothing
+    proportional: bool = True
+    weighting: str = "size"
+    behind_mlp: bool = False
+
+
+@dataclass(frozen=True)
+class Merger(Pruner):
+    """Base of the methods that merge tokens inside a vision tower, block by block.
+
+    Subclasses say what one block does (:meth:`block`); the number of tokens follows from the number of patches and the tower alone.
+    """
+
+    families: ClassVar[tuple[str, ...]] = (
+        "timm",
+        "open_clip",
+        "clip",
+        "siglip",
+        "vit",
+        "dinov2",
+        "llava",
+        "llava_next",
+        "llava_onevision",
+    )
+
+    def block(self, i: int, model: ModelInfo) -> BlockStage:
+        """The stage of the 0-based block ``i``."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement block()")
+
+    def removing(self, counts: tuple[int, ...], n_patches: int, model: ModelInfo) -> Merger:
+        """The method with a schedule of its own: ``counts[i]`` of the tokens that ``n_patches`` patches became merge in block i.
+
+        Raises:
+            ParameterError: the method's parameters fix another schedule.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not implement removing()")
+
+    def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
+        """One stage for every block up to the one whose output is used.
+
+        Raises:
+            UnsupportedModelError: the tower attends inside windows, where rows cannot leave.
+        """
+        if model.full_attention is not None:
+            raise UnsupportedModelError(
+                f"{self.name} merges tokens anywhere in a picture, but the {model.tower} tower of {model.family} attends inside "
+                "windows of a fixed size; use a method that acts at the decoder's entry"
+            )
+        return tuple(self.block(i, model) for i in range(model.feature_layer + 1))
+
+    def counts(self, n_patches: int, model: ModelInfo) -> tuple[int, ...]:
+        """Rows that enter block 0, 1, …, and those that leave the last one, prefix counted."""
+        rows = [n_patches + model.prefix_tokens]
+        for stage in self.stages(model):
+            rows.append(rows[-1] - stage.removes(rows[-1]))
+        return tuple(rows)
+
+    def kept_on(self, model: ModelInfo, layout: Layout) -> int:
+        """Exact where all views are whole; an upper bound where padding is cut off some of them behind the tower."""
+        # crops go whole through the tower, and lose their padding later
+        whole = max(view.size for view in layout.views)
+        kept = self.counts(whole, model)[-1] - model.prefix_tokens
+        return sum(min(view.size, kept) for view in layout.views)
+
+    def kept_in(self, layout: Layout) -> int:
+        """As on LLaVA-1.5, behind the 23rd of a CLIP-L tower's 24 blocks; :meth:`kept_on` counts for any other tower."""
+        return self.kept_on(ModelInfo(), layout)
+
+
+def share(ratio: float, n: int) -> int:
+    """Tokens that a keep ratio removes of ``n``: ``floor(n - n * ratio)``."""
+    return int(n - n * ratio)
+
+
+def check_ratio(ratio: float | tuple[float, ...]) -> None:
+    """Raise :class:`ParameterError` unless every ratio lies in (0, 1]."""
+    for one in ratio if isinstance(ratio, tuple) else (ratio,):
+        number("ratio", one, "share of tokens that a block keeps", 0, 1, above=True)
+
+
+def owners(groups: Groups) -> Tensor:
+    """For every row that entered the block, the row that contains it now: ``(B, N)`` int64."""
+    batch, kept = groups.keep.shape
+    owner = groups.keep.new_empty(batch, kept + groups.source.shape[1])
+    owner.scatter_(1, groups.keep, torch.arange(kept, device=owner.device).expand(batch, -1))
+    return owner.scatter_(1, groups.source, groups.target)
