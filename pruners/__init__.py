@@ -4,8 +4,9 @@ from foveate.pruners.baselines import AvgPool, Downsample, Grid, Random
 from foveate.pruners.cdpruner import CDPruner, ClipText
 from foveate.pruners.core.compose import Then
 from foveate.pruners.core.control import RandomLike
-from foveate.pruners.core.method import Hook, Layout, ModelInfo, Pruner, Selection, Stage, Tokens, View
-from foveate.pruners.core.registry import PRUNERS, create, find, register
+from foveate.pruners.core.method import PRUNERS, ModelInfo, Pruner, Scorer, create, find, register
+from foveate.pruners.core.stages import AtEntry, AtPixels, BeforeLayer, InCache, InMLP, InTower, Stage
+from foveate.pruners.core.tokens import Layout, Selection, Tokens, View
 from foveate.pruners.corematching import CoreMatching
 from foveate.pruners.divprune import DivPrune
 from foveate.pruners.fastv import FastV
@@ -23,7 +24,10 @@ from foveate.pruners.visionzip import VisionZip
 
 __all__ = [
     "PRUNERS",
+    "AtEntry",
+    "AtPixels",
     "AvgPool",
+    "BeforeLayer",
     "CDPruner",
     "ClipText",
     "CoreMatching",
@@ -35,7 +39,9 @@ __all__ = [
     "GlobalCom2",
     "Grid",
     "HiPrune",
-    "Hook",
+    "InCache",
+    "InMLP",
+    "InTower",
     "Layout",
     "ModelInfo",
     "PiToMe",
@@ -44,6 +50,7 @@ __all__ = [
     "QuoTA",
     "Random",
     "RandomLike",
+    "Scorer",
     "Selection",
     "Stage",
     "Then",

@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, adaptive_max_pool2d, interpolate
 
 from foveate.errors import BudgetError, InputError, ParameterError, UnsupportedModelError
-from foveate.pruners.core.lattice import host_slots, lattice, lattice_size, middles, nearest_host
-from foveate.pruners.core.method import (
-    Hook,
+from foveate.pruners.core import (
+    AtEntry,
+    AtPixels,
+    BeforeLayer,
     Keep,
     Layout,
     ModelInfo,
@@ -26,15 +27,16 @@ from foveate.pruners.core.method import (
     Stage,
     Tokens,
     budget,
-    check_keep,
-    integer,
     keep_all,
-    one_of,
     per_view,
+    register,
     seeded,
     view_budgets,
 )
-from foveate.pruners.core.registry import register
+from foveate.pruners.core.lattice import host_slots, lattice, lattice_size, middles, nearest_host
+from foveate.pruners.core.parameters import check_choice as one_of
+from foveate.pruners.core.parameters import check_integer as integer
+from foveate.pruners.core.parameters import check_keep
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -64,7 +66,7 @@ class Random(Pruner):
     layer: int | None = None
 
     def __post_init__(self) -> None:
-        check_keep(self.keep)
+        check_keep("keep", self.keep)
         integer("seed", self.seed, "seed")
         if self.layer is not None:
             integer("layer", self.layer, "decoder layer that tokens can leave in front of", 1)
@@ -75,9 +77,12 @@ class Random(Pruner):
 
     def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
         if self.layer is None:
-            return (Stage(Hook.LLM_INPUT, self.select),)
+            return (AtEntry(self.select),)
         layer = model.decoder_layer("layer", self.layer)
-        return (Stage(Hook.LLM_LAYER, self.select, layer=layer, positions="keep"),)
+        return (BeforeLayer(self.select, layer=layer, positions="keep"),)
+
+    def count(self, layout: Layout, model: ModelInfo | None = None) -> int | None:
+        return sum(self.budgets(layout))
 
     def budgets(self, layout: Layout) -> tuple[int, ...]:
         if self.layer is not None:
@@ -118,15 +123,14 @@ class Grid(Pruner):
     variant: str = "lattice"
 
     def __post_init__(self) -> None:
-        check_keep(self.keep)
+        check_keep("keep", self.keep)
         one_of("variant", self.variant, ("lattice", "stride"))
 
-    @property
-    def needs_grid(self) -> bool:
-        return self.variant == "lattice"
-
     def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
-        return (Stage(Hook.LLM_INPUT, self.select),)
+        return (AtEntry(self.select),)
+
+    def count(self, layout: Layout, model: ModelInfo | None = None) -> int | None:
+        return sum(self.budgets(layout))
 
     def budgets(self, layout: Layout) -> tuple[int, ...]:
         shares = view_budgets(self.keep, layout)
@@ -162,17 +166,19 @@ class AvgPool(Pruner):
     cost: ClassVar[str] = "one adaptive pooling"
     regrids: ClassVar[bool] = True
     content_free: ClassVar[bool] = True
-    needs_grid: ClassVar[bool] = True
 
     keep: Keep = 0.25
     pool: str = "mean"
 
     def __post_init__(self) -> None:
-        check_keep(self.keep)
+        check_keep("keep", self.keep)
         one_of("pool", self.pool, ("mean", "max"))
 
     def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
-        return (Stage(Hook.LLM_INPUT, self.select),)
+        return (AtEntry(self.select),)
+
+    def count(self, layout: Layout, model: ModelInfo | None = None) -> int | None:
+        return sum(self.budgets(layout))
 
     def budgets(self, layout: Layout) -> tuple[int, ...]:
         return tuple(lattice_size(v.grid, share) for v, share in zip(layout.views, view_budgets(self.keep, layout)))
@@ -208,12 +214,11 @@ class Downsample(Pruner):
     paper: ClassVar[str] = "baseline"
     cost: ClassVar[str] = "none; the vision encoder gets cheaper too"
     families: ClassVar[tuple[str, ...]] = ("llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-    needs_grid: ClassVar[bool] = True
 
     keep: Keep = 0.25
 
     def __post_init__(self) -> None:
-        check_keep(self.keep)
+        check_keep("keep", self.keep)
 
     def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
         if model.family not in self.families:
@@ -231,7 +236,10 @@ class Downsample(Pruner):
             small = interpolate(pixel_values.float(), (rows * patch, cols * patch), mode="bilinear", antialias=True)
             return small.to(pixel_values.dtype)
 
-        return Stage(Hook.PIXELS, shrink), Stage(Hook.LLM_INPUT, self.select)
+        return AtPixels(shrink), AtEntry(self.select)
+
+    def count(self, layout: Layout, model: ModelInfo | None = None) -> int | None:
+        return sum(self.budgets(layout))
 
     def budgets(self, layout: Layout) -> tuple[int, ...]:
         if len(layout.views) > 1:

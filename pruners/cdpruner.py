@@ -21,9 +21,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from foveate.cuda import conditional_dpp
 from foveate.errors import MissingSignalError, ParameterError
-from foveate.pruners.core.method import (
+from foveate.pruners.core import (
+    AtEntry,
     EncoderFeatures,
-    Hook,
     Keep,
     Layout,
     ModelInfo,
@@ -32,13 +32,13 @@ from foveate.pruners.core.method import (
     Signal,
     Stage,
     Tokens,
-    check_keep,
     keep_all,
-    one_of,
     per_view,
+    register,
     view_budgets,
 )
-from foveate.pruners.core.registry import register
+from foveate.pruners.core.parameters import check_choice as one_of
+from foveate.pruners.core.parameters import check_keep
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +107,7 @@ class CDPruner(Pruner):
     clip: ClipText | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        check_keep(self.keep)
+        check_keep("keep", self.keep)
         one_of("relevance", self.relevance, ("embeddings", "none"))
         if self.clip is not None and self.relevance == "none":
             raise ParameterError("relevance='none' contradicts clip; drop one of them")
@@ -121,7 +121,10 @@ class CDPruner(Pruner):
                     "model is none; leave clip out (relevance='embeddings')"
                 )
             signals["features"] = EncoderFeatures(model.block("feature_layer", None))
-        return (Stage(Hook.LLM_INPUT, self.select, signals, reads_text=self.relevance != "none"),)
+        return (AtEntry(self.select, signals, reads_text=self.relevance != "none"),)
+
+    def count(self, layout: Layout, model: ModelInfo | None = None) -> int | None:
+        return sum(self.budgets(layout))
 
     def budgets(self, layout: Layout) -> tuple[int, ...]:
         return view_budgets(self.keep, layout)

@@ -25,10 +25,12 @@ import torch
 from torch import Tensor
 
 from foveate.errors import BudgetError, ParameterError
-from foveate.pruners.core.method import (
+from foveate.pruners.core import (
+    BeforeLayer,
     CoreMatches,
     CoreNeurons,
-    Hook,
+    InCache,
+    InMLP,
     Keep,
     Layout,
     ModelInfo,
@@ -38,17 +40,17 @@ from foveate.pruners.core.method import (
     Stage,
     Tokens,
     budget,
-    check_keep,
-    integer,
     keep_all,
     kept_tokens,
-    layers,
-    number,
-    one_of,
     ranked,
+    register,
     top_k,
 )
-from foveate.pruners.core.registry import register
+from foveate.pruners.core.parameters import check_choice as one_of
+from foveate.pruners.core.parameters import check_integer as integer
+from foveate.pruners.core.parameters import check_keep
+from foveate.pruners.core.parameters import check_layers as layers
+from foveate.pruners.core.parameters import check_number as number
 
 RELEASED_LAYERS, RELEASED_ROW = range(5, 19), -5
 
@@ -108,21 +110,17 @@ class CoreMatching(Pruner):
         if self.select_layer is not None:
             integer("select_layer", self.select_layer, "layer's number", 0)
         if self.budget is not None:
-            check_keep(self.budget)
+            check_keep("budget", self.budget)
             if not self.takes_budget:
                 reason = "mode='released'" if self.mode == "released" else "select_layer=None"
                 raise ParameterError(
                     f"budget={self.budget}: {reason} keeps all tokens; leave the budget out, or let a layer choose tokens"
                 )
-        integer("min_keep", self.min_keep, "number of tokens", 0, BudgetError)
+        integer("min_keep", self.min_keep, "number of tokens", 0, error=BudgetError)
         if self.max_keep is not None:
-            integer("max_keep", self.max_keep, "number of tokens", 1, BudgetError)
+            integer("max_keep", self.max_keep, "number of tokens", 1, error=BudgetError)
             if self.max_keep < self.min_keep:
                 raise BudgetError(f"min_keep={self.min_keep} exceeds max_keep={self.max_keep}; give at most that")
-
-    @property
-    def adaptive(self) -> bool:
-        return self.budget is None
 
     @property
     def takes_budget(self) -> bool:
@@ -138,20 +136,28 @@ class CoreMatching(Pruner):
                 )
             read = {layer: {"matches": RowMatches(layer, RELEASED_ROW)} for layer in layers}
             select = replace(self, threshold=">", min_keep=0, max_keep=None).core_tokens
-            return tuple(Stage(Hook.LLM_CACHE, select, read[n], n, newlines="compete", scope=scope) for n in layers)
+            return tuple(InCache(select, read[n], layer=n, newlines="compete", scope=scope) for n in layers)
         counted = (self.rho, self.beta, self.topk)
         stages = []
         if self.select_layer is not None:
             layer = model.decoder_layer("select_layer + 1", self.select_layer + 1)
             read = {"matches": CoreMatches(self.select_layer, *counted)}
             how = {"positions": "keep", "newlines": "compete", "scope": scope, "evict": self.kv_evict}
-            stages.append(Stage(Hook.LLM_LAYER, self.core_tokens, read, layer, **how))
+            stages.append(BeforeLayer(self.core_tokens, read, layer=layer, **how))
         for n in range(depth) if self.neuron_layers is None else self.neuron_layers:
             if not 0 <= n < depth:
                 raise ParameterError(f"neuron_layers={n}: the decoder has layers 0 .. {depth - 1}")
             read = {"core": CoreNeurons(n, *counted, self.shared)}
-            stages.append(Stage(Hook.LLM_MLP, lambda core: core, read, n, refresh=self.refresh))
+            stages.append(InMLP(lambda core: core, read, layer=n, refresh=self.refresh))
         return tuple(stages)
+
+    @property
+    def _adaptive(self) -> bool:
+        """Whether content decides the count."""
+        return self.budget is None
+
+    def count(self, layout: Layout, model: ModelInfo | None = None) -> int | None:
+        return None if self._adaptive else sum(self.budgets(layout))
 
     def budgets(self, layout: Layout) -> tuple[int, ...]:
         """At most so many: the knee may leave fewer. Separators count as tokens."""

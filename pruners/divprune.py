@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from foveate.cuda import diverse_subset
-from foveate.pruners.core.method import (
-    Hook,
+from foveate.pruners.core import (
+    AtEntry,
     Keep,
     Layout,
     ModelInfo,
@@ -24,10 +24,9 @@ from foveate.pruners.core.method import (
     Stage,
     Tokens,
     budget,
-    check_keep,
     keep_all,
+    register,
 )
-from foveate.pruners.core.registry import register
 
 
 @register("divprune")
@@ -45,18 +44,15 @@ class DivPrune(Pruner):
 
     keep: Keep = 0.098
 
-    def __post_init__(self) -> None:
-        check_keep(self.keep)
-
     def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
-        return (Stage(Hook.LLM_INPUT, self.select),)
+        return (AtEntry(self.select),)
 
-    def budgets(self, layout: Layout) -> tuple[int, ...]:
-        return (budget(self.keep, layout.size),)
+    def count(self, layout: Layout, model: ModelInfo | None = None) -> int | None:
+        return budget(self.keep, layout.size)
 
     def select(self, tokens: Tokens) -> Selection:
         """The tokens that lie farthest apart, all views of an image in one pool."""
-        (k,) = self.budgets(tokens.layout)
+        k = budget(self.keep, tokens.count)
         if k >= tokens.count:
             return keep_all(tokens)
         return Selection(diverse_subset(tokens.embeds, k).sort(dim=1).values)

@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from foveate.errors import InputError, MissingSignalError
-from foveate.pruners.core.method import (
-    Hook,
+from foveate.pruners.core import (
+    AtEntry,
     Keep,
     Layout,
     ModelInfo,
@@ -40,15 +40,15 @@ from foveate.pruners.core.method import (
     Stage,
     Tokens,
     budget,
-    check_keep,
-    integer,
     keep_all,
-    number,
-    one_of,
+    register,
     top_k,
 )
+from foveate.pruners.core.parameters import check_choice as one_of
+from foveate.pruners.core.parameters import check_integer as integer
+from foveate.pruners.core.parameters import check_keep
+from foveate.pruners.core.parameters import check_number as number
 from foveate.pruners.core.patch_scorer import PatchScorer, load_scorer
-from foveate.pruners.core.registry import register
 from foveate.pruners.core.ui_graph import MODES, ui_graph
 
 SCORER_FILE = "patch_scorer.safetensors"
@@ -87,7 +87,7 @@ class FocusUI(Pruner):
     deepstack: str = "all"
 
     def __post_init__(self) -> None:
-        check_keep(self.keep)
+        check_keep("keep", self.keep)
         if self.reduct is not None:
             number("reduct", self.reduct, "share of tokens to drop", high=1)
         integer("min_keep", self.min_keep, "number of tokens", 0)
@@ -103,12 +103,12 @@ class FocusUI(Pruner):
         scorer = self._scorer(model)
         how = {"positions": "keep", "deepstack": self.deepstack}
         if scorer is None:
-            return (Stage(Hook.LLM_INPUT, self.select_by_graph, {"pixels": PatchPixels()}, **how),)
+            return (AtEntry(self.select_by_graph, {"pixels": PatchPixels()}, **how),)
 
         def select(tokens: Tokens) -> Selection:
             return self.select_by_scores(tokens, relevance(scorer, tokens, model.token_ids, self.pooling))
 
-        return (Stage(Hook.LLM_INPUT, select, reads_text=True, **how),)
+        return (AtEntry(select, reads_text=True, **how),)
 
     def _scorer(self, model: ModelInfo) -> PatchScorer | None:
         """The scorer to use on this model, None for the UI graph."""
@@ -124,6 +124,9 @@ class FocusUI(Pruner):
                 )
             return None
         return _loaded(Path(path), self.heads)
+
+    def count(self, layout: Layout, model: ModelInfo | None = None) -> int | None:
+        return sum(self.budgets(layout))
 
     def budgets(self, layout: Layout) -> tuple[int, ...]:
         """One number: all views compete."""

@@ -18,9 +18,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from foveate.pruners.core.method import (
+from foveate.pruners.core import (
+    AtEntry,
     GivenAttention,
-    Hook,
     Keep,
     Layout,
     ModelInfo,
@@ -32,16 +32,16 @@ from foveate.pruners.core.method import (
     Tokens,
     View,
     budget,
-    check_keep,
     floor,
-    integer,
-    one_of,
     per_view,
     ranked,
+    register,
     split_budget,
     view_budgets,
 )
-from foveate.pruners.core.registry import register
+from foveate.pruners.core.parameters import check_choice as one_of
+from foveate.pruners.core.parameters import check_integer as integer
+from foveate.pruners.core.parameters import check_keep
 
 
 @register("fopru")
@@ -71,16 +71,12 @@ class FoPru(Pruner):
     reorder: bool = True
 
     def __post_init__(self) -> None:
-        check_keep(self.keep)
+        check_keep("keep", self.keep)
         one_of("strategy", self.strategy, ("rank", "row"))
         one_of("score_kind", self.score_kind, ("probs", "logits"))
         one_of("direction", self.direction, ("max_variance", "received", "given"))
         if self.layer is not None:
             integer("layer", self.layer, "block of the vision tower")
-
-    @property
-    def needs_grid(self) -> bool:
-        return self.strategy == "row"
 
     def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
         block, logits = model.block("layer", self.layer), self.score_kind == "logits"
@@ -89,7 +85,10 @@ class FoPru(Pruner):
             signals["received"] = ReceivedAttention(block, queries="patches", logits=logits)
         if self.direction != "received":
             signals["given"] = GivenAttention(block, logits=logits)
-        return (Stage(Hook.LLM_INPUT, self.select, signals),)
+        return (AtEntry(self.select, signals),)
+
+    def count(self, layout: Layout, model: ModelInfo | None = None) -> int | None:
+        return sum(self.budgets(layout))
 
     def budgets(self, layout: Layout) -> tuple[int, ...]:
         if self.strategy == "rank":

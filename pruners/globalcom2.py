@@ -15,19 +15,18 @@ Cost: two matrix-vector products for the logits, one resize of the thumbnail's m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, interpolate, normalize, one_hot
 
 from foveate.errors import InputError, ParameterError
-from foveate.pruners.core.method import (
+from foveate.pruners.core import (
+    AtEntry,
     ClassAttention,
     EncoderFeatures,
-    Hook,
     Keep,
     Layout,
     ModelInfo,
@@ -39,18 +38,18 @@ from foveate.pruners.core.method import (
     View,
     among_top,
     budget,
-    check_keep,
     floor,
     keep_all,
     kept_tokens,
-    number,
-    one_of,
     per_view,
     ranked,
+    register,
     top_k,
     view_budgets,
 )
-from foveate.pruners.core.registry import register
+from foveate.pruners.core.parameters import check_choice as one_of
+from foveate.pruners.core.parameters import check_keep
+from foveate.pruners.core.parameters import check_number as number
 
 
 @register("globalcom2")
@@ -75,7 +74,6 @@ class GlobalCom2(Pruner):
     title: ClassVar[str] = "Thumbnail-guided compression of AnyRes crops"
     paper: ClassVar[str] = "arXiv 2501.05179 (AAAI 2026)"
     cost: ClassVar[str] = "class-token logits of one encoder block, one sort per crop"
-    counted: ClassVar[Mapping[str, Any]] = {"redistribute": True}
     families: ClassVar[tuple[str, ...]] = ("llava_next", "llava", "llava_onevision (experimental)")
 
     keep: Keep = 0.25
@@ -88,7 +86,7 @@ class GlobalCom2(Pruner):
     compress_single: bool = True
 
     def __post_init__(self) -> None:
-        check_keep(self.keep)
+        check_keep("keep", self.keep)
         number("temperature", self.temperature, "temperature", 0, above=True)
         number("alpha", self.alpha, "weight", 0, 1)
         if self.score is not None:
@@ -100,7 +98,7 @@ class GlobalCom2(Pruner):
             raise ParameterError("newline='valid': the official order closes all rows of the canvas, padding included")
 
     @property
-    def adaptive(self) -> bool:
+    def _adaptive(self) -> bool:
         return isinstance(self.keep, float) and not self.redistribute
 
     def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
@@ -109,11 +107,14 @@ class GlobalCom2(Pruner):
         if score != "neg_cos":
             model.require_class_token(f"score={score!r}", "score='neg_cos'")
             signals = {"attention": ClassAttention(model.encoder_layers - 1, logits=score == "cls_logits")}
-        return (Stage(Hook.LLM_INPUT, self.select, signals, newlines="keep"),)
+        return (AtEntry(self.select, signals, newlines="keep"),)
 
     def ratio(self, layout: Layout) -> float:
         """R of this picture."""
         return self.keep if isinstance(self.keep, float) else self.keep / layout.size
+
+    def count(self, layout: Layout, model: ModelInfo | None = None) -> int | None:
+        return None if self._adaptive and canvas_of(layout) else sum(self.budgets(layout))
 
     def budgets(self, layout: Layout) -> tuple[int, ...]:
         """One number for thumbnail and crops together, where the content decides: the most they may keep."""
@@ -123,7 +124,7 @@ class GlobalCom2(Pruner):
             return tuple(budget(self.keep, n, int) for n in sizes) if by_view else view_budgets(self.keep, layout)
         if not canvas_of(layout) or self.ratio(layout) >= 1.0:
             return (layout.size,)
-        if not self.adaptive:
+        if not self._adaptive:
             return (budget(self.keep, layout.size),)
         thumbnail, *crops = sizes
         unequal = max(crops) - sum(crops) / len(crops)  # all attention may lie on the largest crop
@@ -156,12 +157,13 @@ class GlobalCom2(Pruner):
             if c:
                 judged = token_score(judged, overview[:, where - mine], self.alpha)
             kept[:, where] = among_top(judged, counts[:, c, None])
-        chosen = Selection(kept_tokens(kept, None if self.adaptive else self.budgets(layout)[0]), scores=scores)
+        chosen = Selection(kept_tokens(kept, None if self._adaptive else self.budgets(layout)[0]), scores=scores)
         if self.order == "official":
-            chosen.order, chosen.breaks = official_emission(chosen.index, commander, canvas)
+            chosen.order = official_order(chosen.index, commander, canvas)
         elif self.newline == "all":
             rows = torch.arange(canvas.rows, device=scores.device).repeat_interleave(canvas.cols) + canvas.top
-            chosen.breaks = row_ends(chosen.index, rows, canvas)
+            ascending = torch.arange(chosen.index.shape[1], device=scores.device).expand_as(chosen.index)
+            chosen.order = closed_rows(ascending, row_ends(chosen.index, rows, canvas))
         return chosen
 
     def counts(self, ratios: Tensor, layout: Layout) -> Tensor:
@@ -169,7 +171,7 @@ class GlobalCom2(Pruner):
         thumbnail, *crops = (view.size for view in layout.views)
         sizes = ratios.new_tensor(crops)
         first = int(thumbnail * self.ratio(layout))
-        if self.adaptive:
+        if self._adaptive:
             by_crop = (sizes * ratios).long()
             mine = torch.where(by_crop.sum(dim=1) + first > 0, first, 1)  # something is left of every picture
         else:
@@ -282,8 +284,8 @@ def apportion(weights: Tensor, total: int, most: Tensor) -> Tensor:
     return (shares + among_top(remainder, missing)).long()
 
 
-def official_emission(index: Tensor, thumbnail: Tensor, canvas: Canvas) -> tuple[Tensor, Tensor]:
-    """Order and breaks of the released code for ``index (B, K)``, ascending and padded with -1.
+def official_order(index: Tensor, thumbnail: Tensor, canvas: Canvas) -> Tensor:
+    """Order of the released code for ``index (B, K)``, ascending and padded with -1.
 
     It takes a token's number among the valid tokens of its crop for its place in the crop, so that crops with padding
     above or on their left move towards their corner.
@@ -298,12 +300,21 @@ def official_emission(index: Tensor, thumbnail: Tensor, canvas: Canvas) -> tuple
     by_score = ranked(thumbnail).argsort(dim=1)
     turn = torch.cat([by_score, (first + place).expand(len(index), -1)], dim=1).gather(1, index.clamp(min=0))
     order = turn.masked_fill(index < 0, first + canvas.down * side_rows * width).argsort(dim=1, stable=True)
-    return order, row_ends(index, place // width, canvas)
+    return closed_rows(order, row_ends(index, place // width, canvas))
 
 
 def row_ends(index: Tensor, row: Tensor, canvas: Canvas) -> Tensor:
-    """Breaks behind every row of the padded canvas, when token i of the valid canvas enters in row ``row[i]``: ``(B, S)``."""
+    """How many tokens enter up to the end of each row of the padded canvas, where token i of the valid canvas enters in row
+    ``row[i]``: ``(B, S)``."""
     rows = canvas.down * canvas.thumbnail.rows
     row = torch.cat([row.new_zeros(canvas.thumbnail.size), row + 1])[index.clamp(min=0)]
     filled = index.new_zeros(len(index), rows + 1).scatter_add(1, row, (index >= 0).long())
     return filled.cumsum(dim=1)[:, 1:]
+
+
+def closed_rows(order: Tensor, ends: Tensor) -> Tensor:
+    """``order (B, K)`` with a separator, -1, after ``ends[b, s]`` tokens, ascending in s: ``(B, K + S)``."""
+    closes = ends + torch.arange(ends.shape[1], device=ends.device)
+    entering = order.new_full((len(order), order.shape[1] + ends.shape[1]), -1)
+    is_token = torch.ones_like(entering, dtype=torch.bool).scatter(1, closes, False)
+    return entering.masked_scatter(is_token, order)

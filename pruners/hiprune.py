@@ -13,17 +13,16 @@ candidates here: the processor has already cut them off. Cost: two blocks' atten
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from foveate.errors import ParameterError
-from foveate.pruners.core.method import (
+from foveate.pruners.core import (
+    AtEntry,
     ClassAttention,
-    Hook,
     Keep,
     Layout,
     ModelInfo,
@@ -34,16 +33,16 @@ from foveate.pruners.core.method import (
     Tokens,
     among_top,
     budget,
-    check_keep,
-    integer,
     kept_tokens,
-    number,
-    one_of,
     per_view,
     ranked,
+    register,
     split_budget,
 )
-from foveate.pruners.core.registry import register
+from foveate.pruners.core.parameters import check_choice as one_of
+from foveate.pruners.core.parameters import check_integer as integer
+from foveate.pruners.core.parameters import check_keep
+from foveate.pruners.core.parameters import check_number as number
 
 _STEPS = {  # (row, column) steps from an anchor to its buffers, in the order in which they are added
     "cross": ((0, -1), (0, 1), (-1, 0), (1, 0)),
@@ -76,7 +75,6 @@ class HiPrune(Pruner):
     title: ClassVar[str] = "Anchors, buffers and registers from hierarchical encoder attention"
     paper: ClassVar[str] = "arXiv 2508.00553 (ACL 2026 Findings)"
     cost: ClassVar[str] = "two encoder blocks' attention statistics, O(H N^2 d)"
-    counted: ClassVar[Mapping[str, Any]] = {"exclude": "strict"}
 
     keep: Keep = 1 / 3
     alpha: float = 0.1
@@ -89,7 +87,7 @@ class HiPrune(Pruner):
     newline: str = "drop"
 
     def __post_init__(self) -> None:
-        check_keep(self.keep)
+        check_keep("keep", self.keep)
         number("alpha", self.alpha, "share", 0, 1)
         for name in ("object_layer", "deep_layer"):
             if getattr(self, name) is not None:
@@ -99,10 +97,6 @@ class HiPrune(Pruner):
         one_of("exclude", self.exclude, ("strict", "official"))
         one_of("query_rows", self.query_rows, ("all", "cls"))
         one_of("newline", self.newline, ("drop", "rows"))
-
-    @property
-    def adaptive(self) -> bool:
-        return self.exclude == "official"
 
     def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
         read = ReceivedAttention
@@ -116,7 +110,7 @@ class HiPrune(Pruner):
             summed = self.exclude == "official" and not model.class_token
             return self.select(tokens, anchor, deep / deep.mean(dim=1, keepdim=True) if summed else deep)
 
-        return (Stage(Hook.LLM_INPUT, select, signals, newlines=self.newline),)
+        return (AtEntry(select, signals, newlines=self.newline),)
 
     def _object_block(self, model: ModelInfo) -> int:
         if self.object_layer is not None:
@@ -126,6 +120,14 @@ class HiPrune(Pruner):
         depth = model.encoder_layers
         block = (16 if depth == 32 and model.family.startswith("qwen") else max(1, round(3 / 8 * depth))) - 1
         return min(model.full_attention or (block,), key=lambda full: abs(full - block))
+
+    @property
+    def _adaptive(self) -> bool:
+        """Whether content decides the count."""
+        return self.exclude == "official"
+
+    def count(self, layout: Layout, model: ModelInfo | None = None) -> int | None:
+        return None if self._adaptive else sum(self.budgets(layout))
 
     def budgets(self, layout: Layout) -> tuple[int, ...]:
         return per_view_budget(budget(self.keep, layout.size), tuple(view.size for view in layout.views))
@@ -143,7 +145,7 @@ class HiPrune(Pruner):
             border=self.border,
         )
         kept = core | registers(deep, core, k, self.exclude)
-        return Selection(kept_tokens(kept, None if self.adaptive else k), scores=deep)
+        return Selection(kept_tokens(kept, None if self._adaptive else k), scores=deep)
 
 
 def per_view_budget(total: int, sizes: tuple[int, ...]) -> tuple[int, ...]:

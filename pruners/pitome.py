@@ -23,9 +23,10 @@ from torch import Tensor
 from foveate.cuda import best_match, similarity_energy
 from foveate.cuda.merging import take_rows
 from foveate.errors import ParameterError
-from foveate.pruners.core.merging import BlockKeys, BlockStage, BlockTokens, Groups, Merger, check_ratio, share
-from foveate.pruners.core.method import Hook, ModelInfo, number, one_of, ranked
-from foveate.pruners.core.registry import register
+from foveate.pruners.core import InTower, ModelInfo, ranked, register
+from foveate.pruners.core.merging import BlockKeys, BlockTokens, Groups, Merger, check_ratio, share
+from foveate.pruners.core.parameters import check_choice as one_of
+from foveate.pruners.core.parameters import check_number as number
 from foveate.pruners.tome import bipartite
 
 _LLAVA_TOME_BLOCKS = 13  # of the published CLIP patch
@@ -93,7 +94,7 @@ class PiToMe(Merger):
             n -= count
         return replace(self, ratio=tuple(ratios))
 
-    def block(self, i: int, model: ModelInfo) -> BlockStage:
+    def block(self, i: int, model: ModelInfo) -> InTower:
         prefix, depth, llava = model.prefix_tokens, model.encoder_layers, self.order == "llava"
         metric = self.metric or ("tokens" if llava else "keys")
         variant, margin, ratio = self.variant(i, depth), self.margin_of(i, depth), self.ratio_of(i)
@@ -113,15 +114,14 @@ class PiToMe(Merger):
             merge = protected_matching if variant == "pitome" else energy_matching
             return merge(features, energy, tokens.count, prefix=prefix)
 
-        return BlockStage(
-            Hook.VIT_BLOCK,
+        return InTower(
             select,
             {"metric": BlockKeys()} if metric == "keys" else {},
             layer=i,
             removes=removes,
             proportional=not llava if self.prop_attn is None else self.prop_attn,
             weighting=self.weighting or ("mean" if llava else "size"),
-            behind_mlp=llava,
+            after_mlp=llava,
         )
 
     def variant(self, i: int, depth: int) -> str:

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from foveate.cuda import gather_tokens, run_mean
 from foveate.errors import BudgetError, MissingSignalError, ParameterError
-from foveate.pruners.core.method import (
-    Hook,
+from foveate.pruners.core import (
+    BeforeLayer,
     Keep,
     Layout,
     ModelInfo,
@@ -37,13 +37,15 @@ from foveate.pruners.core.method import (
     Selection,
     Stage,
     Tokens,
-    integer,
+    budget,
+    create,
     kept_tokens,
-    one_of,
     ranked,
+    register,
     top_k,
 )
-from foveate.pruners.core.registry import create, register
+from foveate.pruners.core.parameters import check_choice as one_of
+from foveate.pruners.core.parameters import check_integer as integer
 from foveate.pruners.core.runs import Runs, runs, stretch_ends
 
 MARKERS = ("trained", "run_mean", "last", "mean_vocab", "pad")
@@ -71,7 +73,6 @@ class PosPad(Pruner):
     title: ClassVar[str] = "A marker for every run of dropped tokens, behind any selector"
     paper: ClassVar[str] = "arXiv 2601.03928 (CVPR 2026)"
     cost: ClassVar[str] = "one gather; counted markers repeat the selection about 10 times"
-    adaptive: ClassVar[bool] = True
 
     inner: Pruner | str = "focusui"
     keep: Keep | str = "inner"
@@ -111,10 +112,6 @@ class PosPad(Pruner):
             )
 
     @property
-    def needs_grid(self) -> bool:
-        return self.inner.needs_grid
-
-    @property
     def content_free(self) -> bool:
         return self.inner.content_free
 
@@ -129,7 +126,7 @@ class PosPad(Pruner):
             )
         (stage,) = stages
         marker = self._marker(model)
-        if stage.hook is Hook.LLM_LAYER and not _is(marker, "last"):
+        if isinstance(stage, BeforeLayer) and not _is(marker, "last"):
             raise ParameterError(
                 f"{self.name} acts inside the decoder, where an input embedding means nothing; pass marker='last'"
             )
@@ -161,9 +158,17 @@ class PosPad(Pruner):
 
     # ------------------------------------------------------------------------------------------------------- budgets
 
+    def count(self, layout: Layout, model: ModelInfo | None = None) -> int | None:
+        return None  # what is kept decides how many runs there are to mark
+
+    def _asked(self, layout: Layout) -> int:
+        """What the inner method is asked for."""
+        known = self.inner.count(layout)
+        return budget(self.inner.keep, layout.size) if known is None else known
+
     def budgets(self, layout: Layout) -> tuple[int, ...]:
         """One number, the most that survivors and markers may be together."""
-        kept, n = self.inner.kept_in(layout), layout.size
+        kept, n = self._asked(layout), layout.size
         if self.placement == "none" or self.count_markers:
             return (kept,)
         most = n - kept if self.placement == "full" else min(kept + int(stretch_ends(layout).sum()), n - kept)
@@ -176,7 +181,7 @@ class PosPad(Pruner):
 
         Every further token of a ranking adds 0, 1 or 2 to the total, so bisection finds the most that fit.
         """
-        total, stretches = self.inner.kept_in(tokens.layout), int(stretch_ends(tokens.layout).sum())
+        total, stretches = self._asked(tokens.layout), int(stretch_ends(tokens.layout).sum())
         if stretches > total:
             raise BudgetError(
                 f"{self.name}: a picture of {stretches} separate stretches (rows, frames, crops) needs a token in each, and "

@@ -22,17 +22,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from foveate.errors import InputError, ParameterError
-from foveate.pruners.core.allocation import (
-    CAPS,
-    checked_scores,
-    frame_budgets,
-    frame_grid,
-    frame_weights,
-    scores_per_view,
-)
-from foveate.pruners.core.lattice import host_slots, middles
-from foveate.pruners.core.method import (
-    Hook,
+from foveate.pruners.core import (
+    AtEntry,
     Keep,
     Layout,
     ModelInfo,
@@ -43,14 +34,23 @@ from foveate.pruners.core.method import (
     UnpooledFrames,
     View,
     budget,
-    check_keep,
-    integer,
     keep_all,
-    number,
-    one_of,
+    register,
     split_budget,
 )
-from foveate.pruners.core.registry import register
+from foveate.pruners.core.allocation import (
+    CAPS,
+    checked_scores,
+    frame_budgets,
+    frame_grid,
+    frame_weights,
+    scores_per_view,
+)
+from foveate.pruners.core.lattice import host_slots, middles
+from foveate.pruners.core.parameters import check_choice as one_of
+from foveate.pruners.core.parameters import check_integer as integer
+from foveate.pruners.core.parameters import check_keep
+from foveate.pruners.core.parameters import check_number as number
 from foveate.pruners.core.resampling import GRID, MERGING, PLANS, linspace_index
 
 Cells = tuple[int, int] | int
@@ -91,7 +91,7 @@ class QuoTA(Pruner):
     scores: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        check_keep(self.keep)
+        check_keep("keep", self.keep)
         one_of("assigner", self.assigner, tuple(PLANS))
         one_of("remainder", self.remainder, ("drop", "largest"))
         if self.cap is not None:
@@ -101,11 +101,6 @@ class QuoTA(Pruner):
         integer("min_tokens_per_frame", self.min_tokens_per_frame, "number of tokens", 0)
         if self.scores is not None:
             object.__setattr__(self, "scores", tuple(checked_scores(self.scores).tolist()))
-
-    @property
-    def adaptive(self) -> bool:
-        """Whether content may leave fewer tokens than the budget."""
-        return self.assigner in GRID or self.cap != "waterfill" or self.remainder != "largest"
 
     def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
         published = "none" if self.assigner == "bilinear" else "official"
@@ -118,7 +113,15 @@ class QuoTA(Pruner):
         # the ToMe assigner alone starts from what the model itself has pooled
         signals = {"unpooled": UnpooledFrames(0)} if model.pools_frames and self.assigner != "tome" else {}
         select = partial(self.select, cap=cap, frames_per_view=model.frames_per_view)
-        return (Stage(Hook.LLM_INPUT, select, signals, reads_frame_scores=True, empty_frames="drop"),)
+        return (AtEntry(select, signals, reads_frame_scores=True, empty_frames="drop"),)
+
+    @property
+    def _adaptive(self) -> bool:
+        """Whether content decides the count."""
+        return self.assigner in GRID or self.cap != "waterfill" or self.remainder != "largest"
+
+    def count(self, layout: Layout, model: ModelInfo | None = None) -> int | None:
+        return None if self._adaptive else sum(self.budgets(layout))
 
     def budgets(self, layout: Layout) -> tuple[int, ...]:
         return (budget(self.keep, layout.size),)

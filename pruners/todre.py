@@ -14,9 +14,8 @@ Cost: one N x N similarity matrix and k dependent steps of O(N); stage 2 one pas
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,10 +23,11 @@ from torch.nn.functional import normalize
 
 from foveate.cuda import diverse_subset
 from foveate.errors import ParameterError
-from foveate.pruners.core.method import (
+from foveate.pruners.core import (
+    AtEntry,
+    BeforeLayer,
     ClassAttention,
     CrossModalAttention,
-    Hook,
     Keep,
     Layout,
     ModelInfo,
@@ -37,16 +37,16 @@ from foveate.pruners.core.method import (
     Stage,
     Tokens,
     budget,
-    check_keep,
     floor,
-    integer,
     keep_all,
-    many,
-    number,
-    one_of,
+    register,
     seeded,
 )
-from foveate.pruners.core.registry import register
+from foveate.pruners.core.parameters import check_choice as one_of
+from foveate.pruners.core.parameters import check_integer as integer
+from foveate.pruners.core.parameters import check_keep
+from foveate.pruners.core.parameters import check_many as many
+from foveate.pruners.core.parameters import check_number as number
 
 _OBJECTIVES = {"max_sum": "max_sum", "k_center": "max_min"}
 
@@ -74,7 +74,6 @@ class ToDRE(Pruner):
     title: ClassVar[str] = "Token diversity, then removal of all visual tokens from late layers"
     paper: ClassVar[str] = "arXiv 2505.18757 (2025)"
     cost: ClassVar[str] = "one N x N similarity matrix and k greedy steps"
-    counted: ClassVar[Mapping[str, Any]] = {"stage2": False}
 
     keep: Keep = 0.1
     diversity: str = "max_sum"
@@ -88,7 +87,7 @@ class ToDRE(Pruner):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_keep(self.keep)
+        check_keep("keep", self.keep)
         one_of("diversity", self.diversity, tuple(_OBJECTIVES))
         if isinstance(self.pivot, str):
             one_of("pivot", self.pivot, ("cls", "farthest", "center", "random"))
@@ -106,10 +105,6 @@ class ToDRE(Pruner):
         if not (self.stage1 or self.stage2):
             raise ParameterError("stage1 and stage2 are both off: nothing would be pruned")
 
-    @property
-    def adaptive(self) -> bool:
-        return self.stage2
-
     def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
         stages = []
         if self.stage1:
@@ -120,13 +115,21 @@ class ToDRE(Pruner):
             if chosen.pivot == "cls":
                 model.require_class_token("pivot='cls'", "pivot='farthest', 'center' or 'random'")
                 signals["class_attention"] = ClassAttention(model.block("cls_layer", self.cls_layer))
-            stages.append(Stage(Hook.LLM_INPUT, chosen.diversify, signals))
+            stages.append(AtEntry(chosen.diversify, signals))
         if self.stage2:
             layers = {floor(depth * model.decoder_layers) for depth in self.check_depth}
             for layer in sorted(model.decoder_layer("check_depth * layers", n) for n in layers):
                 read = {"shares": CrossModalAttention(layer - 1, self.system_tokens)}
-                stages.append(Stage(Hook.LLM_LAYER, self.drop_irrelevant, read, layer=layer, positions="keep"))
+                stages.append(BeforeLayer(self.drop_irrelevant, read, layer=layer, positions="keep"))
         return tuple(stages)
+
+    @property
+    def _adaptive(self) -> bool:
+        """Whether content decides the count."""
+        return self.stage2
+
+    def count(self, layout: Layout, model: ModelInfo | None = None) -> int | None:
+        return None if self._adaptive else sum(self.budgets(layout))
 
     def budgets(self, layout: Layout) -> tuple[int, ...]:
         """Of stage 1; stage 2 removes the rest of an image or nothing."""

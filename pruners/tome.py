@@ -22,9 +22,11 @@ from torch import Tensor
 
 from foveate.cuda import best_match
 from foveate.errors import ParameterError
-from foveate.pruners.core.merging import BlockKeys, BlockStage, BlockTokens, Groups, Merger, check_ratio, share
-from foveate.pruners.core.method import Hook, ModelInfo, integer, number, one_of, ranked
-from foveate.pruners.core.registry import register
+from foveate.pruners.core import InTower, ModelInfo, ranked, register
+from foveate.pruners.core.merging import BlockKeys, BlockTokens, Groups, Merger, check_ratio, share
+from foveate.pruners.core.parameters import check_choice as one_of
+from foveate.pruners.core.parameters import check_integer as integer
+from foveate.pruners.core.parameters import check_number as number
 
 
 @register("tome")
@@ -79,7 +81,7 @@ class ToMe(Merger):
             raise ParameterError(f"matching='kth' merges all but every {self.k}th token; it has no other schedule")
         return replace(self, r=counts, inflection=0.0, ratio=None)
 
-    def block(self, i: int, model: ModelInfo) -> BlockStage:
+    def block(self, i: int, model: ModelInfo) -> InTower:
         prefix, official = model.prefix_tokens, self.order == "official"
         planned = schedule(self.r, model.encoder_layers, self.inflection)[i]
 
@@ -97,9 +99,7 @@ class ToMe(Merger):
             drawn = torch.Generator().manual_seed(self.seed * 1_000_003 + i)
             return random_groups(metric, tokens.count, drawn, prefix=prefix, pairs=self.matching == "pairs")
 
-        return BlockStage(
-            Hook.VIT_BLOCK, select, {"metric": BlockKeys()}, layer=i, removes=removes, proportional=self.prop_attn
-        )
+        return InTower(select, {"metric": BlockKeys()}, layer=i, removes=removes, proportional=self.prop_attn)
 
 
 def schedule(r: int | tuple[int, ...], layers: int, inflection: float = 0.0) -> list[int]:

@@ -24,8 +24,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from foveate.errors import BudgetError, ParameterError
-from foveate.pruners.core.method import (
-    Hook,
+from foveate.pruners.core import (
+    BeforeLayer,
     InstructionAttention,
     Layout,
     ModelInfo,
@@ -36,13 +36,13 @@ from foveate.pruners.core.method import (
     Tokens,
     TransitionVariation,
     keep_all,
-    layers,
-    many,
-    number,
-    one_of,
+    register,
     top_k,
 )
-from foveate.pruners.core.registry import register
+from foveate.pruners.core.parameters import check_choice as one_of
+from foveate.pruners.core.parameters import check_layers as layers
+from foveate.pruners.core.parameters import check_many as many
+from foveate.pruners.core.parameters import check_number as number
 
 HIGH_DEPTH = 32  # layers of the decoders that the published schedule belongs to
 HIGH_PRUNE_LAYERS, HIGH_ACCUMULATE_LAYERS = (7, 9, 12), (7, 8, 9, 10, 11, 12)
@@ -129,9 +129,7 @@ class TransPrune(Pruner):
             signals["attention"] = InstructionAttention(layer)
             if ratio < before:
                 scope = "image" if self.per_image else "sample"
-                stages.append(
-                    Stage(Hook.LLM_LAYER, _Step(self, ratio), signals, layer, newlines="compete", scope=scope)
-                )
+                stages.append(BeforeLayer(_Step(self, ratio), signals, layer=layer, newlines="compete", scope=scope))
             before = ratio
         return tuple(stages)
 
@@ -154,6 +152,9 @@ class TransPrune(Pruner):
             if not 1 <= n <= model.decoder_layers:
                 raise ParameterError(f"accumulate_layers={n}: the decoder has layers 1 .. {model.decoder_layers}")
         return tuple(sorted(set(self.accumulate_layers)))
+
+    def count(self, layout: Layout, model: ModelInfo | None = None) -> int | None:
+        return sum(self.budgets(layout))
 
     def budgets(self, layout: Layout) -> tuple[int, ...]:
         """At the last prune layer; separators count as tokens, and several pictures share one budget unless ``per_image``."""

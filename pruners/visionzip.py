@@ -20,12 +20,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from foveate.errors import BudgetError, MissingSignalError, ParameterError
-from foveate.pruners.core.method import (
+from foveate.pruners.core import (
+    AtEntry,
     ClassAttention,
     ClassFeatures,
     EncoderFeatures,
     EncoderKeys,
-    Hook,
     Keep,
     Layout,
     ModelInfo,
@@ -35,14 +35,14 @@ from foveate.pruners.core.method import (
     Signal,
     Stage,
     Tokens,
-    check_keep,
     gather,
-    integer,
     per_view,
+    register,
     top_k,
     view_budgets,
 )
-from foveate.pruners.core.registry import register
+from foveate.pruners.core.parameters import check_integer as integer
+from foveate.pruners.core.parameters import check_keep
 
 
 @register("visionzip")
@@ -68,12 +68,12 @@ class VisionZip(Pruner):
     contextual: int | None = None
 
     def __post_init__(self) -> None:
-        check_keep(self.keep)
+        check_keep("keep", self.keep)
         if (self.dominant is None) != (self.contextual is None):
             raise ParameterError(f"dominant={self.dominant}, contextual={self.contextual}: give both or none")
         if self.dominant is not None:
-            integer("dominant", self.dominant, "number of tokens", 1, BudgetError)
-            integer("contextual", self.contextual, "number of tokens", 0, BudgetError)
+            integer("dominant", self.dominant, "number of tokens", 1, error=BudgetError)
+            integer("contextual", self.contextual, "number of tokens", 0, error=BudgetError)
 
     def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
         block = model.block("feature_layer", None)
@@ -82,7 +82,10 @@ class VisionZip(Pruner):
             signals |= {"attention": ClassAttention(block), "class_features": ClassFeatures(block)}
         else:
             signals["attention"] = ReceivedAttention(block)
-        return (Stage(Hook.LLM_INPUT, self.select, signals),)
+        return (AtEntry(self.select, signals),)
+
+    def count(self, layout: Layout, model: ModelInfo | None = None) -> int | None:
+        return sum(self.budgets(layout))
 
     def budgets(self, layout: Layout) -> tuple[int, ...]:
         """Tokens kept of each view.

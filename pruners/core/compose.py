@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from foveate.errors import ParameterError
-from foveate.pruners.core.method import Hook, Layout, ModelInfo, Pruner, Stage
+from foveate.pruners.core.method import ModelInfo, Pruner
+from foveate.pruners.core.stages import AtEntry, AtPixels, BeforeLayer, InTower, Stage
+from foveate.pruners.core.tokens import Layout
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 # of what changes the sequence; reading neurons and zeroing a cache do not
-_DEPTH = {Hook.PIXELS: 0, Hook.VIT_BLOCK: 1, Hook.LLM_INPUT: 2, Hook.LLM_LAYER: 3}
+_DEPTH = {AtPixels: 0, InTower: 1, AtEntry: 2, BeforeLayer: 3}
 
 
 @dataclass(frozen=True, init=False)
@@ -39,34 +41,21 @@ class Then(Pruner):
             raise ParameterError(f"Then takes configured methods, e.g. Then(DivPrune(), FastV()); got {pruners!r}")
         object.__setattr__(self, "pruners", pruners)
 
-    @property
-    def adaptive(self) -> bool:
-        return any(p.adaptive for p in self.pruners)
-
-    @property
-    def needs_grid(self) -> bool:
-        return any(p.needs_grid for p in self.pruners)
-
     def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
         stages: list[tuple[Pruner, Stage]] = []
         for pruner in self.pruners:
             for stage in pruner.stages(model):
-                before = [pair for pair in stages if pair[1].hook in _DEPTH]
-                if before and stage.hook in _DEPTH:
+                before = [pair for pair in stages if type(pair[1]) in _DEPTH]
+                if before and type(stage) in _DEPTH:
                     _check_order(*before[-1], pruner, stage)
                 stages.append((pruner, stage))
         return tuple(stage for _, stage in stages)
 
-    def kept_in(self, layout: Layout) -> int:
-        kept = self.pruners[0].kept_in(layout)
-        for pruner in self.pruners[1:]:
-            kept = pruner.kept(kept)
-        return kept
-
-    def kept_on(self, model: ModelInfo, layout: Layout) -> int:
-        kept = self.pruners[0].kept_on(model, layout)
-        for pruner in self.pruners[1:]:
-            kept = pruner.kept(kept)
+    def count(self, layout: Layout, model: ModelInfo | None = None) -> int | None:
+        first, *rest = self.pruners
+        kept = first.count(layout, model)
+        for pruner in rest:
+            kept = None if kept is None else pruner.count(Layout.grid(1, kept), model)
         return kept
 
     def prepare(self, image: Image) -> Image:
@@ -80,13 +69,12 @@ class Then(Pruner):
 
 def _check_order(before: Pruner, first: Stage, after: Pruner, second: Stage) -> None:
     """Raise unless ``second`` may follow ``first``."""
-    if first.hook == second.hook == Hook.LLM_INPUT:
+    if isinstance(first, AtEntry) and isinstance(second, AtEntry):
         raise ParameterError(
             f"{before.name} and {after.name} both act at the decoder's entry; combine one of them with a method that acts "
-            "in front of a decoder layer, such as fastv"
+            "before a decoder layer, such as fastv"
         )
-    if (_DEPTH[second.hook], second.layer) <= (_DEPTH[first.hook], first.layer):
+    if (_DEPTH[type(second)], second.layer) <= (_DEPTH[type(first)], first.layer):
         raise ParameterError(
-            f"{after.name} acts at {second.hook.value} {second.layer}, not after {before.name} at {first.hook.value} "
-            f"{first.layer}; change their order or their layers"
+            f"{after.name} acts at {second.label}, not after {before.name} at {first.label}; change their order or their layers"
         )

@@ -8,19 +8,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from foveate.pruners.core.merging import BlockStage, BlockTokens, Groups
-from foveate.pruners.core.method import (
-    Hook,
-    Keep,
-    Layout,
-    ModelInfo,
-    Pruner,
-    Selection,
-    Stage,
-    Tokens,
-    kept_tokens,
-    seeded,
-)
+from foveate.pruners.core.merging import BlockTokens, Groups
+from foveate.pruners.core.method import ModelInfo, Pruner
+from foveate.pruners.core.parameters import Keep
+from foveate.pruners.core.selection import kept_tokens, seeded
+from foveate.pruners.core.stages import InTower, Stage, TokenStage
+from foveate.pruners.core.tokens import Layout, Selection, Tokens
 from foveate.pruners.tome import random_groups
 
 
@@ -47,18 +40,6 @@ class RandomLike(Pruner):
         return f"random@{self.pruner.name}"
 
     @property
-    def adaptive(self) -> bool:
-        return self.pruner.adaptive
-
-    @property
-    def needs_grid(self) -> bool:
-        return self.pruner.needs_grid
-
-    @property
-    def takes_budget(self) -> bool:
-        return self.pruner.takes_budget
-
-    @property
     def keep(self) -> Keep | None:
         """The method's budget. Like the method, it may not have the attribute."""
         return getattr(self.pruner, self.pruner.budget_parameter)
@@ -68,16 +49,16 @@ class RandomLike(Pruner):
         return replace(self, pruner=replace(self.pruner, **{self.pruner.budget_parameter: keep}))
 
     def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
-        return tuple(
-            self._in_block(stage)
-            if stage.hook is Hook.VIT_BLOCK
-            else replace(stage, select=self._by_chance(stage))
-            if stage.hook in (Hook.LLM_INPUT, Hook.LLM_LAYER)
-            else stage
-            for stage in self.pruner.stages(model)
-        )
+        return tuple(map(self._random, self.pruner.stages(model)))
 
-    def _in_block(self, stage: BlockStage) -> BlockStage:
+    def _random(self, stage: Stage) -> Stage:
+        if isinstance(stage, InTower):
+            return self._in_block(stage)
+        if isinstance(stage, TokenStage) and stage.point != "llm_cache":
+            return replace(stage, select=self._by_chance(stage))
+        return stage
+
+    def _in_block(self, stage: InTower) -> InTower:
         def select(tokens: BlockTokens) -> Groups:
             drawn = torch.Generator().manual_seed(self.seed * 1_000_003 + stage.layer)
             return random_groups(tokens.embeds, tokens.count, drawn, prefix=tokens.prefix, pairs=True)
@@ -93,11 +74,8 @@ class RandomLike(Pruner):
 
         return select
 
-    def kept_in(self, layout: Layout) -> int:
-        return self.pruner.kept_in(layout)
-
-    def kept_on(self, model: ModelInfo, layout: Layout) -> int:
-        return self.pruner.kept_on(model, layout)
+    def count(self, layout: Layout, model: ModelInfo | None = None) -> int | None:
+        return self.pruner.count(layout, model)
 
     def parameters(self) -> dict[str, Any]:
         return {"pruner": (self.pruner.name, self.pruner.parameters()), "seed": self.seed}

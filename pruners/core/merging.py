@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +9,10 @@ import torch
 from torch import Tensor
 
 from foveate.errors import UnsupportedModelError
-from foveate.pruners.core.method import Layout, ModelInfo, Pruner, Stage, number
+from foveate.pruners.core.method import ModelInfo, Pruner
+from foveate.pruners.core.parameters import check_number
+from foveate.pruners.core.stages import InTower, Stage
+from foveate.pruners.core.tokens import Layout
 
 
 @dataclass(frozen=True)
@@ -49,28 +51,6 @@ class Groups:
     target: Tensor
 
 
-def _nothing(n: int) -> int:
-    return 0
-
-
-@dataclass(frozen=True)
-class BlockStage(Stage):
-    """A stage at ``Hook.VIT_BLOCK``: ``select(tokens: BlockTokens, **signals) -> Groups`` in block ``layer``.
-
-    Attributes:
-        removes: how many of n rows, prefix counted, merge away here; known before the tokens are.
-        proportional: the block's attention counts every row as often as it holds patches.
-        weighting: a group's row is the ``"size"``-weighted mean of its members, their plain ``"mean"``, or the target alone
-            (``"prune"``).
-        behind_mlp: merge behind the whole block instead of between attention and MLP.
-    """
-
-    removes: Callable[[int], int] = _nothing
-    proportional: bool = True
-    weighting: str = "size"
-    behind_mlp: bool = False
-
-
 @dataclass(frozen=True)
 class Merger(Pruner):
     """Base of the methods that merge tokens inside a vision tower, block by block.
@@ -90,7 +70,7 @@ class Merger(Pruner):
         "llava_onevision",
     )
 
-    def block(self, i: int, model: ModelInfo) -> BlockStage:
+    def block(self, i: int, model: ModelInfo) -> InTower:
         """The stage of the 0-based block ``i``."""
         raise NotImplementedError(f"{type(self).__name__} does not implement block()")
 
@@ -122,16 +102,14 @@ class Merger(Pruner):
             rows.append(rows[-1] - stage.removes(rows[-1]))
         return tuple(rows)
 
-    def kept_on(self, model: ModelInfo, layout: Layout) -> int:
-        """Exact where all views are whole; an upper bound where padding is cut off some of them behind the tower."""
-        # crops go whole through the tower, and lose their padding later
-        whole = max(view.size for view in layout.views)
+    def count(self, layout: Layout, model: ModelInfo | None = None) -> int | None:
+        """Exact where all views are whole; an upper bound where padding is cut off some of them after the tower."""
+        model = model or ModelInfo()  # LLaVA-1.5, of whose CLIP-L tower 23 blocks count
+        whole = max(
+            view.size for view in layout.views
+        )  # crops go whole through the tower, and lose their padding later
         kept = self.counts(whole, model)[-1] - model.prefix_tokens
         return sum(min(view.size, kept) for view in layout.views)
-
-    def kept_in(self, layout: Layout) -> int:
-        """As on LLaVA-1.5, behind the 23rd of a CLIP-L tower's 24 blocks; :meth:`kept_on` counts for any other tower."""
-        return self.kept_on(ModelInfo(), layout)
 
 
 def share(ratio: float, n: int) -> int:
@@ -142,7 +120,7 @@ def share(ratio: float, n: int) -> int:
 def check_ratio(ratio: float | tuple[float, ...]) -> None:
     """Raise :class:`ParameterError` unless every ratio lies in (0, 1]."""
     for one in ratio if isinstance(ratio, tuple) else (ratio,):
-        number("ratio", one, "share of tokens that a block keeps", 0, 1, above=True)
+        check_number("ratio", one, "share of tokens that a block keeps", 0, 1, above=True)
 
 
 def owners(groups: Groups) -> Tensor:

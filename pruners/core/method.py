@@ -1,11 +1,7 @@
-"""What every method is made of: where it acts, what it may know of a model, and the base class itself.
+"""What every method is: a frozen dataclass of its paper's parameters that says where it acts and what it keeps there.
 
-A method is a frozen dataclass of its paper's parameters. ``stages(model)`` returns where it acts (:class:`Hook`), what
-it wants to read (:class:`Signal`) and the function that turns visual tokens into a :class:`Selection`. Nothing here
-knows a model.
-
-Methods and adapters import all they need from here; it lives in ``tokens.py`` (tokens, layouts, selections), ``signals.py``,
-``parameters.py`` (checks) and ``selecting.py`` (budgets, rankings, one view at a time).
+Two rungs. A :class:`Scorer` only scores tokens, ``score(tokens, **signals) -> (B, N)``, and inherits budgets, views, order
+and ties. A :class:`Pruner` says in ``stages`` where it acts and returns a ``Selection`` itself.
 """
 
 from __future__ import annotations
@@ -13,107 +9,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from enum import Enum
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from foveate.errors import MissingSignalError, ParameterError
-from foveate.pruners.core.parameters import Keep, check_keep, integer, layers, many, number, one_of
-from foveate.pruners.core.selection import (
-    among_top,
-    budget,
-    floor,
-    gather,
-    keep_all,
-    kept_tokens,
-    per_view,
-    ranked,
-    seeded,
-    split_budget,
-    top_k,
-    view_budgets,
-    view_id,
-)
-from foveate.pruners.core.signals import (
-    ClassAttention,
-    ClassFeatures,
-    CoreMatches,
-    CoreNeurons,
-    CrossModalAttention,
-    EncoderFeatures,
-    EncoderKeys,
-    GivenAttention,
-    InstructionAttention,
-    LastTokenAttention,
-    PatchPixels,
-    ReceivedAttention,
-    RowMatches,
-    Signal,
-    TransitionVariation,
-    UnpooledFrames,
-)
-from foveate.pruners.core.tokens import Layout, Newline, Selection, Tokens, View
+from torch import Tensor
+
+from foveate.errors import MissingSignalError, ParameterError, UnknownNameError, nearest
+from foveate.pruners.core.parameters import Keep, check
+from foveate.pruners.core.selection import budget, keep_all, per_view, top_k, view_budgets
+from foveate.pruners.core.signals import Signal
+from foveate.pruners.core.stages import AtEntry, Stage
+from foveate.pruners.core.tokens import Layout, Selection, Tokens
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-__all__ = [
-    "ClassAttention",
-    "ClassFeatures",
-    "CoreMatches",
-    "CoreNeurons",
-    "CrossModalAttention",
-    "EncoderFeatures",
-    "EncoderKeys",
-    "GivenAttention",
-    "Hook",
-    "InstructionAttention",
-    "Keep",
-    "LastTokenAttention",
-    "Layout",
-    "ModelInfo",
-    "Newline",
-    "PatchPixels",
-    "Pruner",
-    "ReceivedAttention",
-    "RowMatches",
-    "Selection",
-    "Signal",
-    "Stage",
-    "Tokens",
-    "TransitionVariation",
-    "UnpooledFrames",
-    "View",
-    "among_top",
-    "budget",
-    "check_keep",
-    "floor",
-    "gather",
-    "integer",
-    "keep_all",
-    "kept_tokens",
-    "layers",
-    "many",
-    "number",
-    "one_of",
-    "per_view",
-    "ranked",
-    "seeded",
-    "split_budget",
-    "top_k",
-    "view_budgets",
-    "view_id",
-]
-
-
-class Hook(str, Enum):
-    """Where a stage acts."""
-
-    PIXELS = "pixels"  # in front of the vision tower
-    VIT_BLOCK = "vit_block"  # inside one block of the vision tower, between attention and MLP
-    LLM_INPUT = "llm_input"  # where the sequence enters the decoder
-    LLM_LAYER = "llm_layer"  # in front of one decoder layer, in prefill
-    LLM_MLP = "llm_mlp"  # inside one decoder layer's MLP: read in prefill, run in part in decode
-    LLM_CACHE = "llm_cache"  # one decoder layer's keys and values, once the prompt is through
 
 
 @dataclass(frozen=True)
@@ -121,17 +29,20 @@ class ModelInfo:
     """What a method may know about the model it is attached to.
 
     Attributes:
-        family: adapter name (``"llava"``, ``"qwen2_5_vl"``, …); tower: class name of the vision tower.
-        encoder_layers: number of encoder blocks; feature_layer: the 0-based block whose output feeds the projector.
-        class_token: whether the tower has one; prefix_tokens: rows in front of the patches (class, distillation, registers),
-            None: the class token alone, where there is one.
-        decoder_layers: number of decoder layers; mrope: three-axis positions.
+        family: adapter name (``"llava"``, ``"qwen2_5_vl"``, …).
+        tower: class name of the vision tower.
+        encoder_layers: number of encoder blocks.
+        feature_layer: the 0-based block whose output feeds the projector.
+        class_token: whether the tower has one.
+        decoder_layers: number of decoder layers.
+        mrope: three-axis positions.
         full_attention: encoder blocks without windows (None: all of them, as in most towers).
         patch_size: side of a patch in pixels.
-        token_ids: ids of special tokens by what the model's configuration calls them: ``"pad"``, ``"eos"``, ``"vision_end"``, …
+        token_ids: ids of special tokens by what the model's configuration calls them: ``"pad"``, ``"eos"``, …
         find_file: path of a file of this name that lies beside the model's weights, or None; never asks the network.
         frames_per_view: video frames that the vision encoder fuses into one view.
-        pools_frames: video frames are pooled behind the projector, so that :class:`UnpooledFrames` can be read.
+        pools_frames: video frames are pooled after the projector, so that ``UnpooledFrames`` can be read.
+        prefix_tokens: rows before the patches (class, distillation, registers), None: the class token alone, if any.
     """
 
     family: str = "none"
@@ -171,15 +82,15 @@ class ModelInfo:
         return block
 
     def decoder_layer(self, name: str, layer: int) -> int:
-        """``layer`` if the decoder has it and a layer in front of it.
+        """``layer`` if the decoder has it and a layer before it.
 
         Raises:
             ParameterError: it has not.
         """
         if not 1 <= layer < self.decoder_layers:
             raise ParameterError(
-                f"{name}={layer}: the decoder has {self.decoder_layers} layers, so tokens can leave it in front of "
-                f"layers 1 .. {self.decoder_layers - 1}"
+                f"{name}={layer}: the decoder has {self.decoder_layers} layers, so tokens can leave it before layers "
+                f"1 .. {self.decoder_layers - 1}"
             )
         return layer
 
@@ -193,82 +104,27 @@ class ModelInfo:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One place where a method acts.
-
-    Attributes:
-        hook: the hook point; layer: which decoder layer, for the ``llm_`` points but ``llm_input``.
-        select: ``select(tokens, **signals) -> Selection``; at ``llm_layer`` the index runs over the tokens still there.
-            At ``llm_cache`` the keys and values of tokens that are not selected are zeroed in that layer, and nothing else.
-            At ``llm_mlp`` it is ``select(**signals) -> (B, F)`` bool, the neurons that run when the answer is decoded.
-            At ``Hook.PIXELS`` it is ``select(pixel_values) -> pixel_values``; the fewer features of smaller pictures then
-            come first among the tokens at ``llm_input``, zeros fill up.
-        signals: argument name -> what to read.
-        positions: ``"keep"`` or ``"compact"`` where the method's specification demands one; None = the family's custom
-            (compact for one-axis positions, keep for m-RoPE).
-        newlines: what becomes of separators: ``"rows"`` keeps those whose row keeps a token, ``"drop"`` none, ``"keep"`` all,
-            ``"compete"`` selects among them as among tokens (at ``llm_layer``; they count in :class:`Tokens`).
-            A selection with an ``order`` of its own has no rows and loses them.
-        scope: what is selected from together: each ``"image"`` (or video) by itself, or, at ``llm_layer``, all of a ``"sample"``,
-            with their views in one layout. Under ``"sample"`` and ``"compete"`` a selection has an index and scores only.
-        evict: at ``llm_layer``: tokens that go leave the caches of the earlier layers as well, once the prompt is through.
-        refresh: at ``llm_mlp``: several tokens behind a filled cache are a new prompt, read in full, and give a new set; otherwise
-            they continue the answer with the set there is.
-        deepstack: levels of DeepStack features (Qwen3-VL) that join behind early layers, ``"all"`` or ``"first"``.
-        reads_text: fill in the instruction of :class:`Tokens`; reads_frame_scores: fill in its frame scores.
-        empty_frames: what becomes of the text that frames a video frame (timestamp, start and end of vision) where the family
-            writes any and the stage leaves the frame no token: ``"keep"`` or ``"drop"``.
-    """
-
-    hook: Hook
-    select: Callable[..., Any]
-    signals: Mapping[str, Signal] = field(default_factory=dict)
-    layer: int = 0
-    positions: str | None = None
-    newlines: str = "rows"
-    scope: str = "image"
-    evict: bool = False
-    refresh: bool = True
-    reads_text: bool = False
-    deepstack: str = "all"
-    reads_frame_scores: bool = False
-    empty_frames: str = "keep"
-
-    @property
-    def text_guided(self) -> bool:
-        """Whether what the stage chooses depends on the question."""
-        return (
-            self.reads_text
-            or self.reads_frame_scores
-            or any(getattr(s, "from_text", False) for s in self.signals.values())
-        )
-
-
-@dataclass(frozen=True)
 class Pruner:
     """Base of all methods. Subclasses are frozen dataclasses whose fields are the paper's parameters.
 
-    Class attributes (for ``foveate list`` and ``foveate show``): ``name`` is set by :func:`register`; ``title``, ``paper``,
-    ``cost`` and ``families`` describe the method; ``adaptive`` is True when the number of kept tokens depends on content,
-    ``needs_grid`` when it depends on the shape of the grid; ``regrids`` when survivors stand for a resampled picture, none
-    of them where a token was; ``content_free`` when the layout and the picture's id alone decide which tokens survive;
-    ``budget_parameter`` names the parameter that is a :data:`Keep`, which other parameters may rule out: ``takes_budget`` is False then;
-    ``counted`` names the parameters, with their values, under which an adaptive method keeps a count that is known beforehand.
-    Any may be a property: ask a method, not its class.
+    Class attributes describe a method for ``foveate list`` and ``foveate show``; any may be a property.
     """
 
     name: ClassVar[str] = ""
+    """Set by :func:`register`."""
     title: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     cost: ClassVar[str] = ""
     families: ClassVar[tuple[str, ...]] = ("all",)
-    adaptive: ClassVar[bool] = False
-    needs_grid: ClassVar[bool] = False
     budget_parameter: ClassVar[str] = "keep"
-    takes_budget: ClassVar[bool] = True
+    """The parameter that is a :data:`Keep`."""
     regrids: ClassVar[bool] = False
+    """Survivors stand for a resampled picture, none of them where a token was."""
     content_free: ClassVar[bool] = False
-    counted: ClassVar[Mapping[str, Any]] = {}
+    """The layout and the picture's id alone decide which tokens survive."""
+
+    def __post_init__(self) -> None:
+        check(self)
 
     def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
         """Where the method acts on this model.
@@ -278,30 +134,12 @@ class Pruner:
         """
         raise NotImplementedError(f"{type(self).__name__} does not implement stages()")
 
-    def budgets(self, layout: Layout) -> tuple[int, ...]:
-        """How many tokens of each view of ``layout`` survive; methods that pool the views return a single number."""
-        raise NotImplementedError(f"{type(self).__name__} does not implement budgets()")
+    def count(self, layout: Layout, model: ModelInfo | None = None) -> int | None:
+        """How many visual tokens of a picture or video of this layout survive the method's last stage.
 
-    def kept_in(self, layout: Layout) -> int:
-        """How many visual tokens of an image or video of this layout survive (the last stage that prunes)."""
-        return sum(self.budgets(layout))
-
-    def kept_on(self, model: ModelInfo, layout: Layout) -> int:
-        """:meth:`kept_in` for methods whose count also depends on the model (on the depth of its tower)."""
-        return self.kept_in(layout)
-
-    def kept(self, n_tokens: int, grid: tuple[int, int] | None = None) -> int:
-        """How many of ``n_tokens`` visual tokens of a single picture survive; for crops and videos see :meth:`kept_in`.
-
-        Raises:
-            ParameterError: the grid does not have ``n_tokens`` tokens, or is missing where the count depends on it.
+        None: its content decides. Everything else about numbers follows from this one answer.
         """
-        if grid is None and self.needs_grid:
-            raise ParameterError(f"{self.name}: the number of kept tokens depends on the grid; pass grid=(rows, cols)")
-        rows, cols = grid or (1, n_tokens)
-        if rows * cols != n_tokens:
-            raise ParameterError(f"a grid of {rows} x {cols} does not hold {n_tokens} tokens")
-        return self.kept_in(Layout.grid(rows, cols))
+        raise NotImplementedError(f"{type(self).__name__} does not implement count()")
 
     def prepare(self, image: Image) -> Image:
         """What to do to a picture before the processor sees it; the identity for all methods that act in the model."""
@@ -310,3 +148,133 @@ class Pruner:
     def parameters(self) -> dict[str, Any]:
         """The method's parameters by name."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+
+@dataclass(frozen=True)
+class Scorer(Pruner):
+    """A method that keeps the tokens of highest score: implement :meth:`score`, and :meth:`reads` if it reads signals.
+
+    Attributes:
+        keep: fraction or number of tokens of the image, shared among its views in proportion to their sizes.
+    """
+
+    pooled: ClassVar[bool] = False
+    """All views of a picture compete for one budget, instead of each view for its share."""
+
+    keep: Keep = 0.25
+
+    def score(self, tokens: Tokens, **signals: Tensor) -> Tensor:
+        """How much each token is worth keeping, ``(B, N)`` float."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement score()")
+
+    def reads(self, model: ModelInfo) -> Mapping[str, Signal]:
+        """Arguments of :meth:`score`, and the signals that they are."""
+        return {}
+
+    def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
+        return (AtEntry(self.select, self.reads(model)),)
+
+    def budgets(self, layout: Layout) -> tuple[int, ...]:
+        """Tokens of each view that survive, a single number where they are :attr:`pooled`."""
+        return (budget(self.keep, layout.size),) if self.pooled else view_budgets(self.keep, layout)
+
+    def count(self, layout: Layout, model: ModelInfo | None = None) -> int | None:
+        return sum(self.budgets(layout))
+
+    def select(self, tokens: Tokens, **signals: Tensor) -> Selection:
+        """The tokens of highest :meth:`score`, ties to the lower number."""
+        if self.pooled:
+            return best(tokens, budget(self.keep, tokens.count), self.score(tokens, **signals))
+        budgets = self.budgets(tokens.layout)
+        if sum(budgets) >= tokens.count:
+            return keep_all(tokens)
+        return per_view(tokens, budgets, best, scores=self.score(tokens, **signals))
+
+
+def best(tokens: Tokens, k: int, scores: Tensor) -> Selection:
+    """The ``k`` tokens of highest ``scores (B, N)``."""
+    return Selection(top_k(scores, k), scores=scores)
+
+
+# ------------------------------------------------------------------------------------------------------------ by name
+
+PRUNERS: dict[str, type[Pruner]] = {}
+P = TypeVar("P", bound=type[Pruner])
+
+
+def register(name: str) -> Callable[[P], P]:
+    """Class decorator: make a method known under ``name``."""
+
+    def add(cls: P) -> P:
+        if name in PRUNERS:
+            raise ParameterError(f"the method name {name!r} is already taken by {PRUNERS[name].__qualname__}")
+        cls.name = name
+        PRUNERS[name] = cls
+        return cls
+
+    return add
+
+
+def find(name: str) -> type[Pruner]:
+    """The method called ``name``.
+
+    Raises:
+        UnknownNameError: there is none; the message suggests the nearest.
+    """
+    if name not in PRUNERS:
+        raise UnknownNameError(f"unknown method {name!r}; {nearest(name, PRUNERS)}")
+    return PRUNERS[name]
+
+
+def create(method: str | Pruner | type[Pruner], **params: Any) -> Pruner:
+    """Turn a name, a class or a ready method into a method with parameters ``params``.
+
+    Names may compose: ``"pospad:random"`` is PosPad around Random, each taking the parameters it knows, the outer one first;
+    ``"then:divprune+fastv"`` is one after the other; ``"random@fastv"`` is FastV's control (``RandomLike``).
+
+    Raises:
+        UnknownNameError: no such method or parameter.
+        ParameterError: parameters given beside a ready method, or a method around another that goes around none.
+    """
+    if isinstance(method, str) and method.startswith("random@"):
+        from foveate.pruners.core.control import RandomLike
+
+        return RandomLike(create(method.removeprefix("random@"), **params))
+    if isinstance(method, str) and ":" in method:
+        return _composed(*method.split(":", 1), params)
+    if isinstance(method, Pruner):
+        if params:
+            raise ParameterError(f"{method} is configured already; drop {', '.join(params)} or use dataclasses.replace")
+        return method
+    cls = find(method) if isinstance(method, str) else method
+    if not (isinstance(cls, type) and issubclass(cls, Pruner)):
+        raise ParameterError(f"{method!r} is not a method: give a name (see `foveate list`) or a Pruner")
+    known = [f.name for f in dataclasses.fields(cls)]
+    for name in params:
+        if name not in known:
+            own = "it has a schedule of its own in place of a budget; " if name == "keep" else ""
+            raise UnknownNameError(f"{cls.name} has no parameter {name!r}; {own}{nearest(name, known)}")
+    try:
+        return cls(**params)
+    except TypeError as error:  # a value that cannot even be compared
+        given = ", ".join(f"{name}={value!r}" for name, value in params.items())
+        raise ParameterError(
+            f"{cls.name} cannot be built with {given}: {error}; see `foveate show {cls.name}`"
+        ) from None
+
+
+def _composed(outer: str, inner: str, params: dict[str, Any]) -> Pruner:
+    """The method of a name such as ``outer:inner``."""
+    if outer == "then":
+        from foveate.pruners.core.compose import Then
+
+        if params:
+            raise ParameterError(f"then:{inner} takes no parameters; build Then(...) from configured methods instead")
+        return Then(*(create(name) for name in inner.split("+")))
+    cls = find(outer)
+    known = {f.name for f in dataclasses.fields(cls)} - {"inner"}
+    if not hasattr(cls, "inner"):
+        raise ParameterError(f"{outer}:{inner}: {outer} goes around no other method; methods that do: pospad, then")
+    own = {name: value for name, value in params.items() if name in known}
+    rest = {name: value for name, value in params.items() if name not in known}
+    return create(outer, inner=create(inner, **rest), **own)

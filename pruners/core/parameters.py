@@ -1,7 +1,12 @@
-"""Checks of the parameters that users pass: budgets, numbers, layers, one of several words."""
+"""Parameters of methods, checked where they are declared: ``alpha: float = number(0.1, "share", 0, 1)``.
+
+The functions here are defaults of dataclass fields. :func:`check` holds every field of a method to what it was declared as;
+a field typed ``Keep`` is held to :func:`check_keep` by itself. A default of None makes None a value that passes.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from numbers import Integral, Real
@@ -10,9 +15,64 @@ from typing import Any
 from foveate.errors import BudgetError, FoveateError, ParameterError
 
 Keep = int | float
+"""A budget: a fraction in (0, 1] or a number of tokens >= 1."""
+
+Check = Callable[[str, Any], Any]
+"""``check(name, value)``: the value, maybe in another form; raises a :class:`FoveateError` that names the parameter."""
 
 
-def check_keep(keep: Keep) -> Keep:
+def check(parameters: Any) -> None:
+    """Hold the fields of a dataclass to what they were declared as.
+
+    Raises:
+        ParameterError: (BudgetError for budgets) a value does not fit; the message names the parameter and what fits.
+    """
+    for one in dataclasses.fields(parameters):
+        given = getattr(parameters, one.name)
+        how: Check | None = one.metadata.get("check")
+        if how is None and str(one.type).startswith("Keep"):
+            how = check_keep
+        if how is None or (given is None and one.default is None):
+            continue
+        value = how(one.name, given)
+        if value is not given:
+            object.__setattr__(parameters, one.name, value)
+
+
+def _parameter(default: Any, how: Check) -> Any:
+    return dataclasses.field(default=default, metadata={"check": how})
+
+
+def number(
+    default: float | None, what: str, low: float = -math.inf, high: float = math.inf, *, above: bool = False
+) -> Any:
+    """A finite number from ``low`` (``above``: not ``low`` itself) to ``high``; ``what`` it is."""
+    return _parameter(default, lambda name, value: check_number(name, value, what, low, high, above=above))
+
+
+def integer(
+    default: int | None, what: str, low: int | None = None, *, error: type[FoveateError] = ParameterError
+) -> Any:
+    """An int, at least ``low``; ``what`` it counts."""
+    return _parameter(default, lambda name, value: check_integer(name, value, what, low, error=error))
+
+
+def choice(default: str | None, *allowed: str) -> Any:
+    """One of several words."""
+    return _parameter(default, lambda name, value: check_choice(name, value, allowed))
+
+
+def several(default: Iterable[Any] | None, one: Check) -> Any:
+    """A sequence of what ``one`` accepts."""
+    return _parameter(default, lambda name, value: check_many(name, value, lambda x: one(name, x)))
+
+
+def layers(default: Iterable[int] | None) -> Any:
+    """Different layers; whether a model has them is for ``stages`` to say."""
+    return _parameter(default, check_layers)
+
+
+def check_keep(name: str, keep: Keep) -> Keep:
     """Return ``keep`` if it is a fraction in (0, 1] or an integer >= 1.
 
     Raises:
@@ -21,79 +81,83 @@ def check_keep(keep: Keep) -> Keep:
     whole = isinstance(keep, int) and not isinstance(keep, bool)
     if isinstance(keep, bool) or not isinstance(keep, (int, float)):
         raise BudgetError(
-            f"keep={keep!r} is a {type(keep).__name__}; give a fraction in (0, 1] or a number of tokens >= 1"
+            f"{name}={keep!r} is a {type(keep).__name__}; give a fraction in (0, 1] or a number of tokens >= 1"
         )
     if whole and keep < 1:
-        raise BudgetError(f"keep={keep} tokens leaves no visual token; give at least 1, or a fraction in (0, 1]")
+        raise BudgetError(f"{name}={keep} tokens leaves no visual token; give at least 1, or a fraction in (0, 1]")
     if not whole and not (0.0 < keep <= 1.0):
-        raise BudgetError(f"keep={keep} is no fraction in (0, 1]; for a number of tokens pass an int")
+        raise BudgetError(f"{name}={keep} is not a fraction in (0, 1]; for a number of tokens pass an int")
     return keep
 
 
-def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raise :class:`ParameterError` unless ``value`` is one of ``allowed``."""
-    if value not in allowed:
-        raise ParameterError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}")
-
-
-def number(
-    name: str, value: float, what: str, low: float = -math.inf, high: float = math.inf, above: bool = False
-) -> float:
-    """Return ``value`` if it is a finite number from ``low`` (``above``: not ``low`` itself) to ``high``; ``what`` it is of.
+def check_choice(name: str, value: str, allowed: Iterable[str]) -> str:
+    """Return ``value`` if it is one of ``allowed``.
 
     Raises:
-        ParameterError: it is not; the message names the parameter and the bounds.
+        ParameterError: it is not.
+    """
+    if value not in tuple(allowed):
+        raise ParameterError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}")
+    return value
+
+
+def check_number(
+    name: str, value: float, what: str, low: float = -math.inf, high: float = math.inf, *, above: bool = False
+) -> float:
+    """Return ``value`` if it is a finite number from ``low`` (``above``: not ``low`` itself) to ``high``.
+
+    Raises:
+        ParameterError: it is not; the message names the parameter, ``what`` it is and the bounds.
     """
     if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
         fits = False
     else:
         fits = (low < value if above else low <= value) and value <= high
     if not fits:
-        raise ParameterError(f"{name}={value!r} is no {what}; give a number{_bounds(low, high, above)}")
+        raise ParameterError(f"{name}={value!r} is not a {what}; give a number{_bounds(low, high, above)}")
     return value
 
 
-def integer(
-    name: str, value: int, what: str, low: int | None = None, error: type[FoveateError] = ParameterError
+def check_integer(
+    name: str, value: int, what: str, low: int | None = None, *, error: type[FoveateError] = ParameterError
 ) -> int:
-    """Return ``value`` if it is an int, at least ``low``; ``what`` it counts.
+    """Return ``value`` if it is an int, at least ``low``.
 
     Raises:
-        ParameterError: (or the given ``error``) it is not.
+        ParameterError: (or the given ``error``) it is not; the message says ``what`` it counts.
     """
     if not isinstance(value, Integral) or isinstance(value, bool) or (low is not None and value < low):
-        raise error(f"{name}={value!r} is no {what}; give an int{'' if low is None else f' >= {low}'}")
+        raise error(f"{name}={value!r} is not a {what}; give an int{'' if low is None else f' >= {low}'}")
     return value
 
 
-def many(name: str, values: Iterable[Any], one: Callable[[Any], Any]) -> tuple[Any, ...]:
+def check_many(name: str, values: Iterable[Any], one: Callable[[Any], Any]) -> tuple[Any, ...]:
     """Return ``values`` as a tuple if they are a sequence of what ``one`` accepts.
 
     Raises:
         ParameterError: they are not.
     """
     if isinstance(values, str) or not isinstance(values, Iterable):
-        raise ParameterError(f"{name}={values!r} is no sequence of numbers; put a single one in brackets")
+        raise ParameterError(f"{name}={values!r} is not a sequence of numbers; put a single one in brackets")
     return tuple(one(value) for value in values)
 
 
-def layers(name: str, values: Iterable[int]) -> tuple[int, ...]:
-    """Return ``values`` as a tuple if they are different ints; whether a model has such layers is for ``stages`` to say.
+def check_layers(name: str, values: Iterable[int]) -> tuple[int, ...]:
+    """Return ``values`` as a tuple if they are different ints.
 
     Raises:
         ParameterError: they are not.
     """
-    found = many(name, values, lambda value: integer(name, value, "layer's number"))
+    found = check_many(name, values, lambda value: check_integer(name, value, "layer's number"))
     if len(set(found)) < len(found):
         raise ParameterError(f"{name}={found} names a layer twice; name each once")
     return found
 
 
 def _bounds(low: float, high: float, above: bool) -> str:
-    parts = (
-        []
-        if low == -math.inf
-        else [f"above {low:g}" if above else f"from {low:g}" if high < math.inf else f">= {low:g}"]
-    )
-    parts += [] if high == math.inf else [f"{'at most' if above or not parts else 'to'} {high:g}"]
+    parts: list[str] = []
+    if low > -math.inf:
+        parts.append(f"above {low:g}" if above else f"from {low:g}" if high < math.inf else f">= {low:g}")
+    if high < math.inf:
+        parts.append(f"{'at most' if above or not parts else 'to'} {high:g}")
     return " " + (", " if above else " ").join(parts) if parts else ""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, normalize
 
 from foveate.errors import ParameterError
-from foveate.pruners.core.method import one_of
+from foveate.pruners.core.parameters import check_choice as one_of
 
 
 class Enhancer(nn.Module):

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from foveate.errors import ParameterError
-from foveate.pruners.core.method import Pruner
-from foveate.pruners.core.registry import create
+from foveate.pruners.core.method import Pruner, create
 
 __all__ = ["ENDINGS", "Preset", "is_preset"]
 

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from foveate.pruners.core.method import Layout
+from foveate.pruners.core.tokens import Layout
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ class View:
 
 @dataclass(frozen=True)
 class Newline:
-    """A separator embedding behind tokens ``first .. last - 1``; it occupies a place in the sequence, not a token number."""
+    """A separator embedding after tokens ``first .. last - 1``; it occupies a place in the sequence, not a token number."""
 
     place: int
     first: int
@@ -125,7 +125,7 @@ class Tokens:
         embeds: ``(B, N, D)`` what the decoder would see (projected embeddings, or hidden states at ``llm_layer``).
         layout: the tokens' layout; at ``llm_layer`` that of the *unpruned* image.
         sample_ids: one number per image, stable under batching; seeds everything random.
-        instruction: ``(B, T, D)`` embeddings of the text behind the first picture, zero where ``instruction_mask`` is False;
+        instruction: ``(B, T, D)`` embeddings of the text after the first picture, zero where ``instruction_mask`` is False;
             None unless the stage says that it reads text, or where there is none.
         instruction_mask: ``(B, T)`` bool.
         instruction_ids: ``(B, T)`` token ids, -1 where masked.
@@ -163,12 +163,11 @@ class Selection:
         values: ``(B, K, D)`` new embeddings of the survivors (mergers), or None: they keep their own.
         owner: ``(B, N)`` the surviving token that speaks for each token, -1 if none does; None for pure pruners.
         scores: ``(B, N)`` float, higher is more worth keeping; only for people to look at.
-        order: ``(B, K)`` permutation of 0 .. K-1: column ``order[b, j]`` of ``index`` enters the decoder as j-th; None = ascending.
+        order: ``(B, M)`` what enters the decoder, in order: columns of ``index``, each once, and -1 for a separator. None:
+            ascending, with separators as the stage's policy has it. Columns beyond a row's own count are passed over.
         resample: B functions ``(N, C) -> (K, C)``, how other features of the tokens (DeepStack levels) become those of the
             survivors where ``values`` are mixtures; None: each survivor keeps its own.
-        markers: ``(B, N)`` bool: survivors that only stand for dropped tokens; for people to look at.
-        breaks: ``(B, S)`` ascending: separator s enters behind ``breaks[b, s]`` tokens; where the picture has fewer than S, places
-            of dropped tokens carry the rest. None: the stage's policy.
+        markers: survivors that only stand for dropped tokens, ``(B, N)`` bool; for people to look at.
     """
 
     index: Tensor
@@ -177,7 +176,6 @@ class Selection:
     scores: Tensor | None = None
     order: Tensor | None = None
     resample: Sequence[Callable[[Tensor], Tensor]] | None = None
-    breaks: Tensor | None = None
     markers: Tensor | None = None
 
     def check(self, method: str, batch: int, count: int, padded: bool) -> None:

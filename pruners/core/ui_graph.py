@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from foveate.errors import ParameterError
-from foveate.pruners.core.method import Layout, one_of
+from foveate.pruners.core.parameters import check_choice
+from foveate.pruners.core.tokens import Layout
 
 MODES = ("log", "inverse", "sqrt")
 
@@ -32,7 +33,7 @@ def ui_graph(pixels: Tensor, layout: Layout, threshold: float = 2.0, mode: str =
     Returns:
         ``(B, N)`` float32.
     """
-    one_of("mode", mode, MODES)
+    check_choice("mode", mode, MODES)
     scale = math.sqrt(2 / pixels.shape[3])
     blocks = pixels.flatten(2)
     batch, n = blocks.shape[:2]
