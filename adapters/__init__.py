@@ -2,10 +2,9 @@
 
 from foveate.adapters.families import llava, llava_next, llava_onevision, llava_original, qwen_vl  # noqa: F401
 from foveate.adapters.families.base import FAMILIES, Adapter, adapter_for
-from foveate.adapters.session import Session, attach
+from foveate.adapters.session import Session, VitSession, attach
 from foveate.adapters.towers import open_clip, timm, transformers  # noqa: F401  (they register themselves)
 from foveate.adapters.towers.base import MergeTrace
-from foveate.adapters.towers.session import VitSession
 from foveate.adapters.trace import ImageTrace, StageTrace, Trace
 from foveate.adapters.video.frame_scorer import FrameScorer, FrameScores
 from foveate.adapters.video.reading import Video, read_video

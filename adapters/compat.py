@@ -402,9 +402,10 @@ def key_source(attention: nn.Module) -> nn.Module:
     return _part(attention, "k_norm", "k_proj")
 
 
-def normalised(attention: nn.Module, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys ``(B, K, H, d)`` as the attention normalises them, if it does."""
-    return (attention.q_norm(q), attention.k_norm(k)) if hasattr(attention, "q_norm") else (q, k)
+def normalised(attention: nn.Module, which: str, x: Tensor) -> Tensor:
+    """Queries (``"q"``) or keys (``"k"``) ``(B, K, H, d)`` as the attention normalises them, if it does."""
+    norm = getattr(attention, f"{which}_norm", None)
+    return x if norm is None else norm(x)
 
 
 def _part(module: nn.Module, *names: str) -> nn.Module:

@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from foveate.errors import ParameterError
-from foveate.pruners.core.method import Layout, View, one_of
+from foveate.pruners.core import Layout, View
+from foveate.pruners.core.parameters import check_choice
 
 if TYPE_CHECKING:
     from foveate.adapters.trace import ImageTrace
@@ -223,7 +224,7 @@ def draw(
     Raises:
         ParameterError: unknown ``show`` or ``layer``; a method that gives no scores, or merges nothing, has none to show.
     """
-    one_of("show", show, SHOW)
+    check_choice("show", show, SHOW)
     layer = max(len(trace.tokens_per_layer) - 1, 0) if layer is None else layer
     known = facts(trace, layer)
     if show == "scores" and np.isnan(known.scores).all():

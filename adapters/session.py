@@ -4,46 +4,40 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import Any
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from foveate.adapters import compat
-from foveate.adapters.attachment import Attachment, attached_to, undone_on_failure
-from foveate.adapters.engine.decoder_signals import DecoderTap
-from foveate.adapters.engine.encoder import EncoderWatch
-from foveate.adapters.engine.prompt import Item, Pool, Prompt, Result, by_item, find_items, pools_of
-from foveate.adapters.engine.sequence import SequenceWriter
-from foveate.adapters.engine.spans import Call, Choice, Span
-from foveate.adapters.families.base import Adapter, Brought, adapter_for
-from foveate.adapters.towers.base import block_stages, tower_for
-from foveate.adapters.towers.merging import remaining
-from foveate.adapters.towers.session import VitSession
-from foveate.adapters.towers.taps import DECODER
+from foveate.adapters.engine.prefill import Item, Prefill
+from foveate.adapters.families.base import Adapter, Brought, Modality, adapter_for, bind
+from foveate.adapters.taps import DecoderTap, Replaced, Values
+from foveate.adapters.towers.base import BlockMerger, MergeTrace, Tower, tower_for
+from foveate.adapters.towers.merging import TowerMerging
 from foveate.adapters.trace import Trace
-from foveate.errors import AttachError, FoveateError, InputError, MissingSignalError, ParameterError
-from foveate.pruners.core.method import (
-    CrossModalAttention,
-    Hook,
-    InstructionAttention,
-    Layout,
-    Pruner,
-    Selection,
-    Signal,
-    Stage,
-    Tokens,
-    keep_all,
-    one_of,
+from foveate.errors import (
+    AttachError,
+    FoveateError,
+    InputError,
+    MissingSignalError,
+    ParameterError,
+    UnsupportedModelError,
 )
+from foveate.pruners.core.method import PRUNERS, ModelInfo, Pruner, create
+from foveate.pruners.core.parameters import check_choice
 from foveate.pruners.core.preset import Preset, is_preset
-from foveate.pruners.core.registry import PRUNERS, create
+from foveate.pruners.core.signals import PatchPixels
+from foveate.pruners.core.stages import AtEntry, AtPixels, BeforeLayer, InCache, InMLP, InTower, Stage
 
-# stands for all that happens inside the tower, where the sequence enters the decoder
-_TOWER = Stage(Hook.VIT_BLOCK, keep_all)
+_ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Attachment]] = weakref.WeakKeyDictionary()
+Self = TypeVar("Self", bound="Attachment")
 
 
 def attach(
@@ -73,8 +67,10 @@ def attach(
         when done.
 
     Raises:
-        UnsupportedModelError: unknown family. MissingSignalError: the method reads what the model cannot provide.
-        UnknownNameError, ParameterError, BudgetError: bad names or values. AttachError: a pruner is attached already.
+        UnsupportedModelError: unknown family.
+        MissingSignalError: the method reads what the model cannot provide.
+        UnknownNameError, ParameterError, BudgetError: bad names or values.
+        AttachError: a pruner is attached already.
     """
     if isinstance(pruner, nn.Module):
         raise ParameterError(
@@ -91,11 +87,74 @@ def attach(
     return Session(model, method, positions, separators)
 
 
+def attached_to(root: nn.Module) -> Attachment | None:
+    """The session that acts on ``root``, if any."""
+    return _ATTACHED.get(root, lambda: None)()
+
+
+def session_of(model: nn.Module) -> Session | None:
+    """The session that is attached to the model, if any."""
+    inner = getattr(model, "model", model)
+    return attached_to(inner if hasattr(inner, "language_model") else model)
+
+
+class Attachment:
+    """An attached pruner: one method on one model, to be taken off again.
+
+    Attributes:
+        model: what it was attached to.
+        pruner: what was attached.
+    """
+
+    def __init__(self, model: nn.Module, pruner: Pruner, root: nn.Module) -> None:
+        """``root``: the module that only one pruner may act on at a time.
+
+        Raises:
+            AttachError: one acts on it already.
+        """
+        self.model, self.pruner, self._root = model, pruner, root
+        self._undo = ExitStack()
+        attached = attached_to(root)
+        if attached is not None:
+            raise AttachError(
+                f"{type(model).__name__} already has {attached.pruner.name!r} attached; call detach() on that session first, "
+                "or combine methods with foveate.Then"
+            )
+
+    def detach(self) -> None:
+        """Take the pruner off; the model is what it was. Calling it again does nothing."""
+        self._undo.close()
+        if self.attached:
+            del _ATTACHED[self._root]
+
+    @property
+    def attached(self) -> bool:
+        """Whether the pruner still acts on the model."""
+        return attached_to(self._root) is self
+
+    def __enter__(self: Self) -> Self:
+        if not self.attached:
+            raise AttachError("this session was detached; call foveate.attach again")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        state = "attached to" if self.attached else "detached from"
+        return f"<foveate.{type(self).__name__} {self.pruner} {state} {type(self.model).__name__}>"
+
+
 class Session(Attachment):
     """A pruner attached to a vision-language model.
 
     Attributes:
-        model, pruner: what was attached to what; positions, separators: the policies asked for.
+        model: what it was attached to.
+        pruner: what was attached.
+        positions: the policy asked for.
+        separators: the policy asked for.
         trace: what happened in the last call that brought visual tokens, None before. A call whose ``inputs_embeds`` already
             hold picture features brings none that can be told from text: it runs unpruned.
         sample_ids: set to one number per image before a call to fix what random methods draw for it; by default images are
@@ -105,47 +164,49 @@ class Session(Attachment):
     """
 
     def __init__(self, model: nn.Module, pruner: Pruner, positions: str = "auto", separators: str = "auto") -> None:
-        one_of("positions", positions, ("auto", "keep", "compact"))
-        one_of("separators", separators, ("auto", "keep", "drop"))
-        self._adapter: Adapter = adapter_for(model)
-        super().__init__(model, pruner, self._adapter.inner)
+        check_choice("positions", positions, ("auto", "keep", "compact"))
+        check_choice("separators", separators, ("auto", "keep", "drop"))
+        self.adapter: Adapter = adapter_for(model)
+        super().__init__(model, pruner, self.adapter.inner)
         self.positions, self.separators = positions, separators
         self.trace: Trace | None = None
         self.sample_ids: Sequence[int] | None = None
         self.frame_scores: Sequence[Sequence[float] | Tensor] | None = None
         try:
-            self._stages = self._checked(pruner)
+            self.stages = self._checked(pruner)
         except MissingSignalError as error:
             raise MissingSignalError(f"{error}; methods that work here: {', '.join(self._usable())}") from None
-        self.layers = frozenset(stage.layer for stage in self._stages if stage.hook is Hook.LLM_LAYER)
-        self.neuron_layers = frozenset(stage.layer for stage in self._stages if stage.hook is Hook.LLM_MLP)
+        self.entry_stage = next((stage for stage in self.stages if isinstance(stage, AtEntry)), None)
+        self.layer_stages: dict[int, BeforeLayer] = self.by_layer(BeforeLayer)
+        self.mlp_stages = tuple(self.by_layer(InMLP).values())
+        self.merging: TowerMerging | None = None
         self._pauses = 0
         self._seen = 0
-        self._again = False  # the encoded pictures are needed once more
-        self._scored: dict[int, Sequence[float]] = {}  # frame scores of the encoded videos
-        self._prompt: Prompt | None = None
-        self._writer = SequenceWriter(self._adapter, positions, separators, pruner.adaptive)
-        self._parts: list[Any] = []  # what is on the model
-        with undone_on_failure(self._take_off):
+        self._local = threading.local()  # the running call: each thread has its own
+        with self._undo:  # what is on the model comes off again if the rest fails
             self._install()
-            self._claim()
+            self._undo = self._undo.pop_all()
+        _ATTACHED[self._root] = weakref.ref(self)
 
     # ------------------------------------------------------------------------------------------------- user's verbs
 
     def detach(self) -> None:
-        self._take_off()
-        self.forget()
+        super().detach()
+        self._local = threading.local()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """In this block the model runs unpruned, and the session notes nothing, as if it were detached."""
-        self._pauses += 1
-        self._encoder.active = False
+        self._pause(1)
         try:
             yield
         finally:
-            self._pauses -= 1
-            self._encoder.active = not self._pauses
+            self._pause(-1)
+
+    def _pause(self, step: int) -> None:
+        self._pauses += step
+        if self.merging is not None:
+            self.merging.active = not self._pauses
 
     # ----------------------------------------------------------------------------------------------------- assembly
 
@@ -161,106 +222,181 @@ class Session(Attachment):
 
     def _checked(self, pruner: Pruner) -> tuple[Stage, ...]:
         """The method's stages on this model, if the model can serve them."""
-        stages = pruner.stages(self._adapter.info)
-        depth = self._adapter.info.decoder_layers
+        stages = pruner.stages(self.adapter.info)
+        depth = self.adapter.info.decoder_layers
         for stage in stages:
-            if stage.hook in (Hook.LLM_MLP, Hook.LLM_CACHE) and not 0 <= stage.layer < depth:
+            if isinstance(stage, (InMLP, InCache)) and not 0 <= stage.layer < depth:
                 raise ParameterError(
                     f"{pruner.name} acts in decoder layer {stage.layer}, but there are 0 .. {depth - 1}"
                 )
-            if stage.hook is Hook.LLM_LAYER and not 1 <= stage.layer < depth:
+            if isinstance(stage, BeforeLayer) and not 1 <= stage.layer < depth:
                 raise ParameterError(
-                    f"{pruner.name} acts in front of decoder layer {stage.layer}, but {type(self.model).__name__} "
+                    f"{pruner.name} acts before decoder layer {stage.layer}, but {type(self.model).__name__} "
                     f"has {depth} layers (1 .. {depth - 1} are possible)"
                 )
-            for signal in () if stage.hook is Hook.VIT_BLOCK else stage.signals.values():
-                self._adapter.check(signal)
-        if block_stages(stages):
-            self._adapter.block_tower().check(block_stages(stages))
-        places = [(stage.hook, stage.layer) for stage in stages]
+            for signal in () if isinstance(stage, InTower) else stage.signals.values():
+                self.adapter.check(signal)
+        blocks = [stage for stage in stages if isinstance(stage, InTower)]
+        if blocks:
+            self.adapter.block_tower().check(blocks)
+        places = [(stage.point, stage.layer) for stage in stages]
         if len(set(places)) < len(places):
             raise ParameterError(f"{pruner.name} has two stages at one hook point: {places}")
         return stages
 
-    def _take_off(self) -> None:
-        for part in reversed(self._parts):
-            part.remove()
-        self._release()
+    def by_layer(self, kind: type[Stage]) -> dict[int, Any]:
+        """The stages of one type, by layer."""
+        return {stage.layer: stage for stage in self.stages if isinstance(stage, kind)}
 
     def _install(self) -> None:
-        inside = block_stages(self._stages)
-        signals = {signal for stage in self._stages if stage not in inside for signal in stage.signals.values()}
-        inner_signals = [signal for signal in signals if isinstance(signal, DECODER)]
-        layers, put = self._adapter.text_model.layers, self._parts.append
-        self._decoder_tap = DecoderTap(layers, inner_signals, lambda: self._prompt)
-        put(self._decoder_tap)
-        self._prompt_watch = self._adapter.watch_prompt()
-        put(self._prompt_watch)
-        self._decoder = self._adapter.decoder(self)
-        put(self._decoder)
-        self._encoder = EncoderWatch(self._adapter, self.pruner, self._stages, signals.difference(inner_signals))
-        put(self._encoder)
+        adapter, put = self.adapter, self._undo.callback
+        blocks = [stage for stage in self.stages if isinstance(stage, InTower)]
+        read = dict.fromkeys(s for stage in self.stages if stage not in blocks for s in stage.signals.values())
+        inside = [signal for signal in read if signal.in_decoder]
+        self.decoder_tap = DecoderTap(adapter.text_model.layers, inside, self._reading("prompt"), lambda: self.call)
+        put(self.decoder_tap.remove)
+        self._watch = adapter.watch_prompt()
+        put(self._watch.remove)
+        self.decoder = adapter.decoder(self)
+        put(self.decoder.remove)
+        tower = [signal for signal in read if not (signal.in_decoder or isinstance(signal, PatchPixels))]
+        put(adapter.tap(tower, self._reading("encoder")).remove)
+        self._pixels = next((signal for signal in read if isinstance(signal, PatchPixels)), None)
+        if blocks:
+            self.merging = TowerMerging(adapter, self.pruner, blocks)
+            put(self.merging.remove)
+        for modality in adapter.modalities:  # generate() calls the encoder as a method, out of any hook's reach
+            encode = compat.encoder_method(adapter.inner, modality.encoder)
+            put(Replaced(adapter.inner, modality.encoder, self._watched(encode, modality)).remove)
 
-    # ----------------------------------------------------------------------------------- answers to the decoder hooks
+    def _reading(self, part: str) -> Any:
+        """Where the running call keeps signals of this part of the model; None while it reads none."""
+        session = weakref.proxy(self)
+        return lambda: getattr(session._local, part, None)
 
-    def begin(self, embeds: Tensor, mask: Tensor | None, past: int) -> Call:
-        """Find the visual tokens of a call, and whether it is to be read."""
+    # ------------------------------------------------------------------------------------------------- the vision side
+
+    @property
+    def call(self) -> Prefill:
+        """The call that runs in this thread."""
+        prefill = getattr(self._local, "call", None)
+        if prefill is None:
+            prefill = self._local.call = Prefill(self, Trace(self.pruner.name, self.pruner.parameters()))
+        return prefill
+
+    def _watched(self, encode: Any, modality: Modality) -> Any:
+        """The model's encoder method, with signals collected on the way."""
+        session = weakref.proxy(self)
+
+        @functools.wraps(encode)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            # Qwen3-VL encodes videos through its image encoder
+            if session._pauses or getattr(session._local, "encoder", None) is not None:
+                return encode(*args, **kwargs)
+            return session._encode(encode, modality, bind(encode, args, kwargs))
+
+        return watched
+
+    def _encode(self, encode: Any, modality: Modality, given: dict[str, Any]) -> Any:
+        name = compat.pixel_argument(given, modality.pixels)
+        pixels, prefill = given[name], self.call
+        if not bool(torch.isfinite(pixels).all()):
+            raise InputError(f"{modality.pixels} holds NaN or infinite values; check the image and its preprocessing")
+        smaller = pixels
+        for stage in self.by_layer(AtPixels).values():
+            smaller = stage.select(pixels)
+        shrunk = smaller.shape != pixels.shape
+        if shrunk:
+            given = {**given, name: smaller, compat.RESIZE_POSITIONS: True}
+        signals: Values = {}
+        self._local.encoder = signals
+        try:
+            with prefill.timed("encoder", pixels.device):
+                output = encode(**given)
+        finally:
+            self._local.encoder = None
+        if shrunk and compat.features(output) is not None:
+            compat.set_features(output, self._padded(modality, given, output))
+        if self.merging is not None:
+            signals = self.merging.signals(signals)
+        encoded = self.adapter.encoded(modality.kind, output, given, signals)
+        if encoded is None:
+            return output
+        prefill.numbers = {}
+        if self.merging is not None:
+            encoded.survivors = self.merging.survivors(modality.kind, given, encoded.layouts)
+        if self._pixels is not None:
+            encoded.signals[self._pixels] = self.adapter.pixels(modality.kind, given, pixels, encoded.layouts)
+        prefill.encoded[modality.kind] = encoded
+        return output
+
+    def _padded(self, modality: Modality, given: dict[str, Any], output: Any) -> list[Tensor]:
+        """A smaller picture gives fewer tokens than the prompt has places: they come first, zeros fill up."""
+        layouts = self.adapter.layouts(modality.kind, given, output)
+        return [
+            torch.cat([few, few.new_zeros(layout.length - len(few), few.shape[-1])])
+            for few, layout in zip(compat.features(output), layouts)
+        ]
+
+    # ------------------------------------------------------------------------------------------- what the decoder asks
+
+    def begin(self, embeds: Tensor, mask: Tensor | None, past: int, cache: Any) -> Prefill | None:
+        """A call of the decoder starts: the prefill that it is, None where it continues an answer or runs unpruned."""
         if self._pauses:
-            self._prompt_watch.forget()
-            return Call.CONTINUATION
-        self._decoder_tap.close()
-        brought = self._prompt_watch.take(embeds)
-        self._again = brought.again
-        if self._bring(brought, embeds, mask, past):
+            self._watch.forget()
+            return None
+        brought, prefill = self._watch.take(embeds), self.call
+        prefill.cache = cache
+        if prefill.enter(brought, embeds, mask, past):
             self._refuse_checkpointing()
-            self._decoder_tap.open = True
-            return Call.PROMPT
-        if not any(
-            past == 0 or (stage.refresh and embeds.shape[1] > 1) for stage in self._stages if stage.hook is Hook.LLM_MLP
-        ):
-            return Call.CONTINUATION
-        self._refuse_checkpointing()
-        nothing = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
-        attended = ~nothing if mask is None or mask.ndim != 2 else mask[:, past:].bool().to(embeds.device)
-        self._prompt = Prompt(self._decoder, None, embeds, attended, nothing)
-        self._decoder_tap.open = True
-        return Call.TEXT_PROMPT
+            self._local.prompt = prefill.values
+            return prefill
+        self._check_nothing_arrived(brought, embeds)
+        if any(past == 0 or (stage.refresh and embeds.shape[1] > 1) for stage in self.mlp_stages):
+            self._refuse_checkpointing()
+            self._local.prompt = prefill.values
+            return prefill
+        return None
 
-    def _bring(self, brought: Brought, embeds: Tensor, mask: Tensor | None, past: int) -> bool:
-        """Does the call bring visual tokens? They become the running call's items."""
-        ids = brought.ids
-        if ids is None or not brought.modalities or ids.shape != embeds.shape[:2]:
-            self._check_nothing_arrived(brought, embeds)
-            self._encoder.forget()
-            return False
-        visual = torch.zeros_like(ids, dtype=torch.bool)
-        items: list[Item] = []
-        for modality in brought.modalities:
-            here = ids == modality.token_id
-            if bool(here.any()):
-                encoded = self._encoder.encoded.get(modality.kind)
-                layouts = encoded.layouts if encoded else []
-                items += find_items(modality.kind, here, layouts, self._adapter.centre_crop)
-                visual |= here
-        if not items:
-            return False
-        if len(brought.modalities) > 1:  # pictures and videos may take turns
-            items.sort(key=lambda item: (item.sample, int(item.places[0])))
-        self._number(items)
-        attended = (
-            torch.ones_like(visual) if mask is None or mask.ndim != 2 else mask[:, past:].bool().to(visual.device)
-        )
-        trace = self._encoder.take_trace()
-        trace.length, trace.decoder_layers = embeds.shape[1], self._adapter.info.decoder_layers
-        trace.images = [item.trace for item in items if item.trace is not None]
-        self._prompt = Prompt(self._decoder, ids, embeds, attended, visual, items, trace)
-        return True
+    def finish(self, prefill: Prefill, cache_lengths: list[int] | None) -> None:
+        """A prompt with pictures went through all layers; ``cache_lengths``: what their caches hold, None without one."""
+        self.trace = prefill.trace
+        self.trace.cache_lengths = cache_lengths
+
+    def forget(self) -> None:
+        """A call of the decoder is over, well or not: let go of its tensors."""
+        if self._pauses:
+            return
+        prefill, self._local.call, self._local.prompt = getattr(self._local, "call", None), None, None
+        if prefill is not None and prefill.again:  # the encoded pictures are needed once more
+            again = self.call
+            again.encoded, again.numbers, again.frame_scores = prefill.encoded, prefill.numbers, prefill.frame_scores
+
+    def numbers_of(self, items: Sequence[Item]) -> dict[tuple[str, int], int]:
+        """An id for each encoded picture; beams share that of the first."""
+        ids = range(self._seen, self._seen + len(items)) if self.sample_ids is None else list(self.sample_ids)
+        if len(ids) != len(items):
+            raise ParameterError(f"sample_ids names {len(ids)} images, the call brings {len(items)}")
+        self._seen, self.sample_ids = self._seen + len(items), None
+        return {(item.kind, item.number): i for item, i in zip(items, ids)}
+
+    def scores_of(self, videos: Sequence[Item]) -> dict[int, Sequence[float]]:
+        """The given frame scores by number of the encoded video."""
+        given, self.frame_scores = self.frame_scores, None
+        if given is None:
+            return {}
+        if len(given) != len(videos):
+            raise ParameterError(
+                f"frame_scores has {len(given)} entries, the call brings {len(videos)} videos; give one sequence per video"
+            )
+        return {item.number: scores for item, scores in zip(videos, given)}
 
     def _check_nothing_arrived(self, brought: Brought, embeds: Tensor) -> None:
         """Raise if features of pictures stand in ``embeds`` that would go unpruned, for they came unnoticed.
 
         Raises:
-            InputError: the prompt has been lengthened. NotUnderstoodError: they came under a name that is not known.
+            InputError: the prompt has been lengthened.
+            NotUnderstoodError: they came under a name that is not known.
         """
         ids = brought.ids
         if ids is None:
@@ -272,206 +408,70 @@ class Session(Attachment):
                     "pictures are; soft prompts cannot be pruned"
                 )
             return
-        if ids.shape[1] == 1 or not (self._encoder.encoded or compat.untested()):
+        if ids.shape[1] == 1 or not (self.call.encoded or compat.untested()):
             return
-        for modality in self._adapter.modalities:
+        for modality in self.adapter.modalities:
             here = ids == modality.token_id
             token = torch.tensor(modality.token_id, device=ids.device)
-            if bool(here.any()) and not bool((embeds[here] == self._adapter.inner.get_input_embeddings()(token)).all()):
+            if bool(here.any()) and not bool((embeds[here] == self.adapter.inner.get_input_embeddings()(token)).all()):
                 raise compat.not_understood(
                     f"features stand in {int(here.sum())} places of {modality.kind}s, and "
-                    f"{type(self._adapter.inner).__name__} was called without pixels or features under a name that is known"
+                    f"{type(self.adapter.inner).__name__} was called without pixels or features under a name that is known"
                 )
 
     def _refuse_checkpointing(self) -> None:
         """Layers that transformers before 5.23 checkpoints run their hooks again in the backward pass, after the prompt."""
         checkpointed = self.model.training and torch.is_grad_enabled() and compat.installed() < (5, 23)
-        if checkpointed and any(map(compat.checkpoints, self._adapter.text_model.layers)):
+        if checkpointed and any(map(compat.checkpoints, self.adapter.text_model.layers)):
             raise AttachError(
                 f"{self.pruner.name} cannot act under the gradient checkpointing of transformers before 5.23, which runs "
                 "hooks twice; switch it off, or install a newer transformers"
             )
 
-    def _number(self, items: list[Item]) -> None:
-        """Give each picture its id; beams share that of the first."""
-        numbers = self._encoder.numbers
-        if not numbers:
-            unique = [item for item in items if item.trace is not None]
-            ids = range(self._seen, self._seen + len(unique)) if self.sample_ids is None else list(self.sample_ids)
-            if len(ids) != len(unique):
-                raise ParameterError(f"sample_ids names {len(ids)} images, the call brings {len(unique)}")
-            self._seen, self.sample_ids = self._seen + len(unique), None
-            numbers.update({(item.kind, item.number): i for item, i in zip(unique, ids)})
-            self._scored = self._scores([item for item in unique if item.kind == "video"])
-        for item in items:
-            item.id = numbers[item.kind, item.number]
 
-    def _scores(self, videos: list[Item]) -> dict[int, Sequence[float]]:
-        """The given frame scores by number of the encoded video."""
-        given, self.frame_scores = self.frame_scores, None
-        if given is None:
-            return {}
-        if len(given) != len(videos):
-            raise ParameterError(
-                f"frame_scores has {len(given)} entries, the call brings {len(videos)} videos; give one sequence per video"
+class VitSession(Attachment):
+    """A merger on a vision model that stands by itself. It acts in every call of the model until :meth:`detach`.
+
+    Numbers of tokens follow from the input's shape, so ``torch.compile`` makes no graph break. Attach to the model itself, not
+    to what ``torch.compile`` returned.
+    """
+
+    def __init__(self, model: nn.Module, pruner: Pruner, tower: Tower) -> None:
+        super().__init__(model, pruner, tower.trunk)
+        stages = pruner.stages(tower.info)
+        inside = [stage for stage in stages if isinstance(stage, InTower)]
+        if not inside or len(inside) < len(stages):
+            raise UnsupportedModelError(
+                f"{pruner.name} also acts outside of the vision tower, and {type(model).__name__} is nothing but one; methods "
+                "that work here: pitome, tome"
             )
-        return {item.number: scores for item, scores in zip(videos, given)}
+        self._tower = tower
+        self._merger = BlockMerger(tower, pruner, inside)
+        self._merger.holder = self  # the model keeps the merger, so it keeps the session
+        self._undo.callback(self._merger.remove)
+        _ATTACHED[self._root] = weakref.ref(self)
 
-    def at_input(self, embeds: Tensor) -> Choice | None:
-        """Run the stage at ``llm_input``, once per encoded picture."""
-        stage = next((s for s in self._stages if s.hook is Hook.LLM_INPUT), None)
-        prompt, encoded = self._prompt, self._encoder.encoded
-        self._writer.count(prompt, 0)
-        merged = None
-        if self._encoder.merging is not None:
-            survivors = [Result(encoded[item.kind].survivors[item.number]) for item in prompt.items]
-            merged = self._writer.write(prompt, _TOWER, survivors, 0)
-        choice = None
-        if stage is not None:
-            selected = self._selected_at_input(stage, embeds.device)
-            results = [Result(selected[item.kind, item.number]) for item in prompt.items]
-            choice = self._writer.write(prompt, stage, results, 0, before=None if merged is None else merged.alive)
-        for item in prompt.items:
-            item.entered = len(item.alive), item.width
-        return merged if choice is None else choice
+    @property
+    def info(self) -> ModelInfo:
+        """What the method knows of the model; ``pruner.counts(n_patches, session.info)`` announces the rows of every block."""
+        return self._tower.info
 
-    def _selected_at_input(self, stage: Stage, device: torch.device) -> dict[tuple[str, int], Selection]:
-        """Run the stage on the encoded pictures; those of one layout as one batch."""
-        unique = [item for item in self._prompt.items if item.trace is not None]
-        left = {id(item): remaining(item.layout, item.alive) for item in unique}
-        selected: dict[tuple[str, int], Selection] = {}
-        with self._timed(stage, device):
-            for layout in dict.fromkeys(left.values()):
-                items = [item for item in unique if left[id(item)] == layout]
-                encoded = [self._encoder.encoded[item.kind] for item in items]
-                features = torch.stack([item.left(one.features[item.number]) for item, one in zip(items, encoded)])
-                signals = {
-                    name: torch.stack(
-                        [item.left(one.signals[signal][item.number]) for item, one in zip(items, encoded)]
-                    )
-                    for name, signal in stage.signals.items()
-                }
-                tokens = self._tokens(stage, features, layout, items)
-                for item, row in zip(items, self._select(stage, tokens, signals)):
-                    selected[item.kind, item.number] = row
-        return selected
+    @property
+    def trace(self) -> MergeTrace | None:
+        """What merged in the last call, None before."""
+        return self._merger.trace
 
-    def at_layer(self, layer: int, hidden: Tensor, span: Span, cache: Any) -> Choice | None:
-        """Run the stage in front of decoder layer ``layer``, beams included."""
-        stage = next(s for s in self._stages if s.hook is Hook.LLM_LAYER and s.layer == layer)
-        with self._timed(stage, hidden.device):
-            for signal in stage.signals.values():
-                if isinstance(signal, InstructionAttention):
-                    paid = self._decoder_tap.ahead(signal, hidden, self._decoder.rotary(hidden), cache)
-                    self._decoder_tap.values[signal] = paid
-            results: list[Result] = []
-            for pool, selection in self._selected(stage, hidden, span):
-                results += by_item(stage, pool, selection)
-        choice = self._writer.write(self._prompt, stage, results, layer, before=span.alive)
-        if choice is not None:
-            choice.evict = stage.evict
-        if choice is not None and choice.values is None:
-            choice.follow = functools.partial(self._decoder_tap.follow, layer)
-        elif choice is not None:
-            self._decoder_tap.forsake(layer)  # what enters is not what was looked at
-        return choice
+    @property
+    def sizes(self) -> Tensor | None:
+        """Patches in each row at the end of the last call, ``(B, K)``; None where none merged."""
+        return self._merger.sizes
 
-    def _selected(self, stage: Stage, hidden: Tensor, span: Span) -> list[tuple[Pool, Selection]]:
-        """Run a stage on the living tokens in ``hidden (B, K, D)``; pools of one form as one batch."""
-        pools = pools_of(self._prompt.items, stage, span)
-        done: list[tuple[Pool, Selection]] = []
-        for key in dict.fromkeys(pool.key for pool in pools):
-            alike = [pool for pool in pools if pool.key == key]
-            columns = [span.column[pool.sample, pool.places].to(hidden.device) for pool in alike]
-            states = torch.stack([hidden[pool.sample, where] for pool, where in zip(alike, columns)])
-            signals = {
-                name: torch.stack([self._decoder_signal(signal, pool) for pool in alike]).to(hidden.device)
-                for name, signal in stage.signals.items()
-            }
-            tokens = self._tokens(stage, states, alike[0].layout, [pool.items[0] for pool in alike])
-            tokens.entered = alike[0].entered
-            done += zip(alike, self._select(stage, tokens, signals))
-        return sorted(done, key=lambda pair: pools.index(pair[0]))
+    def unmerge(self, features: Tensor) -> Tensor:
+        """Rows at the end of the tower back at every original row: ``(B, K, C) -> (B, N, C)``; see :meth:`MergeTrace.unmerge`.
 
-    def neurons(self) -> dict[int, Tensor]:
-        """What the MLPs run from now on."""
-        values = self._decoder_tap.values
-        return {
-            stage.layer: stage.select(**{name: values[signal] for name, signal in stage.signals.items()})
-            for stage in self._stages
-            if stage.hook is Hook.LLM_MLP
-        }
-
-    def erased(self, hidden: Tensor, span: Span) -> dict[int, Tensor]:
-        """Which places lose their keys and values in which layers."""
-        gone = {}
-        for stage in self._stages:
-            if stage.hook is Hook.LLM_CACHE:
-                gone[stage.layer] = torch.zeros_like(self._prompt.visual)
-                with self._timed(stage, hidden.device):
-                    for pool, selection in self._selected(stage, hidden, span):
-                        index = selection.index[selection.index >= 0].to(pool.places.device)
-                        gone[stage.layer][pool.sample, pool.places] = True
-                        gone[stage.layer][pool.sample, pool.places[index]] = False
-        return gone
-
-    def finish(self, cache_lengths: list[int] | None) -> None:
-        """The prompt went through all layers."""
-        self.trace = self._prompt.trace
-        self.trace.cache_lengths = cache_lengths
-
-    # ------------------------------------------------------------------------------------------------------ helpers
-
-    def forget(self) -> None:
-        """Let go of the call's tensors."""
-        if self._pauses:
-            return
-        self._decoder_tap.close()
-        self._prompt = None
-        if not self._again:
-            self._encoder.forget()
-            self._scored = {}
-
-    def _timed(self, stage: Stage, device: torch.device) -> Any:
-        at = stage.hook.value if stage.hook in (Hook.PIXELS, Hook.LLM_INPUT) else f"{stage.hook.value}({stage.layer})"
-        return self._prompt.timed(at, device)
-
-    def _tokens(self, stage: Stage, embeds: Tensor, layout: Layout, items: list[Item]) -> Tokens:
-        tokens = Tokens(embeds, layout, tuple(item.id for item in items), project=self._adapter.exact_project)
-        tokens.embed = self._adapter.inner.get_input_embeddings()
-        if stage.reads_frame_scores and self._scored and items[0].kind == "video":
-            tokens.frame_scores = [self._scored[item.number] for item in items]
-        if not stage.reads_text:
-            return tokens
-        words = self._prompt.words([item.sample for item in items])
-        if words is not None:
-            tokens.instruction, tokens.instruction_mask, tokens.instruction_ids = words
-        return tokens
-
-    def _select(self, stage: Stage, tokens: Tokens, signals: dict[str, Tensor]) -> list[Selection]:
-        """Run a stage in full precision whatever autocast says; one selection per picture."""
-        with torch.autocast(tokens.embeds.device.type, enabled=False):
-            selection = stage.select(tokens, **signals)
-        if not isinstance(selection, Selection):
-            raise ParameterError(f"{self.pruner.name} returned {selection!r} at {stage.hook.value}; return a Selection")
-        selection.check(self.pruner.name, *tokens.embeds.shape[:2], padded=self.pruner.adaptive)
-        return _rows(selection)
-
-    def _decoder_signal(self, signal: Signal, pool: Pool) -> Tensor:
-        values = self._decoder_tap.values[signal][pool.sample]
-        return values if isinstance(signal, CrossModalAttention) else values[pool.places.to(values.device)]
-
-
-def session_of(model: nn.Module) -> Session | None:
-    """The session that is attached to the model, if any."""
-    inner = getattr(model, "model", model)
-    return attached_to(inner if hasattr(inner, "language_model") else model)
-
-
-def _rows(selection: Selection) -> list[Selection]:
-    """Take a batch apart."""
-    fields = {name: value for name, value in vars(selection).items() if value is not None}
-    return [
-        replace(Selection(selection.index[b]), **{n: v[b] for n, v in fields.items()})
-        for b in range(len(selection.index))
-    ]
+        Raises:
+            AttachError: no call has run.
+        """
+        if self.trace is None:
+            raise AttachError("nothing to unmerge: the model has not been called since the pruner was attached")
+        return self.trace.unmerge(features)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from foveate.adapters.drawing import Picture, draw, on_white
 from foveate.errors import ParameterError
-from foveate.pruners.core.method import Layout
+from foveate.pruners.core import Layout
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -24,7 +24,7 @@ from foveate.eval_suites.running.evaluate import answers
 from foveate.eval_suites.suites import shapes
 from foveate.eval_suites.suites.shapes import scenes
 from foveate.eval_suites.terminal import versions
-from foveate.pruners.core.method import Hook, ModelInfo, Pruner, Selection, Stage, Tokens, top_k
+from foveate.pruners.core import BeforeLayer, ModelInfo, Pruner, Selection, Stage, Tokens, top_k
 from foveate.pruners.corematching import CoreMatching
 
 PATCH, BATCH, KEEPS, METHOD = 8, 30, (72, 36), CoreMatching()
@@ -41,7 +41,7 @@ class Ranked(Pruner):
     name = "ranked"
 
     def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
-        return (Stage(Hook.LLM_LAYER, self.select, layer=self.layer, positions="keep", evict=True),)
+        return (BeforeLayer(self.select, layer=self.layer, positions="keep", evict=True),)
 
     def select(self, tokens: Tokens) -> Selection:
         return Selection(top_k(self.scores[list(tokens.sample_ids)], self.keep))

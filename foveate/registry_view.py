@@ -17,7 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from foveate.errors import FoveateError
-from foveate.pruners import PRUNERS, Hook, ModelInfo, Pruner, Stage, find
+from foveate.pruners.core import BeforeLayer, InMLP, InTower, Layout, ModelInfo, Pruner, Stage, View, find
+from foveate.pruners.core.method import PRUNERS
 
 # A method may act differently on different models, so a card shows it on two that differ in all that matters.
 EXAMPLES: dict[str, ModelInfo] = {
@@ -82,7 +83,7 @@ class Card:
     @property
     def inside_decoder(self) -> bool:
         """Whether tokens leave between decoder layers on any of the example models."""
-        return Hook.LLM_LAYER.value in self.hooks
+        return BeforeLayer.point in self.hooks
 
     def as_json(self) -> dict[str, Any]:
         """Everything in plain types, as ``foveate show --json`` prints it."""
@@ -116,11 +117,16 @@ def card(name: str) -> Card:
         parameters=parameters,
         stages={label: _stages(method, model) if method else reason for label, model in EXAMPLES.items()},
         families=tuple(cls.families),
-        adaptive=(method or cls).adaptive is True,
+        adaptive=method is not None and any(method.count(layout) is None for layout in _LAYOUTS),
         cost=cls.cost,
     )
 
 
+_LAYOUTS = (
+    Layout.grid(24, 24),
+    Layout((View(24, 24, kind="thumbnail"), *(View(24, 24, 576 + 24 * i, 48, kind="crop") for i in range(2)))),
+)
+"""A picture, and one with crops: what their content may decide about numbers."""
 _SECTION = re.compile(r"^(Args|Attributes|Parameters):\s*$", re.MULTILINE)
 _ENTRY = re.compile(r"^(\w+(?:, \w+)*)(?: \([^)]*\))?: ?(.*)$")  # "keep: …", "keep (float): …", "width, height: …"
 
@@ -223,8 +229,8 @@ def _folded(stages: Iterable[Stage]) -> tuple[StageCard, ...]:
     for stage in stages:
         card = _stage(stage)
         signals = tuple(re.sub(rf"\(layer={stage.layer}\b", "(layer=…", text) for text in card.signals)
-        alike = dataclasses.replace(card, hook=stage.hook.value, signals=signals)
-        if stage.hook in (Hook.VIT_BLOCK, Hook.LLM_MLP) and last == (stage.layer - 1, alike):
+        alike = dataclasses.replace(card, hook=stage.point, signals=signals)
+        if isinstance(stage, (InTower, InMLP)) and last == (stage.layer - 1, alike):
             hook, first = cards[-1].hook.split(" ")[:2]
             cards[-1] = dataclasses.replace(alike, hook=f"{hook} {first} .. {stage.layer}")
         else:
@@ -234,11 +240,9 @@ def _folded(stages: Iterable[Stage]) -> tuple[StageCard, ...]:
 
 
 def _stage(stage: Stage) -> StageCard:
-    hook = stage.hook.value
-    if hook.endswith(("_layer", "_mlp", "_cache", "_block")):
-        hook += f" {stage.layer}"
+    hook = stage.point if stage.label == stage.point else f"{stage.point} {stage.layer}"
     signals = tuple(_signal(name, signal) for name, signal in stage.signals.items())
-    return StageCard(hook, signals, stage.positions)
+    return StageCard(hook, signals, getattr(stage, "positions", None))
 
 
 def _signal(name: str, signal: object) -> str:

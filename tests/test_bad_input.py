@@ -22,7 +22,7 @@ from foveate.cli import main
 from foveate.errors import FoveateError
 from foveate.eval_suites.results import store
 from foveate.eval_suites.running import models as loading
-from foveate.pruners.core.method import Hook, Pruner, Selection, Stage, Tokens
+from foveate.pruners.core import AtEntry, Pruner, Selection, Stage, Tokens
 from tests.models import inputs, picture, tiny
 
 # ------------------------------------------------------------------------------------------------- attaching to a model
@@ -40,7 +40,7 @@ class Broken(Pruner):
         return {}
 
     def stages(self, model: Any) -> tuple[Stage, ...]:
-        return (Stage(Hook.LLM_INPUT, self.select),)
+        return (AtEntry(self.select),)
 
 
 ATTACH: dict[str, tuple[dict[str, Any], str]] = {

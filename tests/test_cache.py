@@ -18,7 +18,8 @@ from torch import Tensor, nn
 import foveate
 from foveate.adapters import adapter_for
 from foveate.errors import UnsupportedModelError
-from foveate.pruners import PRUNERS, Hook, ModelInfo, Pruner, Selection, Stage, Tokens, create
+from foveate.pruners import PRUNERS
+from foveate.pruners.core import AtEntry, BeforeLayer, ModelInfo, Pruner, Selection, Stage, Tokens, create
 from tests.models import FAMILIES, inputs, picture, tiny
 
 STEPS = 8
@@ -56,10 +57,6 @@ class Rehearsed(Pruner):
     chosen: dict[Any, Selection] = field(default_factory=dict, compare=False)
 
     @property
-    def adaptive(self) -> bool:
-        return self.inner.adaptive
-
-    @property
     def name(self) -> str:
         return self.inner.name
 
@@ -67,12 +64,12 @@ class Rehearsed(Pruner):
         return tuple(self._again(stage) for stage in self.inner.stages(model))
 
     def _again(self, stage: Stage) -> Stage:
-        if stage.hook not in (Hook.LLM_INPUT, Hook.LLM_LAYER):
+        if not isinstance(stage, (AtEntry, BeforeLayer)):
             return stage  # before the decoder nobody sees the text
 
         def select(tokens: Tokens, **signals: Tensor) -> Selection:
             key = (
-                stage.hook,
+                stage.point,
                 stage.layer,
                 tokens.layout,
                 tokens.embeds.shape[:2],

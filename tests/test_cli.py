@@ -18,8 +18,17 @@ import foveate
 from foveate import registry_view as view
 from foveate.cli import main
 from foveate.errors import MissingSignalError, ParameterError
-from foveate.pruners import PRUNERS, Hook, ModelInfo, Pruner, Stage, register
-from foveate.pruners.core.method import ClassAttention, ReceivedAttention
+from foveate.pruners import PRUNERS
+from foveate.pruners.core import (
+    AtEntry,
+    BeforeLayer,
+    ClassAttention,
+    ModelInfo,
+    Pruner,
+    ReceivedAttention,
+    Stage,
+    register,
+)
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -54,8 +63,8 @@ def toys() -> Iterator[None]:
             if not model.class_token:
                 raise MissingSignalError(f"{model.tower} has no class token")
             reads = {"seen": ClassAttention(self.layer), "received": ReceivedAttention(8, queries="patches")}
-            first = Stage(Hook.LLM_INPUT, select=lambda tokens: tokens, signals=reads, positions="keep")
-            return first, Stage(Hook.LLM_LAYER, select=lambda tokens: tokens, layer=2)
+            first = AtEntry(select=lambda tokens: tokens, signals=reads, positions="keep")
+            return first, BeforeLayer(select=lambda tokens: tokens, layer=2)
 
     @register("toy-around")
     @dataclass(frozen=True)

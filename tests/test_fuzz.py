@@ -104,7 +104,7 @@ def test_any_request_is_answered_or_refused(name, data):
     for image, numbers in zip(session.trace.images, kept, strict=True):
         assert (numbers.diff() > 0).all()
         assert ((numbers >= 0) & (numbers < image.layout.size)).all()
-        stages = pruner.stages(session._adapter.info)
+        stages = pruner.stages(session.adapter.info)
         alone = all(stage.scope == "image" for stage in stages)  # else the pictures of a prompt share one budget
         if not pruner.adaptive and stages and alone and not isinstance(pruner, Merger):
             assert len(numbers) == pruner.kept_in(image.layout)

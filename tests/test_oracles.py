@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import foveate
-from foveate.pruners.core.method import Pruner
+from foveate.pruners.core import Pruner
 from tests.models import FAMILIES, IMAGE, VIDEO, VIDEO_FAMILIES, cache_of, cached, inputs, picture, single_view, tiny
 from tests.pruners.synthetic import TopNorm
 
@@ -403,7 +403,7 @@ def test_all_neurons_as_core_equal_the_dense_model(family: str, monkeypatch: pyt
     method = foveate.CoreMatching(beta=1.0, select_layer=None)
     with monkeypatch.context() as patch:  # a few neurons of a random model are never active
         patch.setattr(
-            "foveate.adapters.engine.decoder_signals.neuron_counts",
+            "foveate.pruners.core.signals.neuron_counts",
             lambda hidden, *_, **__: torch.ones_like(hidden[:, 0]).long(),
         )
         logits, cache, _ = continued(model, given, method, tokens)

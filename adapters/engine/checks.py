@@ -6,30 +6,16 @@ wrong tokens. Those that cost time run where this transformers was not tested (:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from foveate.adapters import compat
-from foveate.adapters.engine.spans import Held, Span
 
-
-def check_reached(model: nn.Module, wanted: Iterable[int], reached: Iterable[int]) -> None:
-    """Did hooks of all the layers run that something was to happen at?"""
-    missed = sorted(set(wanted) - set(reached))
-    if missed:
-        raise compat.not_understood(f"{type(model).__name__} ran past the hooks of its layers {missed}")
-
-
-def check_width(model: nn.Module, layer: int, hidden: Tensor, span: Span) -> None:
-    """Do the hidden states that enter a layer have the places of its span?"""
-    if hidden.shape[1] != span.index.shape[1]:
-        raise compat.not_understood(
-            f"{hidden.shape[1]} places reach {type(model.layers[layer]).__name__} {layer}, where {span.index.shape[1]} "
-            "should be left"
-        )
+if TYPE_CHECKING:
+    from foveate.adapters.engine.cache import Held
+    from foveate.adapters.engine.decoder import Span
 
 
 def check_own(layer: str, kwargs: dict[str, Any], mask: Any, rotary: tuple[Tensor, Tensor]) -> None:

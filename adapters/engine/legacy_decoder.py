@@ -6,14 +6,17 @@ caches cross steps as tuples of keys and values.
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from foveate.adapters.engine.decoder import Decoder
-from foveate.adapters.engine.spans import Selector
 from foveate.errors import InputError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from foveate.adapters.session import Session
 
 
 class LayeredCache(DynamicCache):
@@ -50,21 +53,21 @@ class CachedLayer:
 class LegacyDecoder(Decoder):
     """The same hooks, in the old dialect. While they sit, caches come out as objects instead of tuples."""
 
-    def __init__(self, text_model: nn.Module, selector: Selector, *, mrope: bool) -> None:
+    def __init__(self, text_model: nn.Module, session: Session, *, mrope: bool) -> None:
         if getattr(text_model.config, "pretraining_tp", 1) > 1:
             raise UnsupportedModelError(
                 f"pretraining_tp={text_model.config.pretraining_tp} slices the projections of {type(text_model).__name__}, out "
                 "of reach for hooks; set it to 1"
             )
-        super().__init__(text_model, selector, mrope=mrope)
+        super().__init__(text_model, session, mrope=mrope)
 
     def check_names(self) -> None:
         """Nothing to check: these versions are not going to change."""
 
-    def _install(self) -> None:
-        super()._install()
+    def _install(self, undo: ExitStack) -> None:
+        super()._install(undo)
         for layer in self.text_model.layers:
-            self._handles.append(layer.self_attn.rotary_emb.register_forward_pre_hook(self._reach, with_kwargs=True))
+            undo.callback(layer.self_attn.rotary_emb.register_forward_pre_hook(self._reach, with_kwargs=True).remove)
 
     def rotary(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         positions = self.frame.span.positions.to(hidden.device)

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,20 +16,15 @@ from torch import Tensor, nn
 from foveate.adapters import compat
 from foveate.adapters.engine.decoder import Decoder
 from foveate.adapters.engine.mlp import check_gated
-from foveate.adapters.engine.spans import Selector
+from foveate.adapters.taps import Tap, Values
 from foveate.adapters.towers.base import Tower
-from foveate.adapters.towers.taps import CLASS_TOKEN, DECODER, NEURONS, Tap
 from foveate.errors import MissingSignalError, ParameterError, UnsupportedModelError
-from foveate.pruners.core.method import (
-    ClassFeatures,
-    CoreMatches,
-    CoreNeurons,
-    Layout,
-    ModelInfo,
-    Selection,
-    Signal,
-    UnpooledFrames,
-)
+from foveate.pruners.core import ModelInfo
+from foveate.pruners.core.signals import CoreMatches, CoreNeurons, LayerNeurons, Signal, UnpooledFrames
+from foveate.pruners.core.tokens import Layout, Selection
+
+if TYPE_CHECKING:
+    from foveate.adapters.session import Session
 
 FAMILIES: list[type[Adapter]] = []
 
@@ -109,8 +104,8 @@ class Adapter(ABC):
         """
 
     @abstractmethod
-    def tap(self, signals: Iterable[Signal]) -> Tap:
-        """A tap on the vision tower that collects ``signals``."""
+    def tap(self, signals: Iterable[Signal], values: Callable[[], Values | None]) -> Tap:
+        """A tap on the vision tower that collects ``signals`` wherever ``values()`` says, see :class:`Tap`."""
 
     @abstractmethod
     def layouts(self, kind: str, call: dict[str, Any], output: Any) -> list[Layout]:
@@ -162,9 +157,9 @@ class Adapter(ABC):
             "neighbouring patches behind its blocks; use a method that acts at the decoder's entry"
         )
 
-    def decoder(self, selector: Selector) -> Decoder:
-        """The hooks that apply selections to the text model."""
-        return Decoder(self.text_model, selector, mrope=self.info.mrope)
+    def decoder(self, session: Session) -> Decoder:
+        """The hooks that apply what a session keeps to the text model."""
+        return Decoder(self.text_model, session, mrope=self.info.mrope)
 
     def watch_prompt(self) -> PromptWatch:
         """Know from now on what calls bring into the decoder."""
@@ -212,20 +207,19 @@ class Adapter(ABC):
     def check(self, signal: Signal) -> None:
         """Raise :class:`MissingSignalError` if the model cannot provide ``signal``, ParameterError if it would be of no neuron."""
         info = self.info
-        if isinstance(signal, CLASS_TOKEN) and not info.class_token:
+        if signal.needs_class_token and not info.class_token:
             raise MissingSignalError(
                 f"{signal} needs a class token, and the {info.tower} tower of {type(self.model).__name__} has none"
             )
         if isinstance(signal, UnpooledFrames) and not info.pools_frames:
             raise MissingSignalError(f"{type(self.model).__name__} does not pool video frames behind its projector")
-        decoder = isinstance(signal, DECODER)
-        depth = info.decoder_layers if decoder else info.encoder_layers
+        depth = info.decoder_layers if signal.in_decoder else info.encoder_layers
         if not 0 <= signal.layer < depth:
-            part = "decoder" if decoder else f"vision tower {info.tower}"
+            part = "decoder" if signal.in_decoder else f"vision tower {info.tower}"
             raise MissingSignalError(
                 f"{signal} asks for layer {signal.layer}, but the {part} has {depth} (0 .. {depth - 1})"
             )
-        if isinstance(signal, NEURONS):
+        if isinstance(signal, LayerNeurons):
             mlp = self.text_model.layers[signal.layer].mlp
             check_gated(mlp, f"the MLP of decoder layer {signal.layer}")
             neurons = mlp.down_proj.in_features
@@ -259,7 +253,7 @@ class Adapter(ABC):
             ],
             {
                 signal: list(values.split([len(layout.views) for layout in layouts]))
-                if isinstance(signal, ClassFeatures)
+                if signal.per_view
                 else self._arranged(kind, values, layouts, call)
                 for signal, values in signals.items()
             },

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from foveate.adapters import compat
 from foveate.adapters.families.base import Adapter, Modality
-from foveate.adapters.towers.taps import SplitProjectionTap
+from foveate.adapters.taps import SplitProjectionTap, Values
 from foveate.adapters.towers.transformers import HFTower
 from foveate.errors import UnsupportedModelError
-from foveate.pruners.core.method import Layout, ModelInfo, Signal
+from foveate.pruners.core import Layout, ModelInfo, Signal
 
 TOWERS = ("CLIPVisionModel", "SiglipVisionModel")
 
@@ -89,8 +89,8 @@ class LlavaAdapter(Adapter):
             patch_size=self.vision_config.patch_size,
         )
 
-    def tap(self, signals: Iterable[Signal]) -> SplitProjectionTap:
-        return SplitProjectionTap(self.encoder.encoder.layers, self.prefix, signals)
+    def tap(self, signals: Iterable[Signal], values: Callable[[], Values | None]) -> SplitProjectionTap:
+        return SplitProjectionTap(self.encoder.encoder.layers, self.prefix, signals, values)
 
     @property
     def projector(self) -> nn.Module:

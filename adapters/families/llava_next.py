@@ -11,7 +11,7 @@ from torch import Tensor
 
 from foveate.adapters import compat
 from foveate.adapters.families.llava import LlavaAdapter
-from foveate.pruners.core.method import Layout, Newline, View
+from foveate.pruners.core import Layout, Newline, View
 
 
 class LlavaNextAdapter(LlavaAdapter):

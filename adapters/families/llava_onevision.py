@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from foveate.adapters import compat
-from foveate.adapters.attachment import undone_on_failure
 from foveate.adapters.families.base import Encoded, Modality
 from foveate.adapters.families.llava_next import LlavaNextAdapter
-from foveate.adapters.towers.taps import SplitProjectionTap
-from foveate.pruners.core.method import Layout, ModelInfo, Newline, Signal, UnpooledFrames
+from foveate.adapters.taps import SplitProjectionTap, Values
+from foveate.pruners.core import Layout, ModelInfo, Newline, Signal, UnpooledFrames
 
 
 class LlavaOnevisionAdapter(LlavaNextAdapter):
@@ -39,13 +38,12 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
     def describe(self) -> ModelInfo:
         return replace(super().describe(), pools_frames=True)
 
-    def tap(self, signals: Iterable[Signal]) -> SplitProjectionTap:
-        signals = set(signals)
-        tap = super().tap(s for s in signals if not isinstance(s, UnpooledFrames))
-        with undone_on_failure(tap.remove):
-            for signal in signals:
-                if isinstance(signal, UnpooledFrames):
-                    _collect(tap, self.inner.multi_modal_projector, signal)
+    def tap(self, signals: Iterable[Signal], values: Callable[[], Values | None]) -> SplitProjectionTap:
+        signals = list(signals)
+        unpooled = [signal for signal in signals if isinstance(signal, UnpooledFrames)]
+        tap = super().tap([signal for signal in signals if signal not in unpooled], values)
+        for signal in unpooled:
+            tap.keep_output(self.inner.multi_modal_projector, signal)
         return tap
 
     def encoded(self, kind: str, output: Any, call: dict[str, Any], signals: dict[Signal, Tensor]) -> Encoded:
@@ -85,10 +83,3 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
 
     def _limit(self, call: dict[str, Any]) -> int:
         return int(self._aspect(call).removeprefix("anyres_max_"))
-
-
-def _collect(tap: SplitProjectionTap, module: nn.Module, signal: Signal) -> None:
-    def listen(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        tap.values[signal] = output
-
-    tap.hook(module, listen)

@@ -11,23 +11,26 @@ import itertools
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from foveate.adapters import compat
-from foveate.adapters.attachment import Replaced, undone_on_failure
 from foveate.adapters.engine.decoder import Decoder
-from foveate.adapters.engine.spans import Selector
 from foveate.adapters.families.base import Brought, Encoded, Modality, PromptWatch, bind
 from foveate.adapters.families.llava import LlavaAdapter
 from foveate.adapters.families.llava_next import canvas_layout, single_view
+from foveate.adapters.taps import Replaced
 from foveate.adapters.towers.transformers import HFTower
 from foveate.errors import InputError, UnsupportedModelError
-from foveate.pruners.core.method import ClassFeatures, Layout, ModelInfo, Signal, View
+from foveate.pruners.core import ClassFeatures, Layout, ModelInfo, Signal, View
+
+if TYPE_CHECKING:
+    from foveate.adapters.session import Session
 
 _SPLICE = "prepare_inputs_labels_for_multimodal"
 _ARGUMENTS = "input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes"
@@ -135,12 +138,12 @@ class LlavaOriginalAdapter(LlavaAdapter):
             patch_size=self.vision_config.patch_size,
         )
 
-    def decoder(self, selector: Selector) -> Decoder:
+    def decoder(self, session: Session) -> Decoder:
         if compat.installed() < (5, 0):
             from foveate.adapters.engine.legacy_decoder import LegacyDecoder
 
-            return LegacyDecoder(self.text_model, selector, mrope=False)
-        return super().decoder(selector)
+            return LegacyDecoder(self.text_model, session, mrope=False)
+        return super().decoder(session)
 
     def watch_prompt(self) -> SplicedPrompts:
         return SplicedPrompts(self)
@@ -230,22 +233,20 @@ class RenamedCache:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model, self._methods = model, []
+        self._model, self._undo = model, ExitStack()
         owner = next(cls for cls in type(model).__mro__ if "prepare_inputs_for_generation" in vars(cls))
         self._llama = super(owner, model)  # the model without the package's two methods
         self._name = compat.cache_name(self._llama.forward)
         self._own_name = compat.cache_name(model.forward)
         if self._name != self._own_name:
-            with undone_on_failure(self.remove):
-                for name, method in (("forward", self._forward), ("prepare_inputs_for_generation", self._prepare)):
-                    own = getattr(model, name)
-                    self._methods.append(Replaced(model, name, functools.wraps(own)(functools.partial(method, own))))
+            for name, method in (("forward", self._forward), ("prepare_inputs_for_generation", self._prepare)):
+                own = getattr(model, name)
+                renamed = Replaced(model, name, functools.wraps(own)(functools.partial(method, own)))
+                self._undo.callback(renamed.remove)
 
     def remove(self) -> None:
         """Give the model its methods back."""
-        for method in reversed(self._methods):
-            method.remove()
-        self._methods.clear()
+        self._undo.close()
 
     def _forward(self, own: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         cache = kwargs.pop(self._name, None)
@@ -284,11 +285,11 @@ class SplicedPrompts(PromptWatch):
         def watched(*args: Any, **kwargs: Any) -> tuple:
             return self._splice(splice, bind(splice, args, kwargs))
 
-        self._method = Replaced(adapter.model, _SPLICE, watched)
-        with undone_on_failure(self._method.remove):
-            self._names = RenamedCache(adapter.model)
-            with undone_on_failure(self._names.remove):
-                self._handle = adapter.text_model.register_forward_pre_hook(self._embed, with_kwargs=True)
+        with ExitStack() as undo:
+            undo.callback(Replaced(adapter.model, _SPLICE, watched).remove)
+            undo.callback(RenamedCache(adapter.model).remove)
+            undo.callback(adapter.text_model.register_forward_pre_hook(self._embed, with_kwargs=True).remove)
+            self._undo = undo.pop_all()
 
     def take(self, embeds: Tensor) -> Brought:
         prompt, self._prompt = self._prompt, None
@@ -308,9 +309,8 @@ class SplicedPrompts(PromptWatch):
         self._prompt = None
 
     def remove(self) -> None:
-        self._names.remove()
-        self._method.remove()
-        super().remove()
+        self._undo.close()
+        self.forget()
 
     def _splice(self, splice: Callable[..., tuple], call: dict[str, Any]) -> tuple:
         self.forget()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from foveate.adapters import compat
 from foveate.adapters.families.base import Adapter, Modality
-from foveate.adapters.towers.taps import PackedTap
-from foveate.pruners.core.method import Layout, ModelInfo, Signal
+from foveate.adapters.taps import PackedTap, Values
+from foveate.pruners.core import Layout, ModelInfo, Signal
 
 _DIGITS = 4  # a video's first timestamp has at most so many tokens more than its second
 
@@ -55,8 +55,8 @@ class Qwen2VLAdapter(Adapter):
         """Blocks whose attention is not windowed; None = all."""
         return None
 
-    def tap(self, signals: Iterable[Signal]) -> PackedTap:
-        return PackedTap(self.tower.blocks, self.tower.spatial_merge_size**2, signals)
+    def tap(self, signals: Iterable[Signal], values: Callable[[], Values | None]) -> PackedTap:
+        return PackedTap(self.tower.blocks, self.tower.spatial_merge_size**2, signals, values)
 
     def layouts(self, kind: str, call: dict[str, Any], output: Any) -> list[Layout]:
         merge = self.tower.spatial_merge_size

@@ -8,21 +8,19 @@ lives in :class:`BlockMerger`, never on the model.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from foveate.adapters.attachment import undone_on_failure
-from foveate.adapters.towers.taps import exact
+from foveate.adapters.taps import exactly
 from foveate.cuda import merge_tokens
 from foveate.cuda.merging import merged_sizes, size_bias
 from foveate.errors import AttachError, UnsupportedModelError
-from foveate.pruners.core.merging import BlockKeys, BlockStage, BlockTokens, Groups, owners
-from foveate.pruners.core.method import Hook, ModelInfo, Pruner, Stage
+from foveate.pruners.core import InTower, ModelInfo, Pruner
+from foveate.pruners.core.merging import BlockKeys, BlockTokens, Groups, owners
 
 TOWERS: list[type[Tower]] = []
 
@@ -95,7 +93,7 @@ class Tower(ABC):
         """Make what follows the blocks count tokens by size, through ``merger.hook`` and ``merger.replace``."""
 
     @abstractmethod
-    def check(self, stages: Sequence[BlockStage]) -> None:
+    def check(self, stages: Sequence[InTower]) -> None:
         """Raise :class:`UnsupportedModelError` if these stages cannot run here."""
 
     @property
@@ -198,7 +196,7 @@ class MergeTrace:
 class BlockMerger:
     """A merging method on a tower. ``trace`` tells what happened in the last call, None before."""
 
-    def __init__(self, tower: Tower, pruner: Pruner, stages: Sequence[BlockStage]) -> None:
+    def __init__(self, tower: Tower, pruner: Pruner, stages: Sequence[InTower]) -> None:
         tower.check(stages)
         self.tower, self.pruner = tower, pruner
         self.trace: MergeTrace | None = None
@@ -210,10 +208,13 @@ class BlockMerger:
         self._undo: list[Callable[[], None]] = []
         self.holder: object = None  # whoever must live as long as the merger acts
         opened = [(stage, tower.halves(tower.blocks[stage.layer])) for stage in stages]
-        with undone_on_failure(self.remove):
+        try:
             for stage, halves in opened:
                 self._open(stage, halves, first=stage is stages[0])
             tower.pooled(self)
+        except BaseException:
+            self.remove()
+            raise
 
     def remove(self) -> None:
         """Give the model back what was its own."""
@@ -282,7 +283,7 @@ class BlockMerger:
 
     # ------------------------------------------------------------------------------------------------------ the blocks
 
-    def _open(self, stage: BlockStage, halves: Halves, first: bool) -> None:
+    def _open(self, stage: InTower, halves: Halves, first: bool) -> None:
         block, listens = halves.block, any(isinstance(s, BlockKeys) for s in stage.signals.values())
         original = block.forward
 
@@ -312,7 +313,7 @@ class BlockMerger:
             self.pruner.name, self.pruner.parameters(), self.tower.prefix, [x.shape[1]], _batch=(len(x), x.device)
         )
 
-    def _run(self, stage: BlockStage, halves: Halves, original: Any, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+    def _run(self, stage: InTower, halves: Halves, original: Any, x: Tensor, args: Any, kwargs: Any) -> Tensor:
         trace = self.trace
         if trace is None or x.shape[1] != trace.counts[-1]:
             raise AttachError(
@@ -327,10 +328,10 @@ class BlockMerger:
         self._due = count > 0
         x = halves.attend(x, bias, *args, **self._moved(kwargs))
         keys, self._keys, self._due = self._keys, None, False
-        if not stage.behind_mlp:
+        if not stage.after_mlp:
             x = self._merge(stage, x, count, keys)
         x = halves.feed(x)
-        if stage.behind_mlp:
+        if stage.after_mlp:
             x = self._merge(stage, x, count, keys)
         trace.counts.append(x.shape[1])
         return x
@@ -348,10 +349,10 @@ class BlockMerger:
         table = rope[places][:, None] if rope.ndim == 2 else rope[:, places].transpose(0, 1)
         return {**kwargs, "rope": table}
 
-    def _merge(self, stage: BlockStage, x: Tensor, count: int, keys: Tensor | None) -> Tensor:
+    def _merge(self, stage: InTower, x: Tensor, count: int, keys: Tensor | None) -> Tensor:
         if not count:
             return x
-        groups = _chosen(x, stage, self.tower.prefix, count, keys)
+        groups = exactly(_chosen, x, stage, self.tower.prefix, count, keys)
         places = groups.keep, groups.source, groups.target
         if stage.weighting == "size":
             x, self.sizes = merge_tokens(x, *places, self.sizes)
@@ -366,21 +367,5 @@ class BlockMerger:
         return x
 
 
-@exact
-def _chosen(x: Tensor, stage: BlockStage, prefix: int, count: int, keys: Tensor | None) -> Groups:
+def _chosen(x: Tensor, stage: InTower, prefix: int, count: int, keys: Tensor | None) -> Groups:
     return stage.select(BlockTokens(x, prefix, count), **dict.fromkeys(stage.signals, keys))
-
-
-def block_stages(stages: Sequence[Stage]) -> list[BlockStage]:
-    """Those that act inside the tower."""
-    return [stage for stage in stages if stage.hook is Hook.VIT_BLOCK]
-
-
-@contextmanager
-def merging(tower: Tower, pruner: Pruner) -> Iterator[BlockMerger]:
-    """A merger for a while, without a session."""
-    merger = BlockMerger(tower, pruner, block_stages(pruner.stages(tower.info)))
-    try:
-        yield merger
-    finally:
-        merger.remove()

@@ -12,24 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.adapters.attachment import undone_on_failure
 from foveate.adapters.families.base import Adapter
 from foveate.adapters.towers.base import BlockMerger, MergeTrace
-from foveate.adapters.towers.taps import FEATURES
 from foveate.errors import InputError
-from foveate.pruners.core.merging import BlockStage
-from foveate.pruners.core.method import ClassFeatures, Layout, Pruner, Selection, Signal, View
+from foveate.pruners.core import InTower, Layout, Pruner, Selection, Signal
+from foveate.pruners.core.signals import TowerOutput
 
 
 class TowerMerging:
     """A merger on the tower of an attached vision-language model."""
 
-    def __init__(self, adapter: Adapter, pruner: Pruner, stages: Sequence[BlockStage]) -> None:
+    def __init__(self, adapter: Adapter, pruner: Pruner, stages: Sequence[InTower]) -> None:
         self.adapter, self.pruner = adapter, pruner
         projector = adapter.projector
         self._merger = BlockMerger(adapter.block_tower(), pruner, stages)
-        with undone_on_failure(self._merger.remove):
-            self._merger.hook(projector.register_forward_hook(self._spread))
+        self._merger.hook(projector.register_forward_hook(self._spread))
 
     def remove(self) -> None:
         """Take the merger off."""
@@ -57,9 +54,9 @@ class TowerMerging:
         deepest = len(self.trace.counts) - 1
 
         def spread(signal: Signal, values: Tensor) -> Tensor:
-            if isinstance(signal, ClassFeatures):
+            if signal.per_view:
                 return values
-            return self.trace.unmerge(values, min(deepest, signal.layer + isinstance(signal, FEATURES)))
+            return self.trace.unmerge(values, min(deepest, signal.layer + isinstance(signal, TowerOutput)))
 
         return {signal: spread(signal, values) for signal, values in signals.items()}
 
@@ -92,14 +89,3 @@ class TowerMerging:
         place = torch.full((len(groups),), len(mine), device=mine.device).scatter_reduce(0, member_of, choice, "amin")
         place = torch.where(place < 0, place + len(mine), place)
         return Selection(place.sort().values, owner=place[member_of])
-
-
-def remaining(layout: Layout, alive: Tensor) -> Layout:
-    """The layout of the tokens ``alive (K,)`` of a picture, one row per view; crops on one canvas share a row."""
-    if len(alive) == layout.size:
-        return layout
-    canvas = [view.start for view in layout.views if view.stride][:1]
-    edges = sorted({view.start for view in layout.views if not view.stride} | {*canvas, layout.size})
-    bounds = torch.searchsorted(alive, torch.tensor(edges, device=alive.device)).tolist()
-    kinds = {view.start: view.kind for view in reversed(layout.views)}
-    return Layout(tuple(View(1, b - a, start=a, kind=kinds[start]) for start, a, b in zip(edges, bounds, bounds[1:])))

@@ -11,7 +11,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 from foveate.adapters.towers.base import BlockMerger, Halves, Tower, lineage
 from foveate.adapters.towers.timm import TimmTower
 from foveate.errors import AttachError, UnsupportedModelError
-from foveate.pruners.core.merging import BlockStage
+from foveate.pruners.core import InTower
 
 
 class OpenClipHalves(Halves):
@@ -91,7 +91,7 @@ class OpenClipTower(Tower):
             raise self.refuse(block, f"only {', '.join(OpenClipHalves.classes)} is known")
         return OpenClipHalves(block)
 
-    def check(self, stages: Sequence[BlockStage]) -> None:
+    def check(self, stages: Sequence[InTower]) -> None:
         if not self.trunk.transformer.batch_first:
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} runs its blocks with the sequence first; build it with batch_first=True"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from foveate.adapters.towers.base import BlockMerger, Halves, Tower, lineage
 from foveate.errors import UnsupportedModelError
-from foveate.pruners.core.merging import BlockStage
+from foveate.pruners.core import InTower
 
 _ATTENTION = ("Attention", "EvaAttention", "AttentionRope")
 _MODELS = ("VisionTransformer", "Eva")
@@ -150,7 +150,7 @@ class TimmTower(Tower):
             raise self.refuse(block, f"its attention is {attention}; known: {', '.join(_ATTENTION)}")
         return _HALVES[name](block)
 
-    def check(self, stages: Sequence[BlockStage]) -> None:
+    def check(self, stages: Sequence[InTower]) -> None:
         pool = getattr(self.trunk, "attn_pool", None)
         if pool is not None and (type(pool).__name__ != "AttentionPoolLatent" or pool.pos_embed is not None):
             raise UnsupportedModelError(

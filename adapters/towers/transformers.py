@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from foveate.adapters import compat
 from foveate.adapters.towers.base import BlockMerger, Halves, Tower, lineage
 from foveate.errors import InputError, UnsupportedModelError
-from foveate.pruners.core.merging import BlockStage
+from foveate.pruners.core import InTower
 
 # where the tower is, inside the models that hold one and read nothing but its first row, its pooler or its rows
 _INSIDE = {
@@ -134,7 +134,7 @@ class HFTower(Tower):
             raise self.refuse(block, "its attention has no k_proj; this version of transformers is too old for it")
         return _HALVES[name](block)
 
-    def check(self, stages: Sequence[BlockStage]) -> None:
+    def check(self, stages: Sequence[InTower]) -> None:
         how = compat.attention_kind(self.trunk.config)
         if how not in _BIASED and any(stage.proportional for stage in stages):
             raise UnsupportedModelError(

@@ -16,7 +16,7 @@ from foveate.adapters.vllm_plugin.model import Pruning, blocks_of
 from foveate.adapters.vllm_plugin.processor import Announcing
 from foveate.adapters.vllm_plugin.towers import TowerTap
 from foveate.errors import UnsupportedModelError
-from foveate.pruners.core.method import Signal
+from foveate.pruners.core import Signal
 
 
 class LlavaPruning(Pruning):

@@ -16,7 +16,7 @@ from foveate.adapters.vllm_plugin.serving import Emission, Serving, check_start,
 from foveate.adapters.vllm_plugin.settings import canonical, parse
 from foveate.adapters.vllm_plugin.towers import TowerTap
 from foveate.errors import InputError, UnsupportedModelError
-from foveate.pruners.core.method import Signal
+from foveate.pruners.core import Signal
 
 
 class Pruning:

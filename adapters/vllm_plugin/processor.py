@@ -24,7 +24,7 @@ from foveate.adapters.families.base import Adapter
 from foveate.adapters.vllm_plugin.serving import announced, check_request, layouts_of, skeleton
 from foveate.adapters.vllm_plugin.settings import Entry, identity, merged
 from foveate.errors import FoveateError, InputError, ParameterError, UnsupportedModelError
-from foveate.pruners.core.method import Layout
+from foveate.pruners.core import Layout
 
 FIELD = "foveate"
 

@@ -27,7 +27,7 @@ from foveate.adapters.vllm_plugin.processor import FIELD, Announcement, Announci
 from foveate.adapters.vllm_plugin.serving import Emission
 from foveate.adapters.vllm_plugin.towers import TowerTap
 from foveate.errors import ParameterError
-from foveate.pruners.core.method import Signal
+from foveate.pruners.core import Signal
 
 _NEXT_TO_NOTHING = 1e-17  # 1 - this is 1: no video token goes
 

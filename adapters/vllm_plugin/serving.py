@@ -23,11 +23,12 @@ from foveate.adapters.families.base import Adapter, adapter_for
 from foveate.adapters.vllm_plugin import ARCHITECTURES, TESTED
 from foveate.adapters.vllm_plugin.settings import Entry, Settings, canonical, merged, parse
 from foveate.errors import FoveateError, ParameterError, UnsupportedModelError
-from foveate.pruners.core.method import (
+
+# HOOK
+from foveate.pruners.core import (
     ClassFeatures,
     EncoderFeatures,
     EncoderKeys,
-    Hook,
     Layout,
     PatchPixels,
     Pruner,
@@ -36,9 +37,10 @@ from foveate.pruners.core.method import (
     Stage,
     Tokens,
     UnpooledFrames,
+    create,
     keep_all,
 )
-from foveate.pruners.core.registry import PRUNERS, create
+from foveate.pruners.core.method import PRUNERS
 
 _WIDTH = 8  # channels of made-up features
 _REHEARSED = 8192  # tokens of the largest picture that is rehearsed

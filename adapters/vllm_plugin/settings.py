@@ -9,8 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from foveate.errors import ParameterError
-from foveate.pruners.core.method import Pruner
-from foveate.pruners.core.registry import create
+from foveate.pruners.core import Pruner, create
 
 SEPARATORS = ("keep", "drop")
 Entry = Mapping[str, Any]

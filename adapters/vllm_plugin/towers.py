@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from foveate.adapters.attachment import Replaced
 from foveate.adapters.towers.taps import EncoderTap, by_segment, mean_of_units, statistic
-from foveate.pruners.core.method import ClassFeatures, Signal
+from foveate.pruners.core import ClassFeatures, Signal
 
 
 class TowerTap(EncoderTap):

@@ -178,7 +178,7 @@ class Selection:
     resample: Sequence[Callable[[Tensor], Tensor]] | None = None
     markers: Tensor | None = None
 
-    def check(self, method: str, batch: int, count: int, padded: bool) -> None:
+    def check(self, method: str, batch: int, count: int, padded: bool = True) -> None:
         """Hold ``index`` to what is said above, for ``batch`` pictures of ``count`` tokens; ``padded``: -1 may stand there.
 
         Raises:

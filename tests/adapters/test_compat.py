@@ -621,7 +621,7 @@ def test_a_failed_attach_leaves_nothing(family: str, name: str, monkeypatch: pyt
 
     monkeypatch.setattr(nn.Module, "register_forward_pre_hook", failing(nn.Module.register_forward_pre_hook))
     monkeypatch.setattr(nn.Module, "register_forward_hook", failing(nn.Module.register_forward_hook))
-    monkeypatch.setattr("foveate.adapters.attachment.Replaced.__init__", failing(foveate_replaced()))
+    monkeypatch.setattr("foveate.adapters.taps.Replaced.__init__", failing(foveate_replaced()))
     for reached in range(100):
         steps = reached
         try:
@@ -640,6 +640,6 @@ def test_a_failed_attach_leaves_nothing(family: str, name: str, monkeypatch: pyt
 
 
 def foveate_replaced() -> Callable[..., None]:
-    from foveate.adapters.attachment import Replaced
+    from foveate.adapters.taps import Replaced
 
     return Replaced.__init__

@@ -16,19 +16,10 @@ import transformers
 from torch import Tensor
 
 import foveate
-from foveate.adapters.attachment import attached_to
 from foveate.adapters.families.llava_original import RenamedCache
+from foveate.adapters.session import attached_to
+from foveate.pruners.core import AtEntry, EncoderFeatures, ModelInfo, PatchPixels, Pruner, Selection, Stage, Tokens
 from foveate.pruners.core.merging import Merger
-from foveate.pruners.core.method import (
-    EncoderFeatures,
-    Hook,
-    ModelInfo,
-    PatchPixels,
-    Pruner,
-    Selection,
-    Stage,
-    Tokens,
-)
 from tests.pruners.synthetic import TopNorm
 
 package = pytest.importorskip(
@@ -316,7 +307,7 @@ class Witness(Pruner):
     def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
         SEEN.clear()
         read = {"features": EncoderFeatures(model.feature_layer), "pixels": PatchPixels(0)}
-        return (Stage(Hook.LLM_INPUT, self.select, read, reads_text=True),)
+        return (AtEntry(self.select, read, reads_text=True),)
 
     @staticmethod
     def select(tokens: Tokens, features: Tensor, pixels: Tensor) -> Selection:

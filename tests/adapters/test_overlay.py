@@ -15,7 +15,7 @@ from foveate.adapters.drawing import draw, facts, panels, token_at
 from foveate.adapters.families.llava_next import _anyres
 from foveate.adapters.trace import ImageTrace, StageTrace, Trace
 from foveate.errors import ParameterError
-from foveate.pruners.core.method import Layout
+from foveate.pruners.core import Layout
 from tests.models import inputs, picture, tiny
 
 PINPOINTS = ((32, 64), (64, 32), (64, 64), (32, 96))

@@ -15,8 +15,8 @@ import transformers
 
 import foveate
 from foveate.adapters import compat
+from foveate.pruners.core import AtEntry, BeforeLayer, ModelInfo, Selection, Stage, Tokens
 from foveate.pruners.core.merging import Merger
-from foveate.pruners.core.method import Hook, ModelInfo, Selection, Stage, Tokens
 from tests.models import FAMILIES, IMAGE, cache_of, cached, inputs, picture, tiny
 from tests.pruners.synthetic import TopNorm
 from tests.test_oracles import dropped_places, masked_logits, rope_positions, scene_inputs
@@ -264,13 +264,13 @@ def test_half_precision_stays_what_it_is(family: str, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("name", ["divprune", "fopru", "cdpruner", "fastv", "todre"])
 def test_autocast_does_not_coarsen_selections(name: str) -> None:
     """Given the same embeddings and queries, what is chosen does not depend on autocast."""
-    from foveate.adapters.towers.taps import statistic
-    from foveate.pruners.core.method import ReceivedAttention
+    from foveate.adapters.taps import exactly
+    from foveate.pruners.core import AtEntry, ReceivedAttention
 
     q, k = torch.randn(2, 1, 4, 300, 16).unbind(0)
-    plain = statistic(ReceivedAttention(0), q, k, 0.25, 0)
+    plain = exactly(ReceivedAttention(0).reduce, q, k, 0.25, 0)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(statistic(ReceivedAttention(0), q, k, 0.25, 0), plain)
+        assert torch.equal(exactly(ReceivedAttention(0).reduce, q, k, 0.25, 0), plain)
     seen: list[torch.dtype] = []
 
     class Watch(TopNorm):
@@ -279,7 +279,7 @@ def test_autocast_does_not_coarsen_selections(name: str) -> None:
                 seen.append((tokens.embeds.float() @ tokens.embeds.float().mT).dtype)
                 return Selection(torch.arange(4).expand(len(tokens.embeds), -1))
 
-            return (Stage(Hook.LLM_INPUT, select),)
+            return (AtEntry(select),)
 
     model, given = tiny("llava"), scene_inputs("llava", "single")
     with foveate.attach(model, Watch()), torch.autocast("cpu", torch.bfloat16):
@@ -299,9 +299,9 @@ def test_statistics_keep_nothing_for_backward() -> None:
                 seen.append(received.requires_grad)
                 return Selection(torch.arange(4).expand(len(tokens.embeds), -1))
 
-            from foveate.pruners.core.method import ReceivedAttention
+            from foveate.pruners.core import AtEntry, ReceivedAttention
 
-            return (Stage(Hook.LLM_INPUT, select, {"received": ReceivedAttention(2)}),)
+            return (AtEntry(select, {"received": ReceivedAttention(2)}),)
 
     with torch.enable_grad(), foveate.attach(model.train(), Watch()):
         model(**given, labels=given["input_ids"]).loss.backward()
@@ -385,7 +385,7 @@ def test_a_failing_pruner_leaves_the_model_usable() -> None:
             def fail(tokens: Tokens) -> Selection:
                 raise ZeroDivisionError("inside a stage")
 
-            return (Stage(Hook.LLM_INPUT, fail),)
+            return (AtEntry(fail),)
 
     model, given = tiny("llava"), scene_inputs("llava", "single")
     plain = model(**given).logits
@@ -393,8 +393,8 @@ def test_a_failing_pruner_leaves_the_model_usable() -> None:
     with pytest.raises(ZeroDivisionError):
         model(**given)
     assert session.trace is None
-    assert session._prompt is None  # nothing is held on to
-    assert not session._encoder.encoded
+    assert not session.call.items  # nothing is held on to
+    assert not session.call.encoded
     text = {"input_ids": given["input_ids"][:, :3], "attention_mask": torch.ones(1, 3)}
     model(**text)  # still attached, still usable
     session.detach()
@@ -513,7 +513,7 @@ def test_random_choice_inside_the_decoder_differs_between_images() -> None:
                 seen.append(tokens.sample_ids)
                 return Selection(torch.arange(4).expand(len(tokens.embeds), -1))
 
-            return (Stage(Hook.LLM_LAYER, select, layer=1),)
+            return (BeforeLayer(select, layer=1),)
 
     with foveate.attach(model, Watch()) as session:
         model(**given)

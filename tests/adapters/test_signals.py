@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, nn
 
 import foveate
-from foveate.adapters.towers.taps import EncoderTap
-from foveate.pruners.core.method import (
+from foveate.adapters.taps import TowerTap
+from foveate.pruners.core import (
+    AtEntry,
+    BeforeLayer,
     ClassAttention,
     ClassFeatures,
     CrossModalAttention,
     EncoderFeatures,
     EncoderKeys,
     GivenAttention,
-    Hook,
     LastTokenAttention,
     ModelInfo,
     Pruner,
@@ -46,7 +47,7 @@ class Probe(Pruner):
 
     seen: Any = None
     signals: Any = None
-    hook: Hook = Hook.LLM_INPUT
+    stage: Any = AtEntry
     layer: int = 0
     name = "probe"
 
@@ -56,14 +57,14 @@ class Probe(Pruner):
             everything = torch.arange(tokens.count).expand(len(tokens.embeds), -1)
             return Selection(everything)
 
-        return (Stage(self.hook, select, self.signals, layer=self.layer, reads_text=True),)
+        return (self.stage(select, self.signals, layer=self.layer, reads_text=True),)
 
 
 def read(model: torch.nn.Module, batch: dict[str, Any], /, **signals: Signal) -> list[tuple[Tokens, dict[str, Tensor]]]:
     seen: list[Any] = []
     decoder = [s.layer + 1 for s in signals.values() if isinstance(s, (LastTokenAttention, CrossModalAttention))]
-    hook = {"hook": Hook.LLM_LAYER, "layer": decoder[0]} if decoder else {}
-    with foveate.attach(model, Probe(seen, signals, **hook)):
+    where = {"stage": BeforeLayer, "layer": decoder[0]} if decoder else {}
+    with foveate.attach(model, Probe(seen, signals, **where)):
         model(**batch)
     return seen
 
@@ -263,15 +264,15 @@ def test_instructions_are_the_words_behind_the_picture(family: str) -> None:
 def test_statistics_of_a_block_are_taken_in_the_order_in_which_they_were_asked_for():
     """Tensor-parallel processes add theirs up one after the other: in another order, different statistics."""
 
-    class Orders(EncoderTap):
-        def _tap_features(self, block: nn.Module, signals: list[Signal]) -> None:
+    class Orders(TowerTap):
+        def tap_output(self, block: nn.Module, signals: list[Signal]) -> None:
             taken.append(signals)
 
-        def _tap_attention(self, block: nn.Module, signals: list[Signal]) -> None:
+        def tap_attention(self, block: nn.Module, signals: list[Signal]) -> None:
             taken.append(signals)
 
     asked = [ReceivedAttention(0), GivenAttention(0), ClassAttention(0), EncoderKeys(0), GivenAttention(0, logits=True)]
     for order in (asked, asked[::-1]):
         taken: list[list[Signal]] = []
-        Orders([nn.Identity()], order)
+        Orders([nn.Identity()], order, lambda: None)
         assert taken == [order]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import foveate
 from foveate.adapters.trace import ImageTrace
 from foveate.errors import InputError, UnsupportedModelError
-from foveate.pruners.core.method import Layout
+from foveate.pruners.core import Layout
 from tests.models import FAMILIES, inputs, picture, single_view, tiny
 
 LLAVAS = tuple(family for family in FAMILIES if family.startswith("llava"))
@@ -53,7 +53,7 @@ def test_the_decoder_sees_the_announced_tokens(models: dict[str, nn.Module], fam
     with foveate.attach(model, merger) as session:
         merged = model(**given).logits
         images = session.trace.images
-        announced = [merger.kept_on(session._adapter.info, image.layout) for image in images]
+        announced = [merger.count(image.layout, session.adapter.info) for image in images]
     assert merged.shape == plain.shape
     assert not torch.equal(merged, plain)
     assert len(images) == 2
@@ -73,7 +73,7 @@ def test_counts_are_those_of_the_blocks(models: dict[str, nn.Module]) -> None:
     with foveate.attach(models["llava"], foveate.ToMe(r=2)) as session:
         models["llava"](**batch("llava"))
         assert [len(image.kept) for image in session.trace.images] == [16 - 4 * 2] * 2
-        assert session._encoder.merging.trace.counts == [17, 15, 13, 11, 9]
+        assert session.merging.trace.counts == [17, 15, 13, 11, 9]
     assert foveate.ToMe(r=16).kept_in(Layout.grid(24, 24)) == 576 - 23 * 16
 
 
@@ -123,7 +123,7 @@ def test_survivors_stand_in_their_own_slots(models: dict[str, nn.Module], family
         logits = model(**given).logits
         images, slots = session.trace.images, [torch.ones_like(given["attention_mask"][0]) for _ in range(2)]
         spread: list[Tensor] = []
-        handle = session._adapter.projector.register_forward_hook(lambda module, args, output: spread.append(output))
+        handle = session.adapter.projector.register_forward_hook(lambda module, args, output: spread.append(output))
         model(**given)
         handle.remove()
     for b, image in enumerate(images):

@@ -13,8 +13,8 @@ from torch.nn.functional import interpolate
 import foveate
 from foveate.adapters.families.base import adapter_for
 from foveate.errors import InputError, ParameterError
+from foveate.pruners.core import AtEntry, Pruner, Selection, Stage
 from foveate.pruners.core.allocation import frame_budgets, frame_grid, frame_weights, scores_per_view
-from foveate.pruners.core.method import Hook, Pruner, Selection, Stage
 from tests.models import VIDEO, VIDEO_FAMILIES, VISION_END, VISION_START, inputs, picture, tiny
 
 ENCODES_ONCE = hasattr(transformers.GenerationMixin, "_prepare_multimodal_encoder_kwargs_for_generation")
@@ -213,7 +213,7 @@ def test_frame_text_goes_only_where_the_method_says_so() -> None:
             object.__setattr__(self, "empty_frames", empty_frames)
 
         def stages(self, model: Any) -> tuple[Stage, ...]:
-            return (Stage(Hook.LLM_INPUT, self.select, empty_frames=self.empty_frames),)
+            return (AtEntry(self.select, empty_frames=self.empty_frames),)
 
         def parameters(self) -> dict[str, Any]:
             return {}

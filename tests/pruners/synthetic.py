@@ -7,15 +7,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.pruners import Hook, Layout, ModelInfo, Pruner, Selection, Stage, Tokens, View
-from foveate.pruners.core.method import (
+from foveate.pruners.core import (
+    AtEntry,
+    AtPixels,
+    BeforeLayer,
     ClassFeatures,
     CoreMatches,
     CrossModalAttention,
     EncoderFeatures,
     EncoderKeys,
+    Layout,
+    ModelInfo,
     PatchPixels,
+    Pruner,
+    Selection,
     Signal,
+    Stage,
+    Tokens,
+    View,
     budget,
     top_k,
 )
@@ -79,7 +88,7 @@ def make_signals(stage: Stage, tokens: Tokens, seed: int) -> dict[str, Tensor]:
 
 def first_stage(pruner: Pruner, model: ModelInfo = CLIP) -> Stage:
     """The first stage that selects tokens."""
-    return next(stage for stage in pruner.stages(model) if stage.hook is not Hook.PIXELS)
+    return next(stage for stage in pruner.stages(model) if not isinstance(stage, AtPixels))
 
 
 def run(pruner: Pruner, tokens: Tokens, model: ModelInfo = CLIP, seed: int = 0) -> Selection:
@@ -112,9 +121,9 @@ class TopNorm(Pruner):
     name = "top_norm"
 
     def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
-        stages = [Stage(Hook.LLM_INPUT, lambda tokens: self._select(tokens, self.at_input))]
+        stages = [AtEntry(lambda tokens: self._select(tokens, self.at_input))]
         for layer, keep in self.at_layer:
-            stages.append(Stage(Hook.LLM_LAYER, lambda tokens, keep=keep: self._select(tokens, keep), layer=layer))
+            stages.append(BeforeLayer(lambda tokens, keep=keep: self._select(tokens, keep), layer=layer))
         return tuple(stages)
 
     @staticmethod

@@ -23,7 +23,7 @@ from foveate.adapters.vllm_plugin.serving import (
 )
 from foveate.adapters.vllm_plugin.settings import parse
 from foveate.errors import FoveateError, ParameterError, UnsupportedModelError
-from foveate.pruners.core.method import Layout, Selection
+from foveate.pruners.core import Layout, Selection
 from tests.models import FAMILIES, inputs, picture, tiny
 
 METHODS = ("random", "grid", "avgpool", "fopru", "hiprune", "divprune", "visionzip", "globalcom2", "todre")
