@@ -1,6 +1,14 @@
 """Model families and how a pruner gets onto them."""
 
-from foveate.adapters.families import llava, llava_next, llava_onevision, llava_original, qwen_vl  # noqa: F401
+from foveate.adapters.families import (  # noqa: F401  (they register themselves)
+    llava,
+    llava_next,
+    llava_onevision,
+    llava_original,
+    qwen2_5_vl,
+    qwen2_vl,
+    qwen3_vl,
+)
 from foveate.adapters.families.base import FAMILIES, Adapter, adapter_for
 from foveate.adapters.session import Session, VitSession, attach
 from foveate.adapters.towers import open_clip, timm, transformers  # noqa: F401  (they register themselves)

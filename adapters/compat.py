@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.errors import InputError, MissingSignalError, NotUnderstoodError, UnsupportedModelError
-from foveate.tested import TESTED, minor
+from foveate.tested import TESTED
 
 Version = tuple[int, int]
 SUPPORTED: tuple[tuple[Version, Version], ...] = (((5, 16), (6, 0)),)
@@ -30,25 +30,20 @@ SUPPORTED: tuple[tuple[Version, Version], ...] = (((5, 16), (6, 0)),)
 # ------------------------------------------------------------------------------------------------------------- versions
 
 
+_LAST = max(TESTED["transformers"].minors)
+
+
 def installed() -> Version:
     """Major and minor version of the transformers at hand."""
-    return minor(_release())
-
-
-def _release() -> str:
     from transformers import __version__
 
-    return __version__
+    major, minor = __version__.split(".")[:2]
+    return int(major), int(minor)
 
 
 def untested() -> bool:
     """Is this transformers newer than any that foveate was tested with?"""
-    return _newer(_release())
-
-
-@lru_cache
-def _newer(release: str) -> bool:
-    return minor(release) > TESTED["transformers"].minors[-1]
+    return installed() > _LAST
 
 
 def check_version(name: str, supported: Iterable[tuple[Version, Version]] = SUPPORTED) -> None:
@@ -66,13 +61,13 @@ def check_version(name: str, supported: Iterable[tuple[Version, Version]] = SUPP
             f"{name} under transformers {found[0]}.{found[1]} is not supported; install transformers {known}"
         )
     if untested():
-        _warn_untested(_release())
+        _warn_untested(found)
 
 
 @lru_cache
-def _warn_untested(release: str) -> None:
+def _warn_untested(found: Version) -> None:
     warnings.warn(
-        f"transformers {release} is newer than what foveate was tested with ({_tested()}); every prompt is checked while it "
+        f"transformers {found[0]}.{found[1]} is newer than what foveate was tested with ({_tested()}); every prompt is checked while it "
         "runs, and an error is raised where something is not understood",
         stacklevel=6,  # whoever called attach()
     )
@@ -86,7 +81,7 @@ def _tested() -> str:
 def not_understood(what: str) -> NotUnderstoodError:
     """The error for something that transformers does otherwise than any version that is known."""
     return NotUnderstoodError(
-        f"this transformers is not understood: {what}. It is version {_release()}, foveate was tested with {_tested()}; "
+        f"this transformers is not understood: {what}. It is version {installed()[0]}.{installed()[1]}, foveate was tested with {_tested()}; "
         "install one of these, or detach and run the model unpruned"
     )
 
@@ -111,10 +106,14 @@ def _require(function: Callable[..., Any], where: str, *wanted: tuple[str, ...])
 _CACHE = ("cache", "past_key_values")  # from 5.24 on; before
 
 
-def mark(cache: Any, state: Any) -> None:
-    """Note on a cache, and on its first layer, which another cache may take over, what pruning left in it."""
+def mark(cache: Any, state: Any, answer: Callable[..., int]) -> None:
+    """Note on a cache, and on its first layer, which another cache may take over, what pruning left in it.
+
+    From then on ``answer(cache, layer)`` is what the cache says of its length.
+    """
     cache.foveate = state
     cache.layers[0].foveate = state
+    cache.get_seq_length = types.MethodType(answer, cache)
 
 
 def marked(cache: Any) -> Any:
@@ -135,32 +134,24 @@ def is_cache(value: Any) -> bool:
     return callable(getattr(value, "get_seq_length", None)) and not isinstance(value, nn.Module)
 
 
-def passed_cache(kwargs: Mapping[str, Any]) -> Any:
-    """The KV cache among a call's arguments; None without one.
+def cache_among(named: Mapping[str, Any] | None, what: str = "an argument") -> Any:
+    """The KV cache among a call's arguments, or (``what``: ``"an output"``) among a model's outputs; None without one.
 
     Raises:
         NotUnderstoodError: there is one under an unknown name.
     """
-    return _found_cache(kwargs, "an argument")
-
-
-def returned_cache(output: Any) -> Any:
-    """The KV cache of a model's output; None without one.
-
-    Raises:
-        NotUnderstoodError: there is one under an unknown name.
-    """
-    return None if output is None else _found_cache(vars(output), "an output")  # vars: deprecated names are properties
-
-
-def _found_cache(named: Mapping[str, Any], what: str) -> Any:
-    for name in _CACHE:
+    for name in _CACHE if named else ():
         if named.get(name) is not None:
             return named[name]
-    for name, value in named.items():
+    for name, value in (named or {}).items():
         if is_cache(value):
             raise not_understood(f"a {type(value).__name__} is {what} called {name!r}, not {' or '.join(_CACHE)}")
     return None
+
+
+def returned_cache(output: Any) -> Any:
+    """The KV cache of a model's output; None without one."""
+    return cache_among(vars(output), "an output") if output is not None else None  # deprecated names are properties
 
 
 def cache_argument(function: Callable[..., Any], cache: Any) -> dict[str, Any]:
@@ -199,7 +190,7 @@ _remembered_cache_name = lru_cache(_cache_name)
 
 
 def cached_length(cache: Any, layer: int = 0) -> int:
-    """Places that the cache of a layer really holds, whatever :func:`answer_length` makes it say."""
+    """Places that the cache of a layer really holds, whatever :func:`mark` makes it say."""
     keys = layer_states(cache, layer)[0] if layer < len(getattr(cache, "layers", ())) else None
     if isinstance(keys, Tensor) and keys.ndim == 4 and type(cache.layers[layer]).__name__ == "DynamicLayer":
         return keys.shape[2]  # others keep a part elsewhere, and count
@@ -209,11 +200,6 @@ def cached_length(cache: Any, layer: int = 0) -> int:
 def told_length(cache: Any) -> int:
     """Places that the cache says it has seen."""
     return int(cache.get_seq_length())
-
-
-def answer_length(cache: Any, answer: Callable[..., int]) -> None:
-    """Let ``answer(cache, layer)`` be what the cache says of its length from now on."""
-    cache.get_seq_length = types.MethodType(answer, cache)
 
 
 def one_length_for_all(cache: Any) -> bool:
@@ -245,6 +231,8 @@ _DEEPSTACK = "_deepstack_process"
 
 def check_text_model(text_model: nn.Module) -> None:
     """Raise :class:`NotUnderstoodError` unless a text model, its layers and its masks take the arguments that are cut."""
+    if installed() < (5, 0):
+        return  # these versions are not going to change
     names = ("inputs_embeds",), ("attention_mask",), ("position_ids",), _CACHE
     _require(text_model.forward, f"{type(text_model).__name__}.forward", *names)
     names = ("hidden_states",), ("attention_mask",), ("position_embeddings",), _CACHE
@@ -427,11 +415,6 @@ def scale(attention: nn.Module) -> float:
     return attention.head_dim**-0.5  # transformers 4.37 has no name for it
 
 
-def heads(attention: nn.Module) -> int:
-    """Number of query heads of a vision tower's attention."""
-    return attention.num_heads
-
-
 def rotation(attention: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
     """``rotate(q, k, cos, sin)`` as a decoder's attention module itself does it.
 
@@ -463,6 +446,13 @@ def _rotated_by_table(rotate: Callable[..., Any], q: Tensor, k: Tensor, cos: Ten
 
 # ------------------------------------------------------------------------------------------------------ the vision side
 
+HEADS = "num_heads"
+"""Number of query heads of a vision tower's attention."""
+EARLY_FEATURES = "mm_encoder_outputs"
+"""The argument with outputs of the encoder methods by kind of picture, where ``generate()`` calls these before the model."""
+FEATURES = "pooler_output"
+"""What an encoder method's output calls the features on their way into the decoder; it has none where it is a tuple."""
+
 CLIP_BLOCKS = ("CLIPEncoderLayer", "SiglipEncoderLayer")
 VIT_BLOCKS = ("ViTLayer",)
 DINOV2_BLOCKS = ("Dinov2Layer", "Dinov2WithRegistersLayer")
@@ -490,21 +480,6 @@ def encoder_method(inner: nn.Module, name: str) -> Callable[..., Any]:
     if method is None:
         raise not_understood(f"{type(inner).__name__} has no method {name}")
     return method
-
-
-def early_features(call: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Outputs of the encoder methods by kind of picture, where ``generate()`` calls these before the model."""
-    return call.get("mm_encoder_outputs") or {}
-
-
-def features(output: Any) -> Any:
-    """Features that a method of a model returns, on their way into the decoder or pooled; None where it was asked for a tuple."""
-    return getattr(output, "pooler_output", None)
-
-
-def set_features(output: Any, values: Any) -> None:
-    """Put other features into an encoder method's output."""
-    output.pooler_output = values
 
 
 def as_output(values: Any) -> Any:

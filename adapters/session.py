@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from foveate.adapters import compat
 from foveate.adapters.engine.prefill import Item, Prefill
-from foveate.adapters.families.base import Adapter, Brought, Modality, adapter_for, bind
+from foveate.adapters.families.base import Adapter, Brought, Modality, adapter_for, bind, family_of
 from foveate.adapters.taps import DecoderTap, Replaced, Values
 from foveate.adapters.towers.base import BlockMerger, MergeTrace, Tower, tower_for
 from foveate.adapters.towers.merging import TowerMerging
@@ -81,7 +81,7 @@ def attach(
         method, positions = preset.pruner, preset.positions if positions == "auto" else positions
     else:
         method = create(pruner, **params)
-    tower = tower_for(model)
+    tower = None if family_of(model) else tower_for(model)
     if tower is not None:
         return VitSession(model, method, tower)
     return Session(model, method, positions, separators)
@@ -147,6 +147,20 @@ class Attachment:
         return f"<foveate.{type(self).__name__} {self.pruner} {state} {type(self.model).__name__}>"
 
 
+class _Running(threading.local):
+    """What runs in this thread.
+
+    Attributes:
+        call: begun by its pictures or its prompt.
+        encoder: where signals of the vision side are kept; None while none are read.
+        prompt: where signals of the decoder are kept; None while none are read.
+    """
+
+    call: Prefill | None = None
+    encoder: Values | None = None
+    prompt: Values | None = None
+
+
 class Session(Attachment):
     """A pruner attached to a vision-language model.
 
@@ -178,11 +192,12 @@ class Session(Attachment):
             raise MissingSignalError(f"{error}; methods that work here: {', '.join(self._usable())}") from None
         self.entry_stage = next((stage for stage in self.stages if isinstance(stage, AtEntry)), None)
         self.layer_stages: dict[int, BeforeLayer] = self.by_layer(BeforeLayer)
-        self.mlp_stages = tuple(self.by_layer(InMLP).values())
+        self.mlp_stages: dict[int, InMLP] = self.by_layer(InMLP)
+        self.cache_stages: dict[int, InCache] = self.by_layer(InCache)
         self.merging: TowerMerging | None = None
         self._pauses = 0
         self._seen = 0
-        self._local = threading.local()  # the running call: each thread has its own
+        self._local = _Running()
         with self._undo:  # what is on the model comes off again if the rest fails
             self._install()
             self._undo = self._undo.pop_all()
@@ -192,7 +207,7 @@ class Session(Attachment):
 
     def detach(self) -> None:
         super().detach()
-        self._local = threading.local()
+        self._local = _Running()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -253,14 +268,17 @@ class Session(Attachment):
         blocks = [stage for stage in self.stages if isinstance(stage, InTower)]
         read = dict.fromkeys(s for stage in self.stages if stage not in blocks for s in stage.signals.values())
         inside = [signal for signal in read if signal.in_decoder]
-        self.decoder_tap = DecoderTap(adapter.text_model.layers, inside, self._reading("prompt"), lambda: self.call)
-        put(self.decoder_tap.remove)
+        if inside:
+            layers = adapter.text_model.layers
+            self.decoder_tap = DecoderTap(layers, inside, lambda: self._local.prompt, lambda: self._local.call)
+            put(self.decoder_tap.remove)
         self._watch = adapter.watch_prompt()
         put(self._watch.remove)
         self.decoder = adapter.decoder(self)
         put(self.decoder.remove)
         tower = [signal for signal in read if not (signal.in_decoder or isinstance(signal, PatchPixels))]
-        put(adapter.tap(tower, self._reading("encoder")).remove)
+        if tower:
+            put(adapter.tap(tower, lambda: self._local.encoder).remove)
         self._pixels = next((signal for signal in read if isinstance(signal, PatchPixels)), None)
         if blocks:
             self.merging = TowerMerging(adapter, self.pruner, blocks)
@@ -269,20 +287,14 @@ class Session(Attachment):
             encode = compat.encoder_method(adapter.inner, modality.encoder)
             put(Replaced(adapter.inner, modality.encoder, self._watched(encode, modality)).remove)
 
-    def _reading(self, part: str) -> Any:
-        """Where the running call keeps signals of this part of the model; None while it reads none."""
-        session = weakref.proxy(self)
-        return lambda: getattr(session._local, part, None)
-
     # ------------------------------------------------------------------------------------------------- the vision side
 
     @property
     def call(self) -> Prefill:
         """The call that runs in this thread."""
-        prefill = getattr(self._local, "call", None)
-        if prefill is None:
-            prefill = self._local.call = Prefill(self, Trace(self.pruner.name, self.pruner.parameters()))
-        return prefill
+        if self._local.call is None:
+            self._local.call = Prefill(self, Trace(self.pruner.name, self.pruner.parameters()))
+        return self._local.call
 
     def _watched(self, encode: Any, modality: Modality) -> Any:
         """The model's encoder method, with signals collected on the way."""
@@ -291,7 +303,7 @@ class Session(Attachment):
         @functools.wraps(encode)
         def watched(*args: Any, **kwargs: Any) -> Any:
             # Qwen3-VL encodes videos through its image encoder
-            if session._pauses or getattr(session._local, "encoder", None) is not None:
+            if session._pauses or session._local.encoder is not None:
                 return encode(*args, **kwargs)
             return session._encode(encode, modality, bind(encode, args, kwargs))
 
@@ -315,8 +327,8 @@ class Session(Attachment):
                 output = encode(**given)
         finally:
             self._local.encoder = None
-        if shrunk and compat.features(output) is not None:
-            compat.set_features(output, self._padded(modality, given, output))
+        if shrunk and getattr(output, compat.FEATURES, None) is not None:
+            setattr(output, compat.FEATURES, self._padded(modality, given, output))
         if self.merging is not None:
             signals = self.merging.signals(signals)
         encoded = self.adapter.encoded(modality.kind, output, given, signals)
@@ -335,7 +347,7 @@ class Session(Attachment):
         layouts = self.adapter.layouts(modality.kind, given, output)
         return [
             torch.cat([few, few.new_zeros(layout.length - len(few), few.shape[-1])])
-            for few, layout in zip(compat.features(output), layouts)
+            for few, layout in zip(getattr(output, compat.FEATURES), layouts)
         ]
 
     # ------------------------------------------------------------------------------------------- what the decoder asks
@@ -347,27 +359,21 @@ class Session(Attachment):
             return None
         brought, prefill = self._watch.take(embeds), self.call
         prefill.cache = cache
-        if prefill.enter(brought, embeds, mask, past):
-            self._refuse_checkpointing()
-            self._local.prompt = prefill.values
-            return prefill
-        self._check_nothing_arrived(brought, embeds)
-        if any(past == 0 or (stage.refresh and embeds.shape[1] > 1) for stage in self.mlp_stages):
-            self._refuse_checkpointing()
+        shows = prefill.enter(brought, embeds, mask, past)
+        if not shows and brought.ids is not None:  # None: embeddings that the caller made
+            self._check_nothing_arrived(brought, embeds)
+        if shows or any(past == 0 or (stage.refresh and embeds.shape[1] > 1) for stage in self.mlp_stages.values()):
+            if self.model.training and torch.is_grad_enabled():
+                self._refuse_checkpointing()
             self._local.prompt = prefill.values
             return prefill
         return None
-
-    def finish(self, prefill: Prefill, cache_lengths: list[int] | None) -> None:
-        """A prompt with pictures went through all layers; ``cache_lengths``: what their caches hold, None without one."""
-        self.trace = prefill.trace
-        self.trace.cache_lengths = cache_lengths
 
     def forget(self) -> None:
         """A call of the decoder is over, well or not: let go of its tensors."""
         if self._pauses:
             return
-        prefill, self._local.call, self._local.prompt = getattr(self._local, "call", None), None, None
+        prefill, self._local.call, self._local.prompt = self._local.call, None, None
         if prefill is not None and prefill.again:  # the encoded pictures are needed once more
             again = self.call
             again.encoded, again.numbers, again.frame_scores = prefill.encoded, prefill.numbers, prefill.frame_scores
@@ -399,8 +405,6 @@ class Session(Attachment):
             NotUnderstoodError: they came under a name that is not known.
         """
         ids = brought.ids
-        if ids is None:
-            return  # embeddings that the caller made
         if ids.shape != embeds.shape[:2]:
             if brought.modalities:
                 raise InputError(
@@ -421,8 +425,7 @@ class Session(Attachment):
 
     def _refuse_checkpointing(self) -> None:
         """Layers that transformers before 5.23 checkpoints run their hooks again in the backward pass, after the prompt."""
-        checkpointed = self.model.training and torch.is_grad_enabled() and compat.installed() < (5, 23)
-        if checkpointed and any(map(compat.checkpoints, self.adapter.text_model.layers)):
+        if compat.installed() < (5, 23) and any(map(compat.checkpoints, self.adapter.text_model.layers)):
             raise AttachError(
                 f"{self.pruner.name} cannot act under the gradient checkpointing of transformers before 5.23, which runs "
                 "hooks twice; switch it off, or install a newer transformers"

@@ -152,7 +152,7 @@ class SplitProjectionTap(TowerTap):
         attention, seen = block.self_attn, {}
 
         def reduce(values: Values, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            shape = (compat.heads(module), -1)
+            shape = (getattr(module, compat.HEADS), -1)
             q, k = (seen.pop(name).unflatten(-1, shape).transpose(1, 2) for name in ("q", "k"))
             scale = compat.scale(module)
             values.update((signal, exactly(signal.reduce, q, k, scale, self.prefix)) for signal in signals)
@@ -185,7 +185,7 @@ class PackedTap(TowerTap):
         rotate = compat.tower_rotation(attention)
 
         def reduce(values: Values, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            q, k, _ = seen.pop("qkv").unflatten(-1, (3, compat.heads(module), -1)).unbind(1)  # (S, H, d)
+            q, k, _ = seen.pop("qkv").unflatten(-1, (3, getattr(module, compat.HEADS), -1)).unbind(1)  # (S, H, d)
             q, k = rotate(q, k, *compat.tower_rotary(kwargs))
             bounds, scale = compat.segments(kwargs), compat.scale(module)
             for signal in signals:
@@ -269,7 +269,7 @@ class DecoderTap(Tap):
             q, k = (_heads(seen.pop(name), module).transpose(1, 2) for name in ("q", "k"))
             q, k = rotate(q, k, *call.rotary(k))
             if compat.untested():
-                checks.check_signal_keys(compat.passed_cache(kwargs), module.layer_idx, k)
+                checks.check_signal_keys(compat.cache_among(kwargs), module.layer_idx, k)
             k = _with_past(k, call.cache, module.layer_idx, stored=True)
             columns, scale = call.columns(q.device), compat.scale(module)
 

@@ -6,9 +6,7 @@ import dataclasses
 import json
 import math
 import os
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -133,6 +131,7 @@ class Trace:
         method: registry name; parameters: the method's; positions: policy at each stage.
         images: one entry per image and video, in prompt order (for beams: of the first beam).
         length: tokens of the unpruned prompt; decoder_layers: depth.
+        spans: functions that give the seconds of each stage and of the encoder, by name; see :attr:`seconds`.
         cache_lengths: entries of each layer's KV cache when the prompt is through, text, padding and what was there before
             counted; None without a cache.
     """
@@ -144,7 +143,7 @@ class Trace:
     positions: dict[str, str] = field(default_factory=dict)
     images: list[ImageTrace] = field(default_factory=list)
     cache_lengths: list[int] | None = None
-    _spans: dict[str, list[Any]] = field(default_factory=dict, repr=False)
+    spans: dict[str, list[Callable[[], float]]] = field(default_factory=dict, repr=False)
 
     @property
     def tokens_per_layer(self) -> list[int]:
@@ -159,24 +158,7 @@ class Trace:
     @property
     def seconds(self) -> dict[str, float]:
         """Seconds spent in each stage and in the encoder. On a GPU, reading this waits for the device."""
-        return {name: sum(span() for span in spans) for name, spans in self._spans.items()}
-
-    @contextmanager
-    def timed(self, name: str, device: torch.device) -> Iterator[None]:
-        """Count the body's time under ``name`` (GPU work by events, without synchronising)."""
-        spans = self._spans.setdefault(name, [])
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                yield
-                stop.record()
-            spans.append(lambda: (stop.synchronize(), start.elapsed_time(stop) / 1e3)[1])
-        else:
-            began = time.perf_counter()
-            yield
-            elapsed = time.perf_counter() - began
-            spans.append(lambda: elapsed)
+        return {name: sum(span() for span in spans) for name, spans in self.spans.items()}
 
     def cpu(self) -> Trace:
         """A copy that holds no memory of the device."""
@@ -191,7 +173,7 @@ class Trace:
             return x
 
         spans = {name: [partial(float, seconds)] for name, seconds in self.seconds.items()}
-        return dataclasses.replace(self, images=moved(self.images), _spans=spans)
+        return dataclasses.replace(self, images=moved(self.images), spans=spans)
 
     def show(
         self, image: Picture | Sequence[Picture] | None = None, number: int = 0, show: str = "kept", **options: Any

@@ -14,7 +14,7 @@ from typing import Any
 _ROOMS = {
     "pruners.core": "pruners: tokens signals parameters registry compose control preset lattice runs allocation resampling "
     "merging frame_questions patch_scorer ui_graph",
-    "adapters.families": "adapters: base llava llava_next llava_onevision llava_original qwen_vl",
+    "adapters.families": "adapters: base llava llava_next llava_onevision llava_original",
     "adapters.engine": "adapters: decoder",
     "eval_suites.suites": "eval_suites: questions streams shapes screens clips",
     "eval_suites.running": "eval_suites: runner meter evaluate models distributed environment compare tune certify timing "

@@ -26,7 +26,7 @@ from foveate.adapters import MergeTrace, attach, compat
 from foveate.adapters.engine.decoder import deepstack_levels, zero_rows
 from foveate.adapters.engine.decoder_signals import row_matches, transition_variation
 from foveate.adapters.engine.mlp import SparseMLP
-from foveate.adapters.families.llava_next import _anyres
+from foveate.adapters.families.anyres import anyres as _anyres
 from foveate.cuda import (
     class_attention,
     core_neurons,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,18 +13,10 @@ from foveate.adapters import compat
 from foveate.errors import AttachError, InputError
 
 if TYPE_CHECKING:
-    from foveate.adapters.engine.decoder import Span
+    from foveate.adapters.engine.decoder import Decoder, Span
 
-LIVE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+LIVE: weakref.WeakKeyDictionary[nn.Module, Decoder] = weakref.WeakKeyDictionary()
 """Text models that a pruner is attached to, which decides whether a pruned cache may be continued."""
-_running = threading.local()
-
-
-def running() -> weakref.WeakSet[nn.Module]:
-    """Text models in the middle of a forward pass, in this thread."""
-    if not hasattr(_running, "models"):
-        _running.models = weakref.WeakSet()
-    return _running.models
 
 
 @dataclass
@@ -56,38 +47,30 @@ class CacheState:
     """Travels with a cache that was filled under pruning.
 
     Attributes:
-        model: whose cache it is.
+        decoder: that filled the cache.
         length: unpruned places.
         held: run by run of layers.
         neurons: by layer, what its MLP runs when the prompt is continued, ``(B, F)`` bool.
         inside: a forward pass is under way and needs the cache's real lengths.
     """
 
-    model: nn.Module
+    decoder: weakref.ref[Decoder]
     length: int
     held: list[Held]
     neurons: dict[int, Tensor] = field(default_factory=dict)
     inside: bool = False
 
-    def __post_init__(self) -> None:
-        self.model = weakref.ref(self.model)
 
-
-def note(cache: Any, state: CacheState) -> None:
-    """Leave ``state`` with a cache, which from then on counts unpruned places."""
-    compat.mark(cache, state)
-    compat.answer_length(cache, _unpruned_length)
-
-
-def _unpruned_length(cache: Any, layer_idx: int = 0) -> int:
+def unpruned_length(cache: Any, layer_idx: int = 0) -> int:
     """``Cache.get_seq_length`` of a pruned cache: unpruned outside of a forward pass, real inside."""
     state = cache.foveate
     if state.inside:
         return compat.cached_length(cache, layer_idx)
-    model = state.model()
-    if model in running():
-        raise compat.not_understood(f"{type(model).__name__} uses a cache that its call did not bring")
-    if model not in LIVE:
+    filled_by = state.decoder()
+    decoder = None if filled_by is None else LIVE.get(filled_by.text_model)
+    if decoder is not None and decoder.running.active:
+        raise compat.not_understood(f"{type(decoder.text_model).__name__} uses a cache that its call did not bring")
+    if decoder is None:
         raise AttachError(
             "this KV cache was filled while a pruner was attached and the model has since been detached; "
             "attach a pruner again to continue it, or start from an empty cache"
@@ -186,3 +169,37 @@ def _states(cache: Any, layer: int, length: int) -> tuple[Tensor, Tensor]:
             "that take tokens out of filled caches need the default dynamic cache"
         )
     return found
+
+
+def check_held(model: nn.Module, passed: Any, cache: Any, filled: bool, spans: list[Span]) -> None:
+    """Does the cache of every layer hold just what the layer saw? ``filled``: there must be one."""
+    if cache is not passed and passed is not None:
+        raise compat.not_understood(
+            f"{type(model).__name__} was given a {type(passed).__name__} and returned another {type(cache).__name__}"
+        )
+    if cache is None:
+        if filled:
+            raise compat.not_understood(f"{type(model).__name__} was to fill a cache and returned none")
+        return
+    stops = [span.first_layer for span in spans[1:]] + [len(model.layers)]
+    for span, stop in zip(spans, stops):
+        saw = span.mask.shape[1]
+        for layer in range(span.first_layer, stop):
+            holds = compat.cached_length(cache, layer)
+            if holds != saw:
+                raise compat.not_understood(f"decoder layer {layer} saw {saw} places and its cache holds {holds}")
+
+
+def check_follows(held: Held, span: Span) -> None:
+    """Is the first place of ``span`` at the position after the last one ``held``?"""
+    if held.last is None:
+        return
+    position, known = held.last
+    first = span.positions[..., 0].reshape(-1, len(position)).amax(0)
+    wrong = known & (span.index[:, 0] == 0) & (first != position + 1)
+    if bool(wrong.any()):
+        row = int(wrong.long().argmax())
+        raise compat.not_understood(
+            f"decoding goes on at position {int(first[row])} after a prompt that ended at {int(position[row])} (or the "
+            "position_ids of these two calls do not belong to one sequence)"
+        )

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from foveate.adapters import compat
 
 if TYPE_CHECKING:
-    from foveate.adapters.engine.cache import Held
-    from foveate.adapters.engine.decoder import Span
+    pass
 
 
 def check_own(layer: str, kwargs: dict[str, Any], mask: Any, rotary: tuple[Tensor, Tensor]) -> None:
@@ -41,25 +40,6 @@ def _same_mask(given: Any, asked: Any) -> bool:
     return type(given) is type(asked)  # no mask, or one that an attention implementation keeps to itself
 
 
-def check_held(model: nn.Module, passed: Any, cache: Any, filled: bool, spans: list[Span]) -> None:
-    """Does the cache of every layer hold just what the layer saw? ``filled``: there must be one."""
-    if cache is not passed and passed is not None:
-        raise compat.not_understood(
-            f"{type(model).__name__} was given a {type(passed).__name__} and returned another {type(cache).__name__}"
-        )
-    if cache is None:
-        if filled:
-            raise compat.not_understood(f"{type(model).__name__} was to fill a cache and returned none")
-        return
-    stops = [span.first_layer for span in spans[1:]] + [len(model.layers)]
-    for span, stop in zip(spans, stops):
-        saw = span.mask.shape[1]
-        for layer in range(span.first_layer, stop):
-            holds = compat.cached_length(cache, layer)
-            if holds != saw:
-                raise compat.not_understood(f"decoder layer {layer} saw {saw} places and its cache holds {holds}")
-
-
 def check_nothing_hidden(
     model: nn.Module, cache: Any, mask: Any, positions: Tensor | None, length: int, mrope: bool
 ) -> None:
@@ -81,21 +61,6 @@ def check_nothing_hidden(
     if covered > held + length:
         raise compat.not_understood(
             f"the call is the last {length} of {covered} places, and brings {held} of them in a cache that is known as one"
-        )
-
-
-def check_follows(held: Held, span: Span) -> None:
-    """Is the first place of ``span`` at the position after the last one ``held``?"""
-    if held.last is None:
-        return
-    position, known = held.last
-    first = span.positions[..., 0].reshape(-1, len(position)).amax(0)
-    wrong = known & (span.index[:, 0] == 0) & (first != position + 1)
-    if bool(wrong.any()):
-        row = int(wrong.long().argmax())
-        raise compat.not_understood(
-            f"decoding goes on at position {int(first[row])} after a prompt that ended at {int(position[row])} (or the "
-            "position_ids of these two calls do not belong to one sequence)"
         )
 
 

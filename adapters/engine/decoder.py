@@ -10,6 +10,7 @@ Everything a user sees stays in unpruned units: attention masks, position ids, h
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -137,6 +138,7 @@ class _Frame:
         pruned: a stage has taken something away, or put something else in its place.
         reached: layers whose hooks have run.
         levels: of DeepStack that have joined.
+        span: what the running layers work on, the last of ``spans``.
     """
 
     length: int
@@ -149,10 +151,21 @@ class _Frame:
     spans: list[Span] = field(default_factory=list)
     reached: set[int] = field(default_factory=set)
     levels: int = 0
+    span: Span | None = None
 
-    @property
-    def span(self) -> Span:
-        return self.spans[-1]
+
+class _Running(threading.local):
+    """What runs in this thread.
+
+    Attributes:
+        active: a forward pass is under way.
+        frame: it, where there is something to prune or to continue.
+        cache: the KV cache that it was given, from its first moment on.
+    """
+
+    active: bool = False
+    frame: _Frame | None = None
+    cache: Any = None
 
 
 class Decoder:
@@ -171,23 +184,19 @@ class Decoder:
                 "(a sliding-window cache drops places by itself)"
             )
         self.text_model, self.session, self.mrope = text_model, session, mrope
-        self.check_names()
-        self._local = threading.local()  # of the running call, as each thread has its own
+        compat.check_text_model(text_model)
+        self.running = _Running()
         self._has_pruned = False
         self.mlps: dict[int, SparseMLP] = {}
         with ExitStack() as undo:
             self._install(undo)
             self.remove = undo.pop_all().close
-        books.LIVE.add(text_model)
-
-    def check_names(self) -> None:
-        """Raise :class:`NotUnderstoodError` where the hooks would not find what they cut."""
-        compat.check_text_model(self.text_model)
+        books.LIVE[text_model] = self
 
     def _install(self, undo: ExitStack) -> None:
         model = self.text_model
-        undo.callback(books.LIVE.discard, model)
-        for i in sorted(stage.layer for stage in self.session.mlp_stages):
+        undo.callback(books.LIVE.pop, model, None)
+        for i in sorted(self.session.mlp_stages):
             self.mlps[i] = SparseMLP(model.layers[i].mlp)
             undo.callback(self.mlps[i].remove)
         undo.callback(model.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
@@ -196,7 +205,7 @@ class Decoder:
         for i, layer in enumerate(model.layers):
 
             def before(module: nn.Module, args: Any, kwargs: Any, i: int = i) -> Any:
-                return None if self.frame is None else self._before_layer(i, args, kwargs)
+                return None if self.running.frame is None else self._before_layer(i, args, kwargs)
 
             undo.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
         deepstack = compat.deepstack_method(model)
@@ -204,28 +213,16 @@ class Decoder:
             name, add = deepstack
             undo.callback(Replaced(model, name, self._following(add)).remove)
 
-    # ----------------------------------------------------------------------------------------------- the running call
-
-    @property
-    def frame(self) -> _Frame | None:
-        """The forward pass that runs in this thread."""
-        return getattr(self._local, "frame", None)
-
-    @property
-    def cache(self) -> Any:
-        """The KV cache that it was given, from its first moment on."""
-        return getattr(self._local, "cache", None)
-
     def rotary(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the running span's positions, for ``hidden (B, K, D)``."""
-        return self.text_model.rotary_emb(hidden, self.frame.span.positions.to(hidden.device))
+        return self.text_model.rotary_emb(hidden, self.running.frame.span.positions.to(hidden.device))
 
     # ------------------------------------------------------------------------------------------------------- entry
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        self._local.frame = None
-        books.running().add(module)
-        kwargs = compat.by_name(module, args, kwargs)
+        running = self.running
+        running.active, running.frame = True, None
+        kwargs = compat.by_name(module, args, kwargs) if args else kwargs
         embeds = kwargs.get("inputs_embeds")
         if embeds is None:
             if kwargs.get("input_ids") is None:
@@ -233,7 +230,7 @@ class Decoder:
                     f"{type(module).__name__} is called without inputs_embeds: {', '.join(kwargs)}"
                 )
             return None
-        cache = self._local.cache = compat.passed_cache(kwargs)
+        cache = running.cache = compat.cache_among(kwargs)
         state: CacheState | None = compat.marked(cache)
         if state is not None:
             state.inside = True
@@ -247,10 +244,14 @@ class Decoder:
             return None
         books.refuse(cache, state, mask, batch, past + length)
         mask = torch.ones(batch, past + length, device=embeds.device) if mask is None else mask.to(embeds.device)
-        frame = self._open(embeds, mask.bool(), past, state, prefill)
+        held = state.held if state else [Held.whole(past, batch, embeds.device)]
+        if prefill is None:
+            for i, mlp in self.mlps.items():
+                mlp.serve(state.neurons.get(i))
+        frame = _Frame(length, past, mask.bool(), held, held[0], prefill)
         text_row = self._first_span(frame, positions, embeds.device)
         kept = prefill.at_entry(embeds) if prefill is not None and prefill.items else None
-        self._local.frame = frame
+        running.frame = frame
         self._check_entry(module, kwargs, state, kept)
         if kept is None and state is None:
             return None  # nothing pruned here: the caller's own arguments go on
@@ -265,16 +266,6 @@ class Decoder:
         if text_row:
             kwargs["position_ids"] = torch.cat([_text_positions(frame.span)[None], frame.span.positions])
         return (), kwargs
-
-    def _open(
-        self, embeds: Tensor, mask: Tensor, past: int, state: CacheState | None, prefill: Prefill | None
-    ) -> _Frame:
-        """A frame without spans. Where nothing was pruned, every layer holds the whole past."""
-        held = state.held if state else [Held.whole(past, len(embeds), embeds.device)]
-        if prefill is None and state is not None:
-            for i, mlp in self.mlps.items():
-                mlp.serve(state.neurons.get(i))
-        return _Frame(embeds.shape[1], past, mask, held, held[0], prefill)
 
     def _first_span(self, frame: _Frame, given: Tensor | None, device: torch.device) -> bool:
         """The span of all new places; returns whether a row of text positions led the caller's ``position_ids``."""
@@ -298,9 +289,9 @@ class Decoder:
         self, module: nn.Module, kwargs: dict[str, Any], state: CacheState | None, kept: Kept | None
     ) -> None:
         """Raise where the call cannot be cut, or does not follow what the cache holds."""
-        frame = self.frame
+        frame = self.running.frame
         if frame.prefill is None:
-            checks.check_follows(frame.current, frame.span)
+            books.check_follows(frame.current, frame.span)
             if frame.current.last is not None:
                 self._check_cut(module, kwargs, strict=True)
         elif kept is not None or (frame.prefill.items and self.session.layer_stages):
@@ -311,7 +302,7 @@ class Decoder:
     # ------------------------------------------------------------------------------------------------------ layers
 
     def _before_layer(self, i: int, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        frame = self.frame
+        frame = self.running.frame
         hidden = compat.entering_states(args, kwargs)
         if hidden.shape[1] != frame.span.index.shape[1]:
             raise compat.not_understood(
@@ -329,7 +320,7 @@ class Decoder:
             self._begin_span(frame, here, span.index, positions, here.shift, span.end + nearer)
             frame.current = held
             if frame.prefill is None:
-                checks.check_follows(held, frame.span)
+                books.check_follows(held, frame.span)
         if frame.prefill is not None and frame.prefill.items and i in self.session.layer_stages:
             kept = frame.prefill.before_layer(i, hidden, frame.span)
             if kept is not None:
@@ -339,26 +330,26 @@ class Decoder:
         return compat.with_states(args, {**kwargs, **self._layer_kwargs(i, hidden, kwargs)}, hidden)
 
     def _check_cut(self, module: nn.Module, kwargs: dict[str, Any], *, strict: bool = False) -> None:
-        frame = self.frame
+        frame = self.running.frame
         lengths = {frame.length, frame.past + frame.length, *(span.index.shape[1] for span in frame.spans)}
         compat.check_cut(module, kwargs, len(frame.mask), lengths, strict=strict)
 
     def _check_own(self, i: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         """Under an untested transformers: is what this layer gets of the model what foveate makes of the entry?"""
-        entry = self.frame.spans[0]
+        entry = self.running.frame.spans[0]
         states = hidden.new_empty(*entry.index.shape, 1)
         mask = entry.mask.to(hidden.device, torch.long)
-        mask = compat.causal_mask(self.text_model.config, states, mask, compat.passed_cache(kwargs), i)
+        mask = compat.causal_mask(self.text_model.config, states, mask, compat.cache_among(kwargs), i)
         layer = f"{type(self.text_model.layers[i]).__name__} {i}"
         checks.check_own(layer, kwargs, mask, self.text_model.rotary_emb(states, entry.positions.to(hidden.device)))
 
     def _layer_kwargs(self, i: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Substitutes that every layer of a later span needs, for the model's loop keeps passing its own locals."""
-        span = self.frame.span
+        span = self.running.frame.span
         if span.layer_kwargs is None:
             self._check_cut(self.text_model.layers[i], kwargs)
             mask = span.mask.to(hidden.device, torch.long)
-            mask = compat.causal_mask(self.text_model.config, hidden, mask, compat.passed_cache(kwargs), i)
+            mask = compat.causal_mask(self.text_model.config, hidden, mask, compat.cache_among(kwargs), i)
             span.layer_kwargs = compat.layer_arguments(kwargs, mask, self.rotary(hidden), _text_positions(span))
         return span.layer_kwargs
 
@@ -371,13 +362,14 @@ class Decoder:
         seen = past.gather(1, held.places.clamp(min=0)) & (held.places >= 0)
         entering = new.gather(1, index.clamp(max=frame.length - 1)) & (index < frame.length)
         mask = torch.cat([seen, entering], dim=1)
-        frame.spans.append(Span(held.first_layer, frame.length, index, positions, shift, end, held.places, mask))
+        frame.span = Span(held.first_layer, frame.length, index, positions, shift, end, held.places, mask)
+        frame.spans.append(frame.span)
         if frame.prefill is not None:
             frame.prefill.span = frame.span
 
     def _narrow(self, layer: int, kept: Kept, hidden: Tensor) -> Tensor:
         """Start the span of what is kept; returns what it carries, ``(B, K, D)``."""
-        frame = self.frame
+        frame = self.running.frame
         frame.pruned = True
         before, index = frame.span, kept.index
         columns = before.column.gather(1, index)  # -1 where padded
@@ -416,7 +408,7 @@ class Decoder:
         """Qwen3-VL's method that adds visual features after early layers, on what is left of the prompt."""
 
         def process(hidden: Tensor, visual: Tensor, level: Tensor) -> Tensor:
-            frame = self.frame
+            frame = self.running.frame
             if frame is None:
                 return add(hidden, visual, level)
             frame.levels += 1
@@ -432,7 +424,7 @@ class Decoder:
     # -------------------------------------------------------------------------------------------------------- exit
 
     def _exit(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        frame = self.frame
+        frame = self.running.frame
         if frame is None:
             return None
         cache = compat.returned_cache(output)
@@ -448,37 +440,42 @@ class Decoder:
         if frame.prefill is not None and frame.prefill.items:
             depth = len(self.text_model.layers)
             lengths = None if cache is None else [compat.cached_length(cache, i) for i in range(depth)]
-            self.session.finish(frame.prefill, lengths)
+            self.session.trace = frame.prefill.trace
+            self.session.trace.cache_lengths = lengths
         return output
 
     def _close(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Also runs when the forward pass failed."""
-        if hasattr(self.cache, "foveate"):
-            self.cache.foveate.inside = False
+        running = self.running
+        if hasattr(running.cache, "foveate"):
+            running.cache.foveate.inside = False
         for mlp in self.mlps.values():
             mlp.serve(None)
-        self._local.frame = self._local.cache = None
-        books.running().discard(module)
+        running.active, running.frame, running.cache = False, None, None
         self.session.forget()
 
     def _keep_books(self, cache: Any, hidden: Tensor) -> None:
         """Leave with the cache what continuing it needs; evict and erase what the prompt's stages asked for."""
-        frame, prefill = self.frame, self.frame.prefill
+        frame, prefill = self.running.frame, self.running.frame.prefill
         state: CacheState | None = getattr(cache, "foveate", None)
-        neurons = (state.neurons if state else {}) if prefill is None else prefill.neurons()
-        if prefill is not None and prefill.items:
+        neurons = state.neurons if state else {}
+        if prefill is not None:
+            neurons = prefill.neurons() if self.session.mlp_stages else {}
+        if prefill is not None and prefill.items and self.session.cache_stages:
             for layer, gone in prefill.erased(hidden, frame.span).items():
                 books.erase(cache, layer, gone, self._span_of(layer + 1))
         if not (frame.pruned or state or neurons):
             return
         watched = prefill is not None and compat.untested()
         held = books.evict(cache, frame.spans, frame.past, len(self.text_model.layers), watched)
-        books.note(cache, CacheState(self.text_model, frame.past + frame.length, held, neurons))
+        compat.mark(
+            cache, CacheState(weakref.ref(self), frame.past + frame.length, held, neurons), books.unpruned_length
+        )
         self._has_pruned = True
 
     def _check_left(self, cache: Any, kwargs: dict[str, Any]) -> None:
         """What a forward pass has left behind must be what its stages asked for."""
-        frame, model = self.frame, self.text_model
+        frame, model = self.running.frame, self.text_model
         wanted = [h.first_layer for h in frame.held[1:]] if frame.prefill is None else self.session.layer_stages
         missed = sorted(set(wanted) - frame.reached) if frame.prefill is None or frame.prefill.items else []
         if missed:
@@ -488,11 +485,11 @@ class Decoder:
             raise compat.not_understood(f"{frame.levels} of {len(joined[1])} DeepStack levels have joined")
         asked = kwargs.get("use_cache")
         filled = (getattr(model.config, "use_cache", True) if asked is None else asked) and not model.training
-        checks.check_held(model, self.cache, cache, bool(filled), frame.spans)
+        books.check_held(model, self.running.cache, cache, bool(filled), frame.spans)
 
     def _span_of(self, state: int) -> Span:
         """The span of hidden state number ``state``: what layer ``state - 1`` left, before layer ``state`` narrows it."""
-        return [span for span in self.frame.spans if span.first_layer < max(state, 1)][-1]
+        return [span for span in self.running.frame.spans if span.first_layer < max(state, 1)][-1]
 
 
 def visual_rows(visual: Tensor) -> Tensor:

@@ -61,24 +61,21 @@ class LegacyDecoder(Decoder):
             )
         super().__init__(text_model, session, mrope=mrope)
 
-    def check_names(self) -> None:
-        """Nothing to check: these versions are not going to change."""
-
     def _install(self, undo: ExitStack) -> None:
         super()._install(undo)
         for layer in self.text_model.layers:
             undo.callback(layer.self_attn.rotary_emb.register_forward_pre_hook(self._reach, with_kwargs=True).remove)
 
     def rotary(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        positions = self.frame.span.positions.to(hidden.device)
+        positions = self.running.frame.span.positions.to(hidden.device)
         tables = self.text_model.layers[0].self_attn.rotary_emb(hidden, seq_len=0)  # as long as _reach makes them
         return tuple(table.to(hidden.device)[positions] for table in tables)
 
     def _reach(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """Let the table of positions reach as far as in the unpruned model."""
-        if self.frame is None:
+        if self.running.frame is None:
             return None
-        return args, {**kwargs, "seq_len": max(kwargs["seq_len"], self.frame.past + self.frame.length)}
+        return args, {**kwargs, "seq_len": max(kwargs["seq_len"], self.running.frame.past + self.running.frame.length)}
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         kwargs = {**kwargs, "return_dict": True}
@@ -90,14 +87,14 @@ class LegacyDecoder(Decoder):
         return super()._enter(module, args, kwargs) or (args, kwargs)
 
     def _before_layer(self, i: int, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        if self.frame is not None and len(args) > 1:
+        if self.running.frame is not None and len(args) > 1:
             raise InputError("gradient checkpointing under transformers 4 hides a layer's arguments; switch it off")
         return super()._before_layer(i, args, kwargs)
 
     def _layer_kwargs(self, i: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         from transformers import modeling_attn_mask_utils as masks
 
-        span, model = self.frame.span, self.text_model
+        span, model = self.running.frame.span, self.text_model
         if span.layer_kwargs is None:
             mask = span.mask.to(hidden.device).long()
             if not getattr(model, "_use_flash_attention_2", False):

@@ -7,7 +7,8 @@ stages, runs these one after the other and says what each one keeps, and writes 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from foveate.adapters.engine.decoder import Kept, Span, take, visual_rows
 from foveate.adapters.trace import ImageTrace, StageTrace, Trace
 from foveate.errors import InputError, ParameterError
 from foveate.pruners.core.signals import Columns, LayerAttention, Signal
-from foveate.pruners.core.stages import AtEntry, InCache, InMLP, InsideDecoder, InTower, Stage, TokenStage
+from foveate.pruners.core.stages import AtEntry, InsideDecoder, InTower, Stage, TokenStage
 from foveate.pruners.core.tokens import Layout, Selection, Tokens, View
 
 if TYPE_CHECKING:
@@ -269,7 +270,8 @@ class Prefill:
         unique = [item for item in self.items if item.trace is not None]
         if self.items and not self.numbers:
             self.numbers = self.session.numbers_of(unique)
-            self.frame_scores = self.session.scores_of([item for item in unique if item.kind == "video"])
+            videos = [item for item in unique if item.kind == "video"]
+            self.frame_scores = self.session.scores_of(videos) if videos or self.session.frame_scores else {}
         for item in self.items:
             item.id = self.numbers[item.kind, item.number]
         self.trace.length, self.trace.decoder_layers = embeds.shape[1], adapter.info.decoder_layers
@@ -299,7 +301,7 @@ class Prefill:
         unique = [item for item in self.items if item.trace is not None]
         left = {id(item): remaining(item.layout, item.alive) for item in unique}
         selected: dict[tuple[str, int], Selection] = {}
-        with self.timed(stage.label, device):
+        with self.timed(stage.point, device):
             for layout in dict.fromkeys(left.values()):
                 items = [item for item in unique if left[id(item)] == layout]
 
@@ -315,7 +317,7 @@ class Prefill:
     def before_layer(self, layer: int, hidden: Tensor, span: Span) -> Kept | None:
         """What goes on into decoder layer ``layer`` of ``hidden (B, K, D)``, beams included; None: everything as it is."""
         stage = self.session.layer_stages[layer]
-        with self.timed(stage.label, hidden.device):
+        with self.timed(f"{stage.point}({stage.layer})", hidden.device):
             for signal in stage.signals.values():
                 if isinstance(signal, LayerAttention) and signal.ahead:
                     self.values[signal] = self.session.decoder_tap.ahead(signal, hidden)
@@ -372,7 +374,10 @@ class Prefill:
 
     def _tokens(self, stage: TokenStage, embeds: Tensor, layout: Layout, items: list[Item]) -> Tokens:
         adapter = self.session.adapter
-        tokens = Tokens(embeds, layout, tuple(item.id for item in items), project=adapter.exact_project)
+        project, dtype = adapter.project, adapter.inner.dtype  # features may be of any float type, autocast is off
+        tokens = Tokens(embeds, layout, tuple(item.id for item in items))
+        if project is not None:
+            tokens.project = lambda features: project(features.to(dtype))
         tokens.embed = adapter.inner.get_input_embeddings()
         if stage.reads_frame_scores and self.frame_scores and items[0].kind == "video":
             tokens.frame_scores = [self.frame_scores[item.number] for item in items]
@@ -386,15 +391,15 @@ class Prefill:
         """By layer, the neurons that run from now on, ``(B, F)`` bool."""
         return {
             layer: stage.select(**{name: self.values[signal] for name, signal in stage.signals.items()})
-            for layer, stage in self.session.by_layer(InMLP).items()
+            for layer, stage in self.session.mlp_stages.items()
         }
 
     def erased(self, hidden: Tensor, span: Span) -> dict[int, Tensor]:
         """By layer, places whose keys and values are zeroed, ``(B, L)`` bool; ``hidden`` left the last layer."""
         gone = {}
-        for layer, stage in self.session.by_layer(InCache).items():
+        for layer, stage in self.session.cache_stages.items():
             gone[layer] = torch.zeros_like(self.visual)
-            with self.timed(stage.label, hidden.device):
+            with self.timed(f"{stage.point}({stage.layer})", hidden.device):
                 for candidates, selection in self._select_inside(stage, hidden):
                     index = selection.index[selection.index >= 0].to(candidates.places.device)
                     gone[layer][candidates.sample, candidates.places] = True
@@ -573,9 +578,22 @@ class Prefill:
         words = self.embeds[rows].gather(1, order[..., None].expand(-1, -1, self.embeds.shape[-1]))
         return words * valid[..., None], valid, self.ids[rows].gather(1, order).masked_fill(~valid, -1)
 
-    def timed(self, name: str, device: torch.device) -> contextlib.AbstractContextManager[None]:
-        """Count the body's time in the trace."""
-        return self.trace.timed(name, device)
+    @contextlib.contextmanager
+    def timed(self, name: str, device: torch.device) -> Iterator[None]:
+        """Count the body's time in the trace under ``name`` (GPU work by events, without synchronising)."""
+        spans = self.trace.spans.setdefault(name, [])
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                yield
+                stop.record()
+            spans.append(lambda: (stop.synchronize(), start.elapsed_time(stop) / 1e3)[1])
+        else:
+            began = time.perf_counter()
+            yield
+            elapsed = time.perf_counter() - began
+            spans.append(lambda: elapsed)
 
 
 def record(item: Item, stage: Stage, selection: Selection, chosen: Tensor) -> None:

@@ -34,8 +34,9 @@ class Encoded:
     """What one call of the vision side produced, one entry per image or video in prompt order.
 
     Attributes:
-        layouts: the layouts; features: ``(N, D)`` projected embeddings, separators left out.
-        signals: ``signal -> [(N, …)]`` (``[(V, C)]`` for class features).
+        layouts: of the pictures.
+        features: projected embeddings, separators left out, ``(N, D)`` each.
+        signals: ``signal -> [(N, …)]`` (``[(V, C)]`` for one per view).
         survivors: tokens left by merging inside the tower, selections without a batch axis; None where nothing merges there.
     """
 
@@ -47,9 +48,16 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Modality:
-    """One kind of visual input: the method that encodes it, its pixel argument and its placeholder token."""
+    """One kind of visual input.
 
-    kind: str  # "image" | "video"
+    Attributes:
+        kind: ``"image"`` or ``"video"``.
+        encoder: the method that encodes it.
+        pixels: that method's pixel argument.
+        token_id: its placeholder in prompts.
+    """
+
+    kind: str
     encoder: str
     pixels: str
     token_id: int
@@ -58,18 +66,42 @@ class Modality:
 class Adapter(ABC):
     """One attached model of one family. Subclasses fill in what differs; nothing here knows a pruner.
 
-    Class attributes: ``family`` is its name, ``classes`` the names of the ``transformers`` classes it serves.
+    Attributes:
+        model: what was attached to.
+        inner: the module whose methods encode pictures.
+        text_model: the decoder that takes them in.
+        tower: the vision tower.
+        modalities: the kinds of visual input that the model takes.
+        project: per-token map from encoder features to decoder embeddings; None if tokens are merged on the way.
+        projector: the module that maps rows of the tower to decoder embeddings, row by row; None if none does.
+        centre_crop: whether the family's processor cuts the centre square out of a picture (for drawings only).
+        info: what methods may know about the model.
     """
 
     family: ClassVar[str] = ""
     classes: ClassVar[tuple[str, ...]] = ()
+    """Names of the ``transformers`` classes that the family serves."""
     transformers: ClassVar[tuple[tuple[compat.Version, compat.Version], ...]] = compat.SUPPORTED
     """Versions of transformers that the family is served under, from and up to."""
+    pixel_mean: ClassVar[tuple[float, float, float]] = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
+    pixel_std: ClassVar[tuple[float, float, float]] = (0.26862954, 0.26130258, 0.27577711)
+    """What the family's published processors normalise pictures with."""
+    packed: ClassVar[bool] = False
+    """Whether the tower works on one packed sequence ``(S, …)`` instead of batches of views ``(V, n, …)``."""
+    writes_frame_text: ClassVar[bool] = False
+    """Whether prompts hold text around every frame of a video: a timestamp, start and end of vision."""
+
+    tower: nn.Module
+    modalities: tuple[Modality, ...]
+    project: Callable[[Tensor], Tensor] | None = None
+    projector: nn.Module | None = None
+    centre_crop: bool = False
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.inner, self.text_model = self.parts(model)
-        self.info = replace(self.describe(), token_ids=self._token_ids(), find_file=self._find_file)
+        info = self.describe()
+        self.info = replace(info, token_ids=self._token_ids(), find_file=self._find_file)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -85,19 +117,9 @@ class Adapter(ABC):
 
     # ------------------------------------------------------------------------------------- what a family must answer
 
-    @property
-    @abstractmethod
-    def tower(self) -> nn.Module:
-        """The vision tower."""
-
-    @property
-    @abstractmethod
-    def modalities(self) -> tuple[Modality, ...]:
-        """The kinds of visual input the model takes."""
-
     @abstractmethod
     def describe(self) -> ModelInfo:
-        """What pruners may know about the model.
+        """Find the parts (:attr:`tower`, :attr:`modalities`, …), and say what methods may know about the model.
 
         Raises:
             UnsupportedModelError: a part of the model is of a kind that the family does not know.
@@ -115,36 +137,13 @@ class Adapter(ABC):
     def arrange(self, kind: str, values: Tensor, layouts: list[Layout], call: dict[str, Any]) -> list[Tensor]:
         """Bring tower values (one row per patch) to the layouts: ``[(N, C)]``, separators left out."""
 
-    @property
-    def project(self) -> Callable[[Tensor], Tensor] | None:
-        """Per-token map from encoder features to decoder embeddings, None if tokens are merged on the way."""
-        return None
-
-    @property
-    def centre_crop(self) -> bool:
-        """Whether the family's processor cuts the centre square out of a picture (for drawings only)."""
-        return False
-
     def patch_pixels(self, pixels: Tensor, layouts: list[Layout], kind: str, call: dict[str, Any]) -> list[Tensor]:
-        """Preprocessed pixels under each token, ``[(N, 3, T, h, w)]``; see :class:`~foveate.pruners.core.method.PatchPixels`.
+        """Preprocessed pixels under each token, ``[(N, 3, T, h, w)]``; see :class:`~foveate.pruners.core.PatchPixels`.
 
         Raises:
             MissingSignalError: the family cannot tell pixels apart by token.
         """
         raise MissingSignalError(f"no pixels can be told apart by token in {type(self.model).__name__}")
-
-    pixel_mean: ClassVar[tuple[float, float, float]] = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
-    pixel_std: ClassVar[tuple[float, float, float]] = (0.26862954, 0.26130258, 0.27577711)
-    """What the family's published processors normalise pictures with."""
-
-    @property
-    def projector(self) -> nn.Module:
-        """The module that maps rows of the tower to decoder embeddings, row by row; asked for where the tower merges.
-
-        Raises:
-            UnsupportedModelError: there is no such module.
-        """
-        raise UnsupportedModelError(f"the projector of {type(self.model).__name__} is not known to map row by row")
 
     def block_tower(self) -> Tower:
         """The blocks of the vision tower, for methods that merge tokens inside it.
@@ -154,8 +153,12 @@ class Adapter(ABC):
         """
         raise UnsupportedModelError(
             f"tokens cannot be merged inside the {self.info.tower} tower of {type(self.model).__name__}, which joins "
-            "neighbouring patches behind its blocks; use a method that acts at the decoder's entry"
+            "neighbouring patches after its blocks; use a method that acts at the decoder's entry"
         )
+
+    def frame_text(self, ids: list[int], frames: list[tuple[int, int]]) -> list[list[int]]:
+        """Places of the text around each frame of a video; ``ids`` is the row, ``frames`` each one's first and last place."""
+        return [[] for _ in frames]
 
     def decoder(self, session: Session) -> Decoder:
         """The hooks that apply what a session keeps to the text model."""
@@ -198,12 +201,6 @@ class Adapter(ABC):
         mean, std = (parts[0].new_tensor(x).view(3, 1, 1, 1) for x in self.normalisation())
         return [part * std + mean for part in parts]
 
-    @property
-    def exact_project(self) -> Callable[[Tensor], Tensor] | None:
-        """:attr:`project` for features of any float type, also under a disabled autocast."""
-        project = self.project
-        return None if project is None else lambda features: project(features.to(self.inner.dtype))
-
     def check(self, signal: Signal) -> None:
         """Raise :class:`MissingSignalError` if the model cannot provide ``signal``, ParameterError if it would be of no neuron."""
         info = self.info
@@ -234,7 +231,7 @@ class Adapter(ABC):
         Raises:
             UnsupportedModelError: the model returned other numbers of tokens than the layouts have.
         """
-        features = compat.features(output)
+        features = getattr(output, compat.FEATURES, None)
         if features is None:
             return None  # asked for as a tuple
         layouts = self.layouts(kind, call, output)
@@ -245,34 +242,21 @@ class Adapter(ABC):
                     f"{type(self.model).__name__} returned {len(feature)} visual tokens where its layout "
                     f"{[view.grid for view in layout.views]} with {len(layout.newlines)} separators has {layout.length}"
                 )
-        return Encoded(
-            layouts,
-            [
-                feature if len(feature) == layout.size else feature[layout.places(feature.device)]
-                for layout, feature in zip(layouts, features)
-            ],
-            {
-                signal: list(values.split([len(layout.views) for layout in layouts]))
-                if signal.per_view
-                else self._arranged(kind, values, layouts, call)
-                for signal, values in signals.items()
-            },
-        )
+        tokens = [
+            feature if len(feature) == layout.size else feature[layout.places(feature.device)]
+            for layout, feature in zip(layouts, features)
+        ]
+        views = [len(layout.views) for layout in layouts]
+        sorted_by_picture = {
+            signal: list(values.split(views)) if signal.per_view else self._arranged(kind, values, layouts, call)
+            for signal, values in signals.items()
+        }
+        return Encoded(layouts, tokens, sorted_by_picture)
 
     def _arranged(self, kind: str, values: Tensor, layouts: list[Layout], call: dict[str, Any]) -> list[Tensor]:
-        scalar = values.ndim == self.patch_dims
+        scalar = values.ndim == (1 if self.packed else 2)
         arranged = self.arrange(kind, values[..., None] if scalar else values, layouts, call)
         return [x.squeeze(-1) for x in arranged] if scalar else arranged
-
-    writes_frame_text: ClassVar[bool] = False
-    """Whether prompts hold text around every frame of a video: a timestamp, start and end of vision."""
-
-    def frame_text(self, ids: list[int], frames: list[tuple[int, int]]) -> list[list[int]]:
-        """Places of the text around each frame of a video; ``ids`` is the row, ``frames`` each one's first and last place."""
-        return [[] for _ in frames]
-
-    patch_dims: ClassVar[int] = 2
-    """Dimensions of a scalar tower value: 2 for ``(V, n)`` batches of views, 1 for packed sequences."""
 
 
 @dataclass(frozen=True)
@@ -306,7 +290,7 @@ class PromptWatch:
         call, self._call = self._call, None
         if call is None:
             return Brought()
-        encoded = compat.early_features(call)
+        encoded = call.get(compat.EARLY_FEATURES) or {}
         # placeholder tokens that come without features (a model may generate one) are ordinary text
         brought = tuple(
             modality
@@ -355,17 +339,25 @@ def _wrapped(model: nn.Module) -> nn.Module | None:
     return next((x for x in inner if isinstance(x, nn.Module)), None)
 
 
+def family_of(model: nn.Module) -> type[Adapter] | None:
+    """The family that knows the nearest of a model's classes; None if none does."""
+    for cls in type(model).__mro__:
+        for family in FAMILIES:
+            if cls.__name__ in family.classes:
+                return family
+    return None
+
+
 def adapter_for(model: nn.Module) -> Adapter:
     """The adapter of a model's family.
 
     Raises:
         UnsupportedModelError: no family knows the model; the message lists the known ones.
     """
-    for cls in type(model).__mro__:  # the nearest of its classes that some family knows
-        for family in FAMILIES:
-            if cls.__name__ in family.classes:
-                compat.check_version(type(model).__name__, family.transformers)
-                return family(model)
+    found = family_of(model)
+    if found is not None:
+        compat.check_version(type(model).__name__, found.transformers)
+        return found(model)
     known = ", ".join(family.classes[0] for family in FAMILIES)
     inner = _wrapped(model)
     if inner is not None:

@@ -22,28 +22,19 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
     family = "llava_onevision"
     classes: ClassVar = ("LlavaOnevisionForConditionalGeneration", "LlavaOnevisionModel")
 
-    @property
-    def modalities(self) -> tuple[Modality, ...]:
-        config = self.inner.config
-        return (
-            *super().modalities,
-            Modality("video", compat.VIDEO_ENCODER, "pixel_values_videos", config.video_token_id),
-        )
-
-    @property
-    def project(self) -> None:
-        """None: large canvases and frames are shrunk behind the projector."""
-        return None
-
     def describe(self) -> ModelInfo:
-        return replace(super().describe(), pools_frames=True)
+        info = replace(super().describe(), pools_frames=True)
+        video = self.inner.config.video_token_id
+        self.modalities += (Modality("video", compat.VIDEO_ENCODER, "pixel_values_videos", video),)
+        self.project = None  # large canvases and frames are shrunk after the projector
+        return info
 
     def tap(self, signals: Iterable[Signal], values: Callable[[], Values | None]) -> SplitProjectionTap:
         signals = list(signals)
         unpooled = [signal for signal in signals if isinstance(signal, UnpooledFrames)]
         tap = super().tap([signal for signal in signals if signal not in unpooled], values)
         for signal in unpooled:
-            tap.keep_output(self.inner.multi_modal_projector, signal)
+            tap.keep_output(self.projector, signal)
         return tap
 
     def encoded(self, kind: str, output: Any, call: dict[str, Any], signals: dict[Signal, Tensor]) -> Encoded:
@@ -57,7 +48,7 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
     def layouts(self, kind: str, call: dict[str, Any], output: Any) -> list[Layout]:
         if kind == "image":
             return super().layouts(kind, call, output)
-        videos = compat.features(output)  # (videos, length, D)
+        videos = getattr(output, compat.FEATURES)  # (videos, length, D)
         pooled = math.ceil(self.side / 2)
         frames = videos.shape[1] // pooled**2  # the newline may still be missing
         layout = Layout.video(frames, pooled, pooled)

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from foveate.adapters import compat
 from foveate.adapters.engine.decoder import Decoder
+from foveate.adapters.families.anyres import canvas_layout, single_view
 from foveate.adapters.families.base import Brought, Encoded, Modality, PromptWatch, bind
 from foveate.adapters.families.llava import LlavaAdapter
-from foveate.adapters.families.llava_next import canvas_layout, single_view
 from foveate.adapters.taps import Replaced
 from foveate.adapters.towers.transformers import HFTower
 from foveate.errors import InputError, UnsupportedModelError
@@ -71,30 +71,6 @@ class LlavaOriginalAdapter(LlavaAdapter):
         """The package's module that splices features into prompts."""
         return sys.modules[getattr(type(self.model), _SPLICE).__module__]
 
-    @property
-    def tower(self) -> nn.Module:
-        return self.model.get_vision_tower().vision_tower
-
-    @property
-    def vision_config(self) -> Any:
-        return self.tower.config
-
-    @property
-    def modalities(self) -> tuple[Modality, ...]:
-        return (Modality("image", "encode_images", "images", self.package.IMAGE_TOKEN_INDEX),)
-
-    @property
-    def projector(self) -> nn.Module:
-        return self.model.get_model().mm_projector
-
-    @property
-    def project(self) -> Callable[[Tensor], Tensor]:
-        return self.projector
-
-    @property
-    def centre_crop(self) -> bool:
-        return getattr(self.inner.config, "image_aspect_ratio", None) not in ("pad", "anyres")
-
     def block_tower(self) -> HFTower:
         if compat.installed() < (5, 0):
             raise UnsupportedModelError(
@@ -126,17 +102,12 @@ class LlavaOriginalAdapter(LlavaAdapter):
                 f"mm_vision_select_feature={holder.select_feature!r} makes the class token a visual token; "
                 "this layout is not supported"
             )
-        blocks = len(self.encoder.encoder.layers)
-        state = holder.select_layer
-        return ModelInfo(
-            family=self.family,
-            tower=type(self.tower).__name__,
-            encoder_layers=blocks,
-            feature_layer=blocks + state if state < 0 else state - 1,
-            class_token=True,
-            decoder_layers=len(self.text_model.layers),
-            patch_size=self.vision_config.patch_size,
-        )
+        self.tower, self.projector = holder.vision_tower, self.model.get_model().mm_projector
+        self.project = self.projector
+        self.modalities = (Modality("image", "encode_images", "images", self.package.IMAGE_TOKEN_INDEX),)
+        info = self.of_tower(self.tower.config, holder.select_layer)
+        self.centre_crop = getattr(self.inner.config, "image_aspect_ratio", None) not in ("pad", "anyres")
+        return info
 
     def decoder(self, session: Session) -> Decoder:
         if compat.installed() < (5, 0):
@@ -184,7 +155,7 @@ class LlavaOriginalAdapter(LlavaAdapter):
         if call["image_sizes"] is None:
             raise InputError(f"picture {number} has {views} views; pass image_sizes, (width, height) of every picture")
         size, pinpoints, side = call["image_sizes"][number], self.inner.config.image_grid_pinpoints, self.side
-        across, down = self.package.get_anyres_image_grid_shape(size, pinpoints, self.vision_config.image_size)
+        across, down = self.package.get_anyres_image_grid_shape(size, pinpoints, self.tower.config.image_size)
         canvas = torch.arange(down * side * across * side).view(down * side, across * side)
         left = self.package.unpad_image(canvas[None], size)[0] if "unpad" in how else canvas
         row, col = left // (across * side), left % (across * side)

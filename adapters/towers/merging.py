@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from foveate.adapters.families.base import Adapter
 from foveate.adapters.towers.base import BlockMerger, MergeTrace
-from foveate.errors import InputError
+from foveate.errors import InputError, UnsupportedModelError
 from foveate.pruners.core import InTower, Layout, Pruner, Selection, Signal
 from foveate.pruners.core.signals import TowerOutput
 
@@ -24,9 +24,16 @@ class TowerMerging:
 
     def __init__(self, adapter: Adapter, pruner: Pruner, stages: Sequence[InTower]) -> None:
         self.adapter, self.pruner = adapter, pruner
-        projector = adapter.projector
+        if adapter.projector is None:
+            raise UnsupportedModelError(
+                f"the projector of {type(adapter.model).__name__} is not known to map row by row"
+            )
         self._merger = BlockMerger(adapter.block_tower(), pruner, stages)
-        self._merger.hook(projector.register_forward_hook(self._spread))
+        try:
+            self._merger.hook(adapter.projector.register_forward_hook(self._spread))
+        except BaseException:
+            self._merger.remove()
+            raise
 
     def remove(self) -> None:
         """Take the merger off."""

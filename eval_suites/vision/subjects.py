@@ -158,7 +158,7 @@ def _transformers(name: str, source: str, device: torch.device, dtype: torch.dty
         if classifies:
             return model(pixels).logits
         pooled = model.get_image_features(pixels) if hasattr(model, "text_model") else model(pixels)
-        return pooled if isinstance(pooled, Tensor) else compat.features(pooled)
+        return pooled if isinstance(pooled, Tensor) else getattr(pooled, compat.FEATURES, None)
 
     encode = None
     if hasattr(model, "text_model"):
@@ -168,7 +168,7 @@ def _transformers(name: str, source: str, device: torch.device, dtype: torch.dty
         def encode(texts: Sequence[str]) -> Tensor:
             ids = tokenizer(list(texts), padding=padding, truncation=True, return_tensors="pt").to(device)
             found = model.get_text_features(**ids)
-            return found if isinstance(found, Tensor) else compat.features(found)
+            return found if isinstance(found, Tensor) else getattr(found, compat.FEATURES, None)
 
     named = model.config.id2label if classifies else {}
     return Subject(name, model, prepare, final, rows, encode, classifies, [(named[i],) for i in range(len(named))])

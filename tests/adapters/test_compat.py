@@ -132,7 +132,7 @@ def test_a_cache_that_holds_other_places_than_its_layer_saw_raises(pruner: fovea
     model, given = tiny("llava"), scene()
 
     def grow(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        cache = compat.passed_cache(kwargs)
+        cache = compat.cache_among(kwargs)
         keys, values = compat.layer_states(cache, 3)
         compat.set_layer_states(cache, 3, *(torch.cat([x, x[:, :, :1]], dim=2) for x in (keys, values)))
 
@@ -422,7 +422,7 @@ def test_pictures_whose_features_arrive_unnoticed_raise() -> None:
 def test_features_that_nobody_saw_being_encoded_raise_under_a_later_version(later: str) -> None:
     model, given = tiny("llava"), scene()
     own = model.model.get_image_features
-    features = compat.features(own(given.pop("pixel_values")))[0]
+    features = getattr(own(given.pop("pixel_values")), compat.FEATURES)[0]
 
     def put(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         embeds = kwargs["inputs_embeds"].clone()
@@ -472,8 +472,8 @@ def test_an_encoder_method_of_another_name_raises_on_attaching(monkeypatch: pyte
 def later(monkeypatch: pytest.MonkeyPatch) -> str:
     """A minor version that nobody has tested."""
     major, minor = TESTED["transformers"].minors[-1]
-    release = f"{major}.{minor + 1}.0"
-    monkeypatch.setattr(compat, "_release", lambda: release)
+    release = f"{major}.{minor + 1}"
+    monkeypatch.setattr(compat, "installed", lambda: (major, minor + 1))
     compat._warn_untested.cache_clear()
     return release
 
@@ -496,7 +496,7 @@ def test_a_later_version_gives_one_warning_that_names_it_and_what_was_tested(lat
 
 
 def test_another_major_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compat, "_release", lambda: "6.0.0")
+    monkeypatch.setattr(compat, "installed", lambda: (6, 0))
     with pytest.raises(
         UnsupportedModelError, match=r"transformers 6.0 is not supported; install transformers >= 5.16, < 6.0"
     ):

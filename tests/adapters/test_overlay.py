@@ -12,7 +12,7 @@ from PIL import Image
 
 import foveate
 from foveate.adapters.drawing import draw, facts, panels, token_at
-from foveate.adapters.families.llava_next import _anyres
+from foveate.adapters.families.anyres import anyres as _anyres
 from foveate.adapters.trace import ImageTrace, StageTrace, Trace
 from foveate.errors import ParameterError
 from foveate.pruners.core import Layout

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import foveate
-from foveate.adapters.families.llava_next import _anyres
+from foveate.adapters.families.anyres import anyres as _anyres
 from foveate.errors import FoveateError, InputError, MissingSignalError, ParameterError
 from foveate.pruners import GlobalCom2, Layout, ModelInfo, Selection
 from foveate.pruners.core.method import ClassAttention, EncoderFeatures
