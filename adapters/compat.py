@@ -462,24 +462,7 @@ RESIZE_POSITIONS = "interpolate_pos_encoding"
 """The argument that lets a vision tower take pictures of another size than it was trained on."""
 
 
-def pixel_argument(call: Mapping[str, Any], name: str) -> str:
-    """What an encoder method calls its pixels: older LLaVA-OneVision code says ``pixel_values`` for videos too."""
-    return name if name in call else "pixel_values"
-
-
 IMAGE_ENCODER, VIDEO_ENCODER = "get_image_features", "get_video_features"
-
-
-def encoder_method(inner: nn.Module, name: str) -> Callable[..., Any]:
-    """The method of a model that encodes pictures.
-
-    Raises:
-        NotUnderstoodError: there is none of that name.
-    """
-    method = getattr(inner, name, None)
-    if method is None:
-        raise not_understood(f"{type(inner).__name__} has no method {name}")
-    return method
 
 
 def as_output(values: Any) -> Any:

@@ -272,9 +272,9 @@ class Session(Attachment):
             layers = adapter.text_model.layers
             self.decoder_tap = DecoderTap(layers, inside, lambda: self._local.prompt, lambda: self._local.call)
             put(self.decoder_tap.remove)
-        self._watch = adapter.watch_prompt()
+        self._watch = adapter.prompt_watch(adapter)
         put(self._watch.remove)
-        self.decoder = adapter.decoder(self)
+        self.decoder = adapter.decoder_hooks(adapter.text_model, self, mrope=adapter.info.mrope)
         put(self.decoder.remove)
         tower = [signal for signal in read if not (signal.in_decoder or isinstance(signal, PatchPixels))]
         if tower:
@@ -284,8 +284,11 @@ class Session(Attachment):
             self.merging = TowerMerging(adapter, self.pruner, blocks)
             put(self.merging.remove)
         for modality in adapter.modalities:  # generate() calls the encoder as a method, out of any hook's reach
-            encode = compat.encoder_method(adapter.inner, modality.encoder)
-            put(Replaced(adapter.inner, modality.encoder, self._watched(encode, modality)).remove)
+            encode = getattr(adapter.inner, modality.encoder, None)
+            if encode is None:
+                raise compat.not_understood(f"{type(adapter.inner).__name__} has no method {modality.encoder}")
+            watched = functools.wraps(encode)(functools.partial(self._encode, encode, modality))
+            put(Replaced(adapter.inner, modality.encoder, watched).remove)
 
     # ------------------------------------------------------------------------------------------------- the vision side
 
@@ -296,22 +299,14 @@ class Session(Attachment):
             self._local.call = Prefill(self, Trace(self.pruner.name, self.pruner.parameters()))
         return self._local.call
 
-    def _watched(self, encode: Any, modality: Modality) -> Any:
+    def _encode(self, encode: Any, modality: Modality, /, *args: Any, **kwargs: Any) -> Any:
         """The model's encoder method, with signals collected on the way."""
-        session = weakref.proxy(self)
-
-        @functools.wraps(encode)
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            # Qwen3-VL encodes videos through its image encoder
-            if session._pauses or session._local.encoder is not None:
-                return encode(*args, **kwargs)
-            return session._encode(encode, modality, bind(encode, args, kwargs))
-
-        return watched
-
-    def _encode(self, encode: Any, modality: Modality, given: dict[str, Any]) -> Any:
-        name = compat.pixel_argument(given, modality.pixels)
-        pixels, prefill = given[name], self.call
+        if self._pauses or self._local.encoder is not None:  # Qwen3-VL encodes videos through its image encoder
+            return encode(*args, **kwargs)
+        given, prefill = bind(encode, args, kwargs), self.call
+        # older LLaVA-OneVision code says pixel_values for videos too
+        name = modality.pixels if modality.pixels in given else "pixel_values"
+        pixels = given[name]
         if not bool(torch.isfinite(pixels).all()):
             raise InputError(f"{modality.pixels} holds NaN or infinite values; check the image and its preprocessing")
         smaller = pixels

@@ -103,12 +103,22 @@ class TowerTap(Tap):
     Args:
         blocks: of the tower.
         signals: that are wanted; in one order, for tensor-parallel processes must reduce alike.
+        values: as for :class:`Tap`.
+        prefix: class and register tokens before the patches of each view.
+        unit: consecutive patches that become one token.
     """
 
     def __init__(
-        self, blocks: Sequence[nn.Module], signals: Iterable[Signal], values: Callable[[], Values | None]
+        self,
+        blocks: Sequence[nn.Module],
+        signals: Iterable[Signal],
+        values: Callable[[], Values | None],
+        *,
+        prefix: int = 0,
+        unit: int = 1,
     ) -> None:
         super().__init__(values)
+        self.prefix, self.unit = prefix, unit
         wanted: dict[tuple[int, type], list[Any]] = {}
         for signal in dict.fromkeys(signals):
             kind = TowerOutput if isinstance(signal, TowerOutput) else TowerAttention
@@ -134,12 +144,6 @@ class SplitProjectionTap(TowerTap):
 
     Values are per view: ``(V, n)``, ``(V, n, C)``, and ``(V, C)`` for class features.
     """
-
-    def __init__(
-        self, layers: nn.ModuleList, prefix: int, signals: Iterable[Signal], values: Callable[[], Values | None]
-    ) -> None:
-        self.prefix = prefix
-        super().__init__(layers, signals, values)
 
     def tap_output(self, block: nn.Module, signals: list[TowerOutput]) -> None:
         def listen(values: Values, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -167,12 +171,6 @@ class PackedTap(TowerTap):
 
     Patches come in merge units of ``unit`` consecutive ones; values are means over units, in tower order: ``(S / unit[, C])``.
     """
-
-    def __init__(
-        self, blocks: nn.ModuleList, unit: int, signals: Iterable[Signal], values: Callable[[], Values | None]
-    ) -> None:
-        self.unit = unit
-        super().__init__(blocks, signals, values)
 
     def tap_output(self, block: nn.Module, signals: list[TowerOutput]) -> None:
         def listen(values: Values, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:

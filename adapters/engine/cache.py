@@ -35,12 +35,6 @@ class Held:
     shift: Tensor
     last: tuple[Tensor, Tensor] | None = None
 
-    @classmethod
-    def whole(cls, past: int, batch: int, device: torch.device) -> Held:
-        """All of ``past`` places, in all layers."""
-        places = torch.arange(past, device=device).expand(batch, past)
-        return cls(0, places, torch.zeros(batch, dtype=torch.long, device=device))
-
 
 @dataclass
 class CacheState:

@@ -244,7 +244,8 @@ class Decoder:
             return None
         books.refuse(cache, state, mask, batch, past + length)
         mask = torch.ones(batch, past + length, device=embeds.device) if mask is None else mask.to(embeds.device)
-        held = state.held if state else [Held.whole(past, batch, embeds.device)]
+        whole = torch.arange(past, device=embeds.device).expand(batch, past)
+        held = state.held if state else [Held(0, whole, whole.new_zeros(batch))]
         if prefill is None:
             for i, mlp in self.mlps.items():
                 mlp.serve(state.neurons.get(i))

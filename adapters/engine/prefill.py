@@ -93,13 +93,6 @@ class Item:
     text_gone: int = 0
     entered: tuple[int, int] = (0, 0)
 
-    @classmethod
-    def whole(cls, kind: str, number: int, sample: int, layout: Layout, places: Tensor) -> Item:
-        """A picture of which nothing is gone yet; without a trace."""
-        everything = torch.arange(layout.size, device=places.device)
-        tokens = places[layout.places(places.device)]
-        return cls(kind, number, sample, layout, places, tokens, everything, layout.length, None)
-
     @property
     def newline_places(self) -> Tensor:
         """Places of the picture's separators in the sequence."""
@@ -140,10 +133,10 @@ def find_items(kind: str, here: Tensor, layouts: Sequence[Layout], centre_crop: 
                     f"row {sample} has {counts[sample]} {kind} tokens, which is not a whole number of pictures"
                 )
             for number, where in zip(range(first, stop), places[sample].split(lengths[first:stop])):
-                item = Item.whole(kind, number, sample, layouts[number], where)
-                if sample == row:
-                    item.trace = ImageTrace(sample, kind, item.layout, centre_crop=centre_crop)
-                items.append(item)
+                layout, device = layouts[number], where.device
+                tokens, everything = where[layout.places(device)], torch.arange(layout.size, device=device)
+                trace = ImageTrace(sample, kind, layout, centre_crop=centre_crop) if sample == row else None
+                items.append(Item(kind, number, sample, layout, where, tokens, everything, layout.length, trace))
         first = stop
     return items
 

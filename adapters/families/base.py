@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,6 @@ from foveate.errors import MissingSignalError, ParameterError, UnsupportedModelE
 from foveate.pruners.core import ModelInfo
 from foveate.pruners.core.signals import CoreMatches, CoreNeurons, LayerNeurons, Signal, UnpooledFrames
 from foveate.pruners.core.tokens import Layout, Selection
-
-if TYPE_CHECKING:
-    from foveate.adapters.session import Session
 
 FAMILIES: list[type[Adapter]] = []
 
@@ -63,6 +60,79 @@ class Modality:
     token_id: int
 
 
+@dataclass(frozen=True)
+class Brought:
+    """What a call brings into the decoder.
+
+    Attributes:
+        ids: ``(B, L)`` token ids, a modality's own where its pictures are; None where they cannot be told.
+        modalities: the kinds of pictures whose features come along.
+        again: the same features come again with every further token, as in ``generate()`` without a cache.
+    """
+
+    ids: Tensor | None = None
+    modalities: tuple[Modality, ...] = ()
+    again: bool = False
+
+
+class PromptWatch:
+    """Notes what calls of a model bring: here, placeholder tokens in ``input_ids`` and their pixels or features."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+        self._call: dict[str, Any] | None = None
+        self._handle = adapter.inner.register_forward_pre_hook(self._note, with_kwargs=True)
+
+    def _note(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._call = bind(module.forward, args, kwargs) if args else kwargs
+
+    def take(self, embeds: Tensor) -> Brought:
+        """What the running call brings, which has become ``embeds (B, L, D)``; it is forgotten then."""
+        call, self._call = self._call, None
+        if call is None:
+            return Brought()
+        encoded = call.get(compat.EARLY_FEATURES) or {}
+        # placeholder tokens that come without features (a model may generate one) are ordinary text
+        brought = tuple(
+            modality
+            for modality in self.adapter.modalities
+            if call.get(modality.pixels) is not None or encoded.get(modality.kind) is not None
+        )
+        ids = call.get("input_ids")
+        if ids is None and call.get("inputs_embeds") is not None:
+            ids = self._recognised(call["inputs_embeds"], brought)
+        return Brought(ids, brought, again=bool(encoded) and not call.get("use_cache", True))
+
+    def _recognised(self, embeds: Tensor, modalities: tuple[Modality, ...]) -> Tensor:
+        """Ids of the placeholders among embeddings, -1 elsewhere."""
+        embed = self.adapter.inner.get_input_embeddings()
+        ids = torch.full(embeds.shape[:2], -1, device=embeds.device)
+        for modality in modalities:
+            placeholder = embed(torch.tensor(modality.token_id, device=embeds.device))
+            ids = ids.masked_fill((embeds == placeholder).all(-1), modality.token_id)
+        return ids
+
+    def forget(self) -> None:
+        """Let go of the call's tensors."""
+        self._call = None
+
+    def remove(self) -> None:
+        """Watch no longer."""
+        self._handle.remove()
+        self.forget()
+
+
+def bind(method: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by name, defaults and extra keywords included."""
+    bound = inspect.signature(method).bind(*args, **kwargs)
+    bound.apply_defaults()
+    call = dict(bound.arguments)
+    for parameter in inspect.signature(method).parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            call.update(call.pop(parameter.name, {}))
+    return call
+
+
 class Adapter(ABC):
     """One attached model of one family. Subclasses fill in what differs; nothing here knows a pruner.
 
@@ -90,6 +160,11 @@ class Adapter(ABC):
     """Whether the tower works on one packed sequence ``(S, …)`` instead of batches of views ``(V, n, …)``."""
     writes_frame_text: ClassVar[bool] = False
     """Whether prompts hold text around every frame of a video: a timestamp, start and end of vision."""
+
+    decoder_hooks: ClassVar[type[Decoder]] = Decoder
+    """The hooks that apply what a session keeps to the text model."""
+    prompt_watch: ClassVar[type[PromptWatch]] = PromptWatch
+    """Knows what calls bring into the decoder."""
 
     tower: nn.Module
     modalities: tuple[Modality, ...]
@@ -159,14 +234,6 @@ class Adapter(ABC):
     def frame_text(self, ids: list[int], frames: list[tuple[int, int]]) -> list[list[int]]:
         """Places of the text around each frame of a video; ``ids`` is the row, ``frames`` each one's first and last place."""
         return [[] for _ in frames]
-
-    def decoder(self, session: Session) -> Decoder:
-        """The hooks that apply what a session keeps to the text model."""
-        return Decoder(self.text_model, session, mrope=self.info.mrope)
-
-    def watch_prompt(self) -> PromptWatch:
-        """Know from now on what calls bring into the decoder."""
-        return PromptWatch(self)
 
     # ------------------------------------------------------------------------------------------------------- shared
 
@@ -257,79 +324,6 @@ class Adapter(ABC):
         scalar = values.ndim == (1 if self.packed else 2)
         arranged = self.arrange(kind, values[..., None] if scalar else values, layouts, call)
         return [x.squeeze(-1) for x in arranged] if scalar else arranged
-
-
-@dataclass(frozen=True)
-class Brought:
-    """What a call brings into the decoder.
-
-    Attributes:
-        ids: ``(B, L)`` token ids, a modality's own where its pictures are; None where they cannot be told.
-        modalities: the kinds of pictures whose features come along.
-        again: the same features come again with every further token, as in ``generate()`` without a cache.
-    """
-
-    ids: Tensor | None = None
-    modalities: tuple[Modality, ...] = ()
-    again: bool = False
-
-
-class PromptWatch:
-    """Notes what calls of a model bring: here, placeholder tokens in ``input_ids`` and their pixels or features."""
-
-    def __init__(self, adapter: Adapter) -> None:
-        self.adapter = adapter
-        self._call: dict[str, Any] | None = None
-        self._handle = adapter.inner.register_forward_pre_hook(self._note, with_kwargs=True)
-
-    def _note(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self._call = bind(module.forward, args, kwargs) if args else kwargs
-
-    def take(self, embeds: Tensor) -> Brought:
-        """What the running call brings, which has become ``embeds (B, L, D)``; it is forgotten then."""
-        call, self._call = self._call, None
-        if call is None:
-            return Brought()
-        encoded = call.get(compat.EARLY_FEATURES) or {}
-        # placeholder tokens that come without features (a model may generate one) are ordinary text
-        brought = tuple(
-            modality
-            for modality in self.adapter.modalities
-            if call.get(modality.pixels) is not None or encoded.get(modality.kind) is not None
-        )
-        ids = call.get("input_ids")
-        if ids is None and call.get("inputs_embeds") is not None:
-            ids = self._recognised(call["inputs_embeds"], brought)
-        return Brought(ids, brought, again=bool(encoded) and not call.get("use_cache", True))
-
-    def _recognised(self, embeds: Tensor, modalities: tuple[Modality, ...]) -> Tensor:
-        """Ids of the placeholders among embeddings, -1 elsewhere."""
-        embed = self.adapter.inner.get_input_embeddings()
-        ids = torch.full(embeds.shape[:2], -1, device=embeds.device)
-        for modality in modalities:
-            placeholder = embed(torch.tensor(modality.token_id, device=embeds.device))
-            ids = ids.masked_fill((embeds == placeholder).all(-1), modality.token_id)
-        return ids
-
-    def forget(self) -> None:
-        """Let go of the call's tensors."""
-        self._call = None
-
-    def remove(self) -> None:
-        """Watch no longer."""
-        self._handle.remove()
-        self.forget()
-
-
-def bind(method: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a call by name, defaults and extra keywords included."""
-    bound = inspect.signature(method).bind(*args, **kwargs)
-    bound.apply_defaults()
-    call = dict(bound.arguments)
-    for parameter in inspect.signature(method).parameters.values():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            call.update(call.pop(parameter.name, {}))
-    return call
 
 
 def _wrapped(model: nn.Module) -> nn.Module | None:

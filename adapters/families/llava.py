@@ -67,7 +67,7 @@ class LlavaAdapter(Adapter):
         )
 
     def tap(self, signals: Iterable[Signal], values: Callable[[], Values | None]) -> SplitProjectionTap:
-        return SplitProjectionTap(self.blocks, self.info.prefix_tokens, signals, values)
+        return SplitProjectionTap(self.blocks, signals, values, prefix=self.info.prefix_tokens)
 
     def block_tower(self) -> HFTower:
         if not isinstance(self.inner.config.vision_feature_layer, int):

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +28,6 @@ from foveate.adapters.taps import Replaced
 from foveate.adapters.towers.transformers import HFTower
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.pruners.core import ClassFeatures, Layout, ModelInfo, Signal, View
-
-if TYPE_CHECKING:
-    from foveate.adapters.session import Session
 
 _SPLICE = "prepare_inputs_labels_for_multimodal"
 _ARGUMENTS = "input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes"
@@ -109,15 +106,17 @@ class LlavaOriginalAdapter(LlavaAdapter):
         self.centre_crop = getattr(self.inner.config, "image_aspect_ratio", None) not in ("pad", "anyres")
         return info
 
-    def decoder(self, session: Session) -> Decoder:
+    @property
+    def decoder_hooks(self) -> type[Decoder]:
         if compat.installed() < (5, 0):
             from foveate.adapters.engine.legacy_decoder import LegacyDecoder
 
-            return LegacyDecoder(self.text_model, session, mrope=False)
-        return super().decoder(session)
+            return LegacyDecoder
+        return Decoder
 
-    def watch_prompt(self) -> SplicedPrompts:
-        return SplicedPrompts(self)
+    @property
+    def prompt_watch(self) -> type[PromptWatch]:
+        return SplicedPrompts
 
     # ---------------------------------------------------------------------------------------- pictures in the prompt
 

@@ -45,7 +45,7 @@ class Qwen2VLAdapter(Adapter):
         return None
 
     def tap(self, signals: Iterable[Signal], values: Callable[[], Values | None]) -> PackedTap:
-        return PackedTap(self.tower.blocks, self.tower.spatial_merge_size**2, signals, values)
+        return PackedTap(self.tower.blocks, signals, values, unit=self.tower.spatial_merge_size**2)
 
     def layouts(self, kind: str, call: dict[str, Any], output: Any) -> list[Layout]:
         merge = self.tower.spatial_merge_size
