@@ -1,9 +1,9 @@
 """What transformers calls things: every name of it that may change, once, and a loud error where one has changed.
 
-A renamed thing is read under all its names. What is found under none of them raises :class:`NotUnderstoodError`: a hook that
-reads an argument's old name finds nothing, and a model that was cut in one place and not in another answers with wrong
-tokens. So nothing else in foveate spells these names, a test sees to that, and what was cut is compared with what the model
-really holds.
+A renamed thing is read under all its names. What is found under none of them raises :class:`NotUnderstoodError`: a
+hook that reads an argument's old name finds nothing, and a model that was cut in one place and not in another
+answers with wrong tokens. So nothing else in foveate spells these names, a test sees to that, and what was cut is
+compared with what the model really holds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from foveate.tested import TESTED
 
 Version = tuple[int, int]
 SUPPORTED: tuple[tuple[Version, Version], ...] = (((5, 16), (6, 0)),)
-"""Versions of transformers that models are served under, from and up to; ``foveate.tested`` has those that were tested."""
+"""Versions of transformers that models are served under, from and up to; ``foveate.tested`` has those that were
+tested.
+"""
 
 # ------------------------------------------------------------------------------------------------------------- versions
 
@@ -67,7 +69,8 @@ def check_version(name: str, supported: Iterable[tuple[Version, Version]] = SUPP
 @lru_cache
 def _warn_untested(found: Version) -> None:
     warnings.warn(
-        f"transformers {found[0]}.{found[1]} is newer than what foveate was tested with ({_tested()}); every prompt is checked while it "
+        f"transformers {found[0]}.{found[1]} is newer than what foveate was tested with ({_tested()}); every prompt "
+        "is checked while it "
         "runs, and an error is raised where something is not understood",
         stacklevel=6,  # whoever called attach()
     )
@@ -81,7 +84,8 @@ def _tested() -> str:
 def not_understood(what: str) -> NotUnderstoodError:
     """The error for something that transformers does otherwise than any version that is known."""
     return NotUnderstoodError(
-        f"this transformers is not understood: {what}. It is version {installed()[0]}.{installed()[1]}, foveate was tested with {_tested()}; "
+        f"this transformers is not understood: {what}. It is version {installed()[0]}.{installed()[1]}, foveate was "
+        f"tested with {_tested()}; "
         "install one of these, or detach and run the model unpruned"
     )
 
@@ -94,7 +98,9 @@ def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter] | 
 
 
 def _require(function: Callable[..., Any], where: str, *wanted: tuple[str, ...]) -> None:
-    """Raise :class:`NotUnderstoodError` unless ``function`` has a parameter for each of ``wanted``, under one of its names."""
+    """Raise :class:`NotUnderstoodError` unless ``function`` has a parameter for each of ``wanted``, under one of its
+    names.
+    """
     parameters = _parameters(function)
     for names in wanted if parameters is not None else ():
         if not set(names) & set(parameters):
@@ -230,7 +236,9 @@ _DEEPSTACK = "_deepstack_process"
 
 
 def check_text_model(text_model: nn.Module) -> None:
-    """Raise :class:`NotUnderstoodError` unless a text model, its layers and its masks take the arguments that are cut."""
+    """Raise :class:`NotUnderstoodError` unless a text model, its layers and its masks take the arguments that are
+    cut.
+    """
     if installed() < (5, 0):
         return  # these versions are not going to change
     names = ("inputs_embeds",), ("attention_mask",), ("position_ids",), _CACHE
@@ -258,8 +266,8 @@ def check_cut(
 ) -> None:
     """Raise :class:`NotUnderstoodError` if an unknown argument of the text model or of a layer runs along the sequence.
 
-    ``lengths`` are those of the sequence that the call may have brought, ``batch`` the number of its rows; ``strict``: an
-    argument that is neither known nor a plain setting is one too many, whatever its shape.
+    ``lengths`` are those of the sequence that the call may have brought, ``batch`` the number of its rows;
+    ``strict``: an argument that is neither known nor a plain setting is one too many, whatever its shape.
 
     Raises:
         InputError: the call packs several sequences into a row.
@@ -315,12 +323,16 @@ def deepstack_argument(levels: Sequence[Tensor]) -> dict[str, Any]:
 
 
 def deepstack_method(text_model: nn.Module) -> tuple[str, Callable[..., Tensor]] | None:
-    """The method ``(hidden, places, level)`` of a text model that adds a DeepStack level, by name; None if there is none."""
+    """The method ``(hidden, places, level)`` of a text model that adds a DeepStack level, by name; None if there is
+    none.
+    """
     return (_DEEPSTACK, getattr(text_model, _DEEPSTACK)) if hasattr(text_model, _DEEPSTACK) else None
 
 
 def causal_mask(config: Any, hidden: Tensor, mask: Tensor, cache: Any, layer: int) -> Any:
-    """The mask of decoder layer ``layer`` for ``hidden (B, K, D)`` after what its cache holds; ``mask (B, P + K)`` int64."""
+    """The mask of decoder layer ``layer`` for ``hidden (B, K, D)`` after what its cache holds; ``mask (B, P + K)``
+    int64.
+    """
     from transformers.masking_utils import create_causal_mask
 
     return create_causal_mask(
@@ -377,11 +389,14 @@ def own_arguments(kwargs: Mapping[str, Any]) -> tuple[Any, tuple[Tensor, Tensor]
     return kwargs.get("attention_mask"), kwargs.get("position_embeddings")
 
 
-# ---------------------------------------------------------------------------------------------- attention of the decoder
+# ---------------------------------------------------------------------------------------------- attention of the
+# decoder
 
 
 def query_source(attention: nn.Module) -> nn.Module:
-    """The module whose output are an attention's queries before they are turned: Qwen3 normalises them after projecting."""
+    """The module whose output are an attention's queries before they are turned: Qwen3 normalises them after
+    projecting.
+    """
     return _part(attention, "q_norm", "q_proj")
 
 
@@ -449,7 +464,9 @@ def _rotated_by_table(rotate: Callable[..., Any], q: Tensor, k: Tensor, cos: Ten
 HEADS = "num_heads"
 """Number of query heads of a vision tower's attention."""
 EARLY_FEATURES = "mm_encoder_outputs"
-"""The argument with outputs of the encoder methods by kind of picture, where ``generate()`` calls these before the model."""
+"""The argument with outputs of the encoder methods by kind of picture, where ``generate()`` calls these before the
+model.
+"""
 FEATURES = "pooler_output"
 """What an encoder method's output calls the features on their way into the decoder; it has none where it is a tuple."""
 
@@ -471,7 +488,9 @@ def as_output(values: Any) -> Any:
 
 
 def packed(model: nn.Module, views: Sequence[Tensor], sizes: Any, newline: Tensor, **how: Any) -> list[Tensor]:
-    """LLaVA's own layout of AnyRes features ``[(V, n, C)] -> [(length, C)]``; ``how``: the family's further arguments."""
+    """LLaVA's own layout of AnyRes features ``[(V, n, C)] -> [(length, C)]``; ``how``: the family's further
+    arguments.
+    """
     return model.pack_image_features(views, sizes, image_newline=newline, **how)[0]
 
 
@@ -536,7 +555,8 @@ def _argument(kwargs: Mapping[str, Any], name: str) -> Any:
     return kwargs[name]
 
 
-# --------------------------------------------------------------------------------------------------- loading and settings
+# --------------------------------------------------------------------------------------------------- loading and
+# settings
 
 
 def attention_kind(config: Any) -> str | None:
@@ -550,7 +570,9 @@ def set_attention_kind(config: Any, kind: str) -> None:
 
 
 def find_file(config: Any, name: str) -> str | None:
-    """Path of a file beside the weights that a configuration was loaded with; None if it is neither there nor cached."""
+    """Path of a file beside the weights that a configuration was loaded with; None if it is neither there nor
+    cached.
+    """
     from transformers.utils import cached_file
 
     source = getattr(config, "_name_or_path", "")

@@ -41,10 +41,11 @@ class Panel:
     """One rectangle of the drawing: a picture, a thumbnail, the canvas of all AnyRes crops, or a video frame.
 
     Attributes:
-        kind: ``"image"``, ``"thumbnail"``, ``"crops"`` or ``"frame"``; number: which frame (or picture), from 0.
+        kind: ``"image"``, ``"thumbnail"``, ``"crops"`` or ``"frame"``.
+        number: which frame (or picture), from 0.
         tokens: ``(rows, cols)`` int64, the token number of each cell.
         box: left, top, right, bottom in pixels of the drawing.
-        seams: rows and columns in front of which a crop begins.
+        seams: rows and columns that a crop begins at.
         frames: how many frames of the video it stands for.
     """
 
@@ -74,8 +75,8 @@ class Panel:
 def panels(layout: Layout, width: int = 768, frames: int | None = None) -> list[Panel]:
     """Where the tokens of ``layout`` lie in a drawing about ``width`` pixels wide; ``frames`` of a video were given.
 
-    A single picture fills it; an AnyRes picture has its thumbnail on the left and the canvas of crops on the right; frames
-    stand in a strip that wraps.
+    A single picture fills it; an AnyRes picture has its thumbnail on the left and the canvas of crops on the right;
+    frames stand in a strip that wraps.
     """
     bare = _bare(layout)
     moving = sum(panel.kind == "frame" for panel in bare)
@@ -147,8 +148,9 @@ class Facts:
 
     Attributes:
         kept: bool, whether the layer sees the token.
-        left: the decoder layer in front of which the token left, -1 if it never does (also behind the layer asked for).
-        scores: float32 of the last stage up to the layer that ranked (else of the first that ranks); NaN where there is none.
+        left: the decoder layer before which the token left, -1 if it never does (also after the layer asked for).
+        scores: float32 of the last stage up to the layer that ranked (else of the first that ranks); NaN where there
+            is none.
         owner: the token that speaks for each, -1 where none does; None if nothing merged.
         markers: bool, kept tokens that carry a marker in place of what they were.
     """
@@ -210,11 +212,11 @@ def draw(
 
     Args:
         trace: what happened to the image.
-        image: the picture that was given to the processor, of PIL or ``(H, W, 3)`` uint8 (of a video: its frames, from which as
-            many are drawn as the model has, evenly spaced); None draws on grey.
-        show: ``"kept"`` leaves kept tokens clear and dims dropped ones; ``"scores"`` is a heat map, kept tokens outlined;
-            ``"groups"`` gives tokens that were merged a common colour, neighbouring groups different ones, and puts a dot on the
-            token that speaks for them.
+        image: the picture that was given to the processor, of PIL or ``(H, W, 3)`` uint8 (of a video: its frames,
+            from which as many are drawn as the model has, evenly spaced); None draws on grey.
+        show: ``"kept"`` leaves kept tokens clear and dims dropped ones; ``"scores"`` is a heat map, kept tokens
+            outlined; ``"groups"`` gives tokens that were merged a common colour, neighbouring groups different ones,
+            and puts a dot on the token that speaks for them.
         layer: what this decoder layer sees; None: the last.
         width: of the drawing in pixels, about.
 
@@ -222,7 +224,8 @@ def draw(
         RGBA, transparent between the panels.
 
     Raises:
-        ParameterError: unknown ``show`` or ``layer``; a method that gives no scores, or merges nothing, has none to show.
+        ParameterError: unknown ``show`` or ``layer``; a method that gives no scores, or merges nothing, has none to
+            show.
     """
     check_choice("show", show, SHOW)
     layer = max(len(trace.tokens_per_layer) - 1, 0) if layer is None else layer
@@ -310,7 +313,9 @@ def _heated(pixels: np.ndarray, panel: Panel, scores: np.ndarray) -> np.ndarray:
 
 
 def _heat(scores: np.ndarray) -> np.ndarray:
-    """Scores as colours ``(N, 3)``, from their 1st to their 99th percentile so that a single peak does not flatten the rest."""
+    """Scores as colours ``(N, 3)``, from their 1st to their 99th percentile so that a single peak does not flatten
+    the rest.
+    """
     known = np.isfinite(scores)
     low, high = np.percentile(scores[known], (1, 99)) if known.any() else (0.0, 1.0)
     return heat_colours(np.nan_to_num((scores - low) / max(high - low, 1e-12)))
@@ -332,7 +337,9 @@ def _grouped(pixels: np.ndarray, panel: Panel, known: Facts, colours: np.ndarray
 
 
 def _group_colours(where: Sequence[Panel], known: Facts) -> np.ndarray:
-    """A colour per token, ``(N, 3)``; NaN for tokens that are alone. Neighbouring groups differ as far as 14 colours allow."""
+    """A colour per token, ``(N, 3)``; NaN for tokens that are alone. Neighbouring groups differ as far as 14 colours
+    allow.
+    """
     owner = known.owner
     sizes = np.bincount(owner[owner >= 0], minlength=len(owner))
     beside: dict[int, set[int]] = {}

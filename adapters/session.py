@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from foveate.adapters import compat
 from foveate.adapters.engine.prefill import Item, Prefill
-from foveate.adapters.families.base import Adapter, Brought, Modality, adapter_for, bind, family_of
+from foveate.adapters.families.base import Adapter, CallContents, Modality, adapter_for, bind, family_of
 from foveate.adapters.taps import DecoderTap, Replaced, Values
 from foveate.adapters.towers.base import BlockMerger, MergeTrace, Tower, tower_for
 from foveate.adapters.towers.merging import TowerMerging
@@ -52,19 +52,19 @@ def attach(
 
     Args:
         model: a ``transformers`` vision-language model of a known family, or, for methods that merge inside a vision
-            tower, a vision model of timm, open_clip or transformers. Weights, dtype, device, attention implementation and
-            generation config stay as they are.
+            tower, a vision model of timm, open_clip or transformers. Weights, dtype, device, attention
+            implementation and generation config stay as they are.
         pruner: a method's name (``foveate list``), class or instance, or a preset that ``foveate tune`` wrote
             (``"preset.yaml"``).
         positions: ``"keep"`` lets surviving tokens keep the positions they had, ``"compact"`` closes the gaps,
             ``"auto"`` follows the preset, or the method's specification for the family.
-        separators: ``"keep"`` all newline embeddings of a pruned AnyRes picture, as vLLM has to where the method's number of
-            them depends on the content, or ``"drop"`` them; ``"auto"`` follows the method's specification.
+        separators: ``"keep"`` all newline embeddings of a pruned AnyRes picture, as vLLM has to where the method's
+            number of them depends on the content, or ``"drop"`` them; ``"auto"`` follows the method's specification.
         **params: the method's parameters (``foveate show NAME``).
 
     Returns:
-        A :class:`Session`, on a vision model a :class:`VitSession`; use it in a ``with`` block, or call its ``detach()``
-        when done.
+        A :class:`Session`, on a vision model a :class:`VitSession`; use it in a ``with`` block, or call its
+        ``detach()`` when done.
 
     Raises:
         UnsupportedModelError: unknown family.
@@ -117,7 +117,8 @@ class Attachment:
         attached = attached_to(root)
         if attached is not None:
             raise AttachError(
-                f"{type(model).__name__} already has {attached.pruner.name!r} attached; call detach() on that session first, "
+                f"{type(model).__name__} already has {attached.pruner.name!r} attached; call detach() on that "
+                "session first, "
                 "or combine methods with foveate.Then"
             )
 
@@ -169,12 +170,12 @@ class Session(Attachment):
         pruner: what was attached.
         positions: the policy asked for.
         separators: the policy asked for.
-        trace: what happened in the last call that brought visual tokens, None before. A call whose ``inputs_embeds`` already
-            hold picture features brings none that can be told from text: it runs unpruned.
-        sample_ids: set to one number per image before a call to fix what random methods draw for it; by default images are
-            numbered as they come, from 0.
-        frame_scores: set to one sequence of scores per video, one score per sampled frame, before a call whose method reads
-            them (``quota``); the call uses them up, for they belong to its question.
+        trace: what happened in the last call that brought visual tokens, None before. A call whose ``inputs_embeds``
+            already hold picture features brings none that can be told from text: it runs unpruned.
+        sample_ids: set to one number per image before a call to fix what random methods draw for it; by default
+            images are numbered as they come, from 0.
+        frame_scores: set to one sequence of scores per video, one score per sampled frame, before a call whose
+            method reads them (``quota``); the call uses them up, for they belong to its question.
     """
 
     def __init__(self, model: nn.Module, pruner: Pruner, positions: str = "auto", separators: str = "auto") -> None:
@@ -388,11 +389,12 @@ class Session(Attachment):
             return {}
         if len(given) != len(videos):
             raise ParameterError(
-                f"frame_scores has {len(given)} entries, the call brings {len(videos)} videos; give one sequence per video"
+                f"frame_scores has {len(given)} entries, the call brings {len(videos)} videos; give one sequence per "
+                "video"
             )
         return {item.number: scores for item, scores in zip(videos, given)}
 
-    def _check_nothing_arrived(self, brought: Brought, embeds: Tensor) -> None:
+    def _check_nothing_arrived(self, brought: CallContents, embeds: Tensor) -> None:
         """Raise if features of pictures stand in ``embeds`` that would go unpruned, for they came unnoticed.
 
         Raises:
@@ -403,7 +405,8 @@ class Session(Attachment):
         if ids.shape != embeds.shape[:2]:
             if brought.modalities:
                 raise InputError(
-                    f"{tuple(ids.shape)} token ids became {tuple(embeds.shape[:2])} embeddings, so it is not known where the "
+                    f"{tuple(ids.shape)} token ids became {tuple(embeds.shape[:2])} embeddings, so it is not known "
+                    "where the "
                     "pictures are; soft prompts cannot be pruned"
                 )
             return
@@ -415,14 +418,18 @@ class Session(Attachment):
             if bool(here.any()) and not bool((embeds[here] == self.adapter.inner.get_input_embeddings()(token)).all()):
                 raise compat.not_understood(
                     f"features stand in {int(here.sum())} places of {modality.kind}s, and "
-                    f"{type(self.adapter.inner).__name__} was called without pixels or features under a name that is known"
+                    f"{type(self.adapter.inner).__name__} was called without pixels or features under a name that is "
+                    "known"
                 )
 
     def _refuse_checkpointing(self) -> None:
-        """Layers that transformers before 5.23 checkpoints run their hooks again in the backward pass, after the prompt."""
+        """Layers that transformers before 5.23 checkpoints run their hooks again in the backward pass, after the
+        prompt.
+        """
         if compat.installed() < (5, 23) and any(map(compat.checkpoints, self.adapter.text_model.layers)):
             raise AttachError(
-                f"{self.pruner.name} cannot act under the gradient checkpointing of transformers before 5.23, which runs "
+                f"{self.pruner.name} cannot act under the gradient checkpointing of transformers before 5.23, which "
+                "runs "
                 "hooks twice; switch it off, or install a newer transformers"
             )
 
@@ -430,8 +437,8 @@ class Session(Attachment):
 class VitSession(Attachment):
     """A merger on a vision model that stands by itself. It acts in every call of the model until :meth:`detach`.
 
-    Numbers of tokens follow from the input's shape, so ``torch.compile`` makes no graph break. Attach to the model itself, not
-    to what ``torch.compile`` returned.
+    Numbers of tokens follow from the input's shape, so ``torch.compile`` makes no graph break. Attach to the model
+    itself, not to what ``torch.compile`` returned.
     """
 
     def __init__(self, model: nn.Module, pruner: Pruner, tower: Tower) -> None:
@@ -440,7 +447,8 @@ class VitSession(Attachment):
         inside = [stage for stage in stages if isinstance(stage, InTower)]
         if not inside or len(inside) < len(stages):
             raise UnsupportedModelError(
-                f"{pruner.name} also acts outside of the vision tower, and {type(model).__name__} is nothing but one; methods "
+                f"{pruner.name} also acts outside of the vision tower, and {type(model).__name__} is nothing but "
+                "one; methods "
                 "that work here: pitome, tome"
             )
         self._tower = tower
@@ -451,7 +459,9 @@ class VitSession(Attachment):
 
     @property
     def info(self) -> ModelInfo:
-        """What the method knows of the model; ``pruner.counts(n_patches, session.info)`` announces the rows of every block."""
+        """What the method knows of the model; ``pruner.counts(n_patches, session.info)`` announces the rows of every
+        block.
+        """
         return self._tower.info
 
     @property
@@ -465,7 +475,8 @@ class VitSession(Attachment):
         return self._merger.sizes
 
     def unmerge(self, features: Tensor) -> Tensor:
-        """Rows at the end of the tower back at every original row: ``(B, K, C) -> (B, N, C)``; see :meth:`MergeTrace.unmerge`.
+        """Rows at the end of the tower back at every original row: ``(B, K, C) -> (B, N, C)``; see
+        :meth:`MergeTrace.unmerge`.
 
         Raises:
             AttachError: no call has run.

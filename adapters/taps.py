@@ -169,7 +169,8 @@ class SplitProjectionTap(TowerTap):
 class PackedTap(TowerTap):
     """Qwen towers: all images packed into one ``(S, C)`` sequence cut by ``cu_seqlens``, one fused ``qkv``.
 
-    Patches come in merge units of ``unit`` consecutive ones; values are means over units, in tower order: ``(S / unit[, C])``.
+    Patches come in merge units of ``unit`` consecutive ones; values are means over units, in tower order: ``(S /
+    unit[, C])``.
     """
 
     def tap_output(self, block: nn.Module, signals: list[TowerOutput]) -> None:
@@ -224,8 +225,8 @@ class DecoderTap(Tap):
     Args:
         layers: of the decoder.
         signals: that are wanted.
-        values: as for :class:`Tap`; what is heard per column of the sequence is kept per place, ``(B, L)``, so that a later
-            stage finds it whatever was dropped in between.
+        values: as for :class:`Tap`; what is heard per column of the sequence is kept per place, ``(B, L)``, so that
+            a later stage finds it whatever was dropped in between.
         call: the running :class:`~foveate.adapters.engine.prefill.Prefill`.
     """
 
@@ -312,7 +313,9 @@ class DecoderTap(Tap):
 
     @torch.no_grad()
     def ahead(self, signal: LayerAttention, hidden: Tensor) -> Tensor:
-        """What the layer's attention would be on ``hidden (B, K, D)``, the states that enter it: the signal, per place."""
+        """What the layer's attention would be on ``hidden (B, K, D)``, the states that enter it: the signal, per
+        place.
+        """
         layer, call = self.layers[signal.layer], self.call()
         attention, rotary = layer.self_attn, call.rotary(hidden)
         device = next(layer.parameters()).device
@@ -352,14 +355,17 @@ def _heads(x: Tensor, attention: nn.Module) -> Tensor:
 
 
 def _with_past(k: Tensor, cache: Any, layer: int, *, stored: bool) -> Tensor:
-    """New keys ``(B, H, K, d)`` after the cached ones of earlier calls; ``stored``: the cache has the new ones already."""
+    """New keys ``(B, H, K, d)`` after the cached ones of earlier calls; ``stored``: the cache has the new ones
+    already.
+    """
     past = 0 if cache is None else compat.cached_length(cache, layer) - stored * k.shape[2]
     if past <= 0:
         return k
     keys, _ = compat.layer_states(cache, layer)
     if not isinstance(keys, Tensor) or keys.device != k.device or keys.shape[2] != past + stored * k.shape[2]:
         raise InputError(
-            f"the keys of decoder layer {layer} are offloaded or quantised in the cache; methods that read attention inside "
+            f"the keys of decoder layer {layer} are offloaded or quantised in the cache; methods that read attention "
+            "inside "
             "the decoder cannot continue such a cache"
         )
     return keys if stored else torch.cat([keys, k], dim=2)

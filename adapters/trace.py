@@ -27,7 +27,8 @@ class StageTrace:
     """One stage's work on one image. Token numbers are those of the unpruned image, row-major per view.
 
     Attributes:
-        hook: ``"llm_input"`` or ``"llm_layer"``; layer: the decoder layer it stands in front of.
+        hook: ``"llm_input"`` or ``"llm_layer"``.
+        layer: the decoder layer that it acts before.
         kept: ``(K,)`` int64 tokens that survive it, ascending.
         owner: ``(N,)`` the surviving token that speaks for each token, -1 if none; None for pure pruners.
         scores: ``(N,)`` float, NaN for tokens that were gone before; None where the method ranks nothing.
@@ -47,12 +48,15 @@ class ImageTrace:
     """What became of one image or video.
 
     Attributes:
-        sample: row of the batch; kind: ``"image"`` or ``"video"``; layout: its views and separators.
+        sample: row of the batch.
+        kind: ``"image"`` or ``"video"``.
+        layout: its views and separators.
         centre_crop: whether the model's processor shows it the picture's centre square only.
-        stages: in order of depth; tokens_per_layer: visual tokens (separators counted) that each decoder layer saw.
+        stages: in order of depth.
+        tokens_per_layer: visual tokens (separators counted) that each decoder layer saw.
         cached_per_layer: how many of them each layer's KV cache holds when the prompt is through.
-        text_gone_per_layer: text tokens (timestamps, start and end of vision) that each layer did not see, since their video
-            frame has no token left.
+        text_gone_per_layer: text tokens (timestamps, start and end of vision) that each layer did not see, since
+            their video frame has no token left.
     """
 
     sample: int
@@ -128,12 +132,15 @@ class Trace:
     """One prefill under a pruner.
 
     Attributes:
-        method: registry name; parameters: the method's; positions: policy at each stage.
+        method: registry name.
+        parameters: the method's.
+        positions: policy at each stage.
         images: one entry per image and video, in prompt order (for beams: of the first beam).
-        length: tokens of the unpruned prompt; decoder_layers: depth.
+        length: tokens of the unpruned prompt.
+        decoder_layers: depth.
         spans: functions that give the seconds of each stage and of the encoder, by name; see :attr:`seconds`.
-        cache_lengths: entries of each layer's KV cache when the prompt is through, text, padding and what was there before
-            counted; None without a cache.
+        cache_lengths: entries of each layer's KV cache when the prompt is through, text, padding and what was there
+            before counted; None without a cache.
     """
 
     method: str
@@ -181,8 +188,8 @@ class Trace:
         """What became of picture ``number``, drawn on ``image``: a PIL picture, which a notebook displays by itself.
 
         Args:
-            image: the picture that was given to the processor, of PIL or ``(H, W, 3)`` uint8 (of a video: its frames); None
-                draws on grey.
+            image: the picture that was given to the processor, of PIL or ``(H, W, 3)`` uint8 (of a video: its
+                frames); None draws on grey.
             number: which of the prompt's pictures and videos.
             show: ``"kept"``, ``"scores"`` or ``"groups"``; **options: ``layer`` and ``width``, see
                 :func:`foveate.adapters.drawing.draw`.

@@ -15,12 +15,12 @@ from foveate.errors import AttachError, InputError
 if TYPE_CHECKING:
     from foveate.adapters.engine.decoder import Decoder, Span
 
-LIVE: weakref.WeakKeyDictionary[nn.Module, Decoder] = weakref.WeakKeyDictionary()
+LIVE: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Decoder]] = weakref.WeakKeyDictionary()
 """Text models that a pruner is attached to, which decides whether a pruned cache may be continued."""
 
 
 @dataclass
-class Held:
+class CachedPlaces:
     """What the caches of a run of layers hold.
 
     Attributes:
@@ -50,7 +50,7 @@ class CacheState:
 
     decoder: weakref.ref[Decoder]
     length: int
-    held: list[Held]
+    held: list[CachedPlaces]
     neurons: dict[int, Tensor] = field(default_factory=dict)
     inside: bool = False
 
@@ -61,7 +61,8 @@ def unpruned_length(cache: Any, layer_idx: int = 0) -> int:
     if state.inside:
         return compat.cached_length(cache, layer_idx)
     filled_by = state.decoder()
-    decoder = None if filled_by is None else LIVE.get(filled_by.text_model)
+    known = None if filled_by is None else LIVE.get(filled_by.text_model)
+    decoder = None if known is None else known()
     if decoder is not None and decoder.running.active:
         raise compat.not_understood(f"{type(decoder.text_model).__name__} uses a cache that its call did not bring")
     if decoder is None:
@@ -101,17 +102,19 @@ def refuse(cache: Any, state: CacheState | None, mask: Any, batch: int, total: i
         )
 
 
-def evict(cache: Any, spans: list[Span], past: int, depth: int, watched: bool) -> list[Held]:
+def evict(cache: Any, spans: list[Span], past: int, depth: int, watched: bool) -> list[CachedPlaces]:
     """What the caches of all layers hold after a call; earlier layers lose what an evicting span has not.
 
     ``past``: unpruned places before the call; ``depth``: number of layers; ``watched``: note the last positions.
     """
-    after: list[Held] = []
+    after: list[CachedPlaces] = []
     target: Tensor | None = None
     stop = depth
     for span in reversed(spans):
         new = torch.where(span.index < span.length, span.index + past, -1)
-        here = Held(span.first_layer, torch.cat([span.held, new], dim=1), span.shift, span.last if watched else None)
+        here = CachedPlaces(
+            span.first_layer, torch.cat([span.held, new], dim=1), span.shift, span.last if watched else None
+        )
         if target is not None:
             columns = _columns(here.places, target, past + span.length)
             for layer in range(here.first_layer, stop):
@@ -159,7 +162,8 @@ def _states(cache: Any, layer: int, length: int) -> tuple[Tensor, Tensor]:
     found = compat.layer_states(cache, layer)
     if not all(isinstance(x, Tensor) and x.ndim == 4 and x.shape[2] == length for x in found):
         raise InputError(
-            f"{type(cache.layers[layer]).__name__} of decoder layer {layer} does not keep plain keys and values; methods "
+            f"{type(cache.layers[layer]).__name__} of decoder layer {layer} does not keep plain keys and values; "
+            "methods "
             "that take tokens out of filled caches need the default dynamic cache"
         )
     return found
@@ -184,7 +188,7 @@ def check_held(model: nn.Module, passed: Any, cache: Any, filled: bool, spans: l
                 raise compat.not_understood(f"decoder layer {layer} saw {saw} places and its cache holds {holds}")
 
 
-def check_follows(held: Held, span: Span) -> None:
+def check_follows(held: CachedPlaces, span: Span) -> None:
     """Is the first place of ``span`` at the position after the last one ``held``?"""
     if held.last is None:
         return

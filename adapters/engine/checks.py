@@ -1,7 +1,8 @@
 """Compare what the decoder's hooks cut with what the model really works on and holds.
 
-Each check raises :class:`~foveate.errors.NotUnderstoodError`: a model that is cut in one place and not in another answers with
-wrong tokens. Those that cost time run where this transformers was not tested (:func:`~foveate.adapters.compat.untested`).
+Each check raises :class:`~foveate.errors.NotUnderstoodError`: a model that is cut in one place and not in another
+answers with wrong tokens. Those that cost time run where this transformers was not tested
+(:func:`~foveate.adapters.compat.untested`).
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ def check_nothing_hidden(
         covered = max(covered, int(positions.max()) + 1)
     if covered > held + length:
         raise compat.not_understood(
-            f"the call is the last {length} of {covered} places, and brings {held} of them in a cache that is known as one"
+            f"the call is the last {length} of {covered} places, and brings {held} of them in a cache that is known "
+            "as one"
         )
 
 

@@ -1,10 +1,13 @@
-"""Apply what stages keep to a ``transformers`` decoder that is called with ``inputs_embeds``, through forward hooks only.
+"""Apply what stages keep to a ``transformers`` decoder that is called with ``inputs_embeds``, through forward hooks
+only.
 
-A call brings *new* sequence places 0 .. L-1 after *past* ones that the cache has seen. A :class:`Span` says what a run of
-consecutive decoder layers works on; what a stage keeps before a layer (:class:`Kept`) starts a new one. Between calls the
-cache remembers what each layer holds (``cache.py``), so that caches of different length per layer are all right.
+A call brings *new* sequence places 0 .. L-1 after *past* ones that the cache has seen. A :class:`Span` says what a
+run of consecutive decoder layers works on; what a stage keeps before a layer (:class:`Kept`) starts a new one.
+Between calls the cache remembers what each layer holds (``cache.py``), so that caches of different length per layer
+are all right.
 
-Everything a user sees stays in unpruned units: attention masks, position ids, hidden states, ``cache.get_seq_length()``.
+Everything a user sees stays in unpruned units: attention masks, position ids, hidden states,
+``cache.get_seq_length()``.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from torch import Tensor, nn
 from foveate.adapters import compat
 from foveate.adapters.engine import cache as books
 from foveate.adapters.engine import checks
-from foveate.adapters.engine.cache import CacheState, Held
+from foveate.adapters.engine.cache import CachedPlaces, CacheState
 from foveate.adapters.engine.mlp import SparseMLP
 from foveate.adapters.taps import Replaced
 from foveate.errors import UnsupportedModelError
@@ -37,10 +40,12 @@ class Kept:
     """What goes on: the one form in which a selection reaches a decoder.
 
     Attributes:
-        index: places in order of entry, of a picture (vLLM) or of the call's new places; the number of places where a row
-            is padded, on the left, ``(B, K)`` int64.
-        embeds: what they carry, ``(B, K, D)``; None: what they had.
-        levels: brings DeepStack levels ``[(places, D)]`` to what the survivors carry; None: as they are.
+        index: places in order of entry, of a picture (vLLM) or of the call's new places; the number of places where
+            a row is padded, on the left, ``(B, K)`` int64.
+        embeds: what they carry, ``(B, K, D)``.
+        None: what they had.
+        levels: brings DeepStack levels ``[(places, D)]`` to what the survivors carry.
+        None: as they are.
         positions: ``"keep"`` or ``"compact"``.
         evict: what is not here leaves the caches of earlier layers too, in the end.
     """
@@ -87,7 +92,7 @@ class Span:
 
     @property
     def valid(self) -> Tensor:
-        """Columns that are no padding, of this span or of the caller's, ``(B, K)`` bool."""
+        """Columns that are not padding, of this span or of the caller's, ``(B, K)`` bool."""
         return self.mask[:, self.past :]
 
     @property
@@ -144,8 +149,8 @@ class _Frame:
     length: int
     past: int
     mask: Tensor
-    held: list[Held]
-    current: Held
+    held: list[CachedPlaces]
+    current: CachedPlaces
     prefill: Prefill | None
     pruned: bool = False
     spans: list[Span] = field(default_factory=list)
@@ -180,7 +185,8 @@ class Decoder:
         kinds = set(getattr(text_model.config, "layer_types", None) or ["full_attention"])
         if kinds != {"full_attention"}:
             raise UnsupportedModelError(
-                f"{type(text_model).__name__} has layers of type {sorted(kinds)}; pruning needs full attention throughout "
+                f"{type(text_model).__name__} has layers of type {sorted(kinds)}; pruning needs full attention "
+                "throughout "
                 "(a sliding-window cache drops places by itself)"
             )
         self.text_model, self.session, self.mrope = text_model, session, mrope
@@ -191,7 +197,7 @@ class Decoder:
         with ExitStack() as undo:
             self._install(undo)
             self.remove = undo.pop_all().close
-        books.LIVE[text_model] = self
+        books.LIVE[text_model] = weakref.ref(self)
 
     def _install(self, undo: ExitStack) -> None:
         model = self.text_model
@@ -245,7 +251,7 @@ class Decoder:
         books.refuse(cache, state, mask, batch, past + length)
         mask = torch.ones(batch, past + length, device=embeds.device) if mask is None else mask.to(embeds.device)
         whole = torch.arange(past, device=embeds.device).expand(batch, past)
-        held = state.held if state else [Held(0, whole, whole.new_zeros(batch))]
+        held = state.held if state else [CachedPlaces(0, whole, whole.new_zeros(batch))]
         if prefill is None:
             for i, mlp in self.mlps.items():
                 mlp.serve(state.neurons.get(i))
@@ -316,7 +322,7 @@ class Decoder:
         held = next((h for h in frame.held[1:] if h.first_layer == i), None)
         if held is not None:  # from here on the cache holds less of the past
             span, nearer = frame.span, frame.current.shift - held.shift
-            here = Held(i, held.places, span.shift - nearer)
+            here = CachedPlaces(i, held.places, span.shift - nearer)
             positions = span.positions + nearer[:, None]
             self._begin_span(frame, here, span.index, positions, here.shift, span.end + nearer)
             frame.current = held
@@ -357,7 +363,7 @@ class Decoder:
     # ------------------------------------------------------------------------------------------------------- spans
 
     def _begin_span(
-        self, frame: _Frame, held: Held, index: Tensor, positions: Tensor, shift: Tensor, end: Tensor
+        self, frame: _Frame, held: CachedPlaces, index: Tensor, positions: Tensor, shift: Tensor, end: Tensor
     ) -> None:
         past, new = frame.mask.split([frame.past, frame.length], dim=1)
         seen = past.gather(1, held.places.clamp(min=0)) & (held.places >= 0)
@@ -377,7 +383,7 @@ class Decoder:
         if before.first_layer == layer:
             frame.spans.pop()
         moved = before.positions.gather(-1, columns.clamp(min=0).expand(*before.positions.shape[:-1], -1))
-        self._begin_span(frame, Held(layer, before.held, before.shift), index, moved, before.shift, before.end)
+        self._begin_span(frame, CachedPlaces(layer, before.held, before.shift), index, moved, before.shift, before.end)
         if kept.positions == "compact":
             self._close_up(before, frame.span, columns)
         frame.span.evict = kept.evict or (before.evict and before.first_layer == layer)
@@ -475,7 +481,7 @@ class Decoder:
         self._has_pruned = True
 
     def _check_left(self, cache: Any, kwargs: dict[str, Any]) -> None:
-        """What a forward pass has left behind must be what its stages asked for."""
+        """What a forward pass leaves must be what its stages asked for."""
         frame, model = self.running.frame, self.text_model
         wanted = [h.first_layer for h in frame.held[1:]] if frame.prefill is None else self.session.layer_stages
         missed = sorted(set(wanted) - frame.reached) if frame.prefill is None or frame.prefill.items else []
@@ -489,7 +495,9 @@ class Decoder:
         books.check_held(model, self.running.cache, cache, bool(filled), frame.spans)
 
     def _span_of(self, state: int) -> Span:
-        """The span of hidden state number ``state``: what layer ``state - 1`` left, before layer ``state`` narrows it."""
+        """The span of hidden state number ``state``: what layer ``state - 1`` left, before layer ``state`` narrows
+        it.
+        """
         return [span for span in self.running.frame.spans if span.first_layer < max(state, 1)][-1]
 
 

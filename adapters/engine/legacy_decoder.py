@@ -56,7 +56,8 @@ class LegacyDecoder(Decoder):
     def __init__(self, text_model: nn.Module, session: Session, *, mrope: bool) -> None:
         if getattr(text_model.config, "pretraining_tp", 1) > 1:
             raise UnsupportedModelError(
-                f"pretraining_tp={text_model.config.pretraining_tp} slices the projections of {type(text_model).__name__}, out "
+                f"pretraining_tp={text_model.config.pretraining_tp} slices the projections of "
+                f"{type(text_model).__name__}, out "
                 "of reach for hooks; set it to 1"
             )
         super().__init__(text_model, session, mrope=mrope)

@@ -14,18 +14,22 @@ _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 def check_gated(mlp: nn.Module, where: str) -> None:
-    """Raise :class:`MissingSignalError` unless ``mlp`` has plain gate, up and down projections whose weights are at hand."""
+    """Raise :class:`MissingSignalError` unless ``mlp`` has plain gate, up and down projections whose weights are at
+    hand.
+    """
     missing = [name for name in (*_PROJECTIONS, "act_fn") if not hasattr(mlp, name)]
     if missing:
         raise MissingSignalError(
-            f"{where} is a {type(mlp).__name__} without {', '.join(missing)}; methods that read neurons need a gated MLP "
+            f"{where} is a {type(mlp).__name__} without {', '.join(missing)}; methods that read neurons need a gated "
+            "MLP "
             "(gate_proj, up_proj, down_proj, act_fn), which mixtures of experts and plain MLPs are not"
         )
     for name in _PROJECTIONS:
         projection = getattr(mlp, name)
         if type(projection) is not nn.Linear or not projection.weight.is_floating_point():
             raise MissingSignalError(
-                f"{name} of {where} is a {type(projection).__name__}; neurons can be taken out of plain linear layers only: "
+                f"{name} of {where} is a {type(projection).__name__}; neurons can be taken out of plain linear "
+                "layers only: "
                 "merge adapters into the weights, and load the model unquantised"
             )
         if projection.weight.is_meta:
@@ -53,7 +57,9 @@ class SparseMLP:
         mlp.forward = self._forward
 
     def serve(self, neurons: Tensor | None) -> None:
-        """Run ``neurons (B, F)`` bool from now on, row by row of the batch; None: all. One tensor is one prompt's set."""
+        """Run ``neurons (B, F)`` bool from now on, row by row of the batch; None: all. One tensor is one prompt's
+        set.
+        """
         self._active = neurons is not None
         if neurons is None or (neurons is self._neurons and self._key == self._weights()):
             return
@@ -81,7 +87,7 @@ class SparseMLP:
 
 
 class _Set:
-    """The weights of one set of neurons: rows of gate and up, one behind the other, and columns of down."""
+    """The weights of one set of neurons: rows of gate and up, one after the other, and columns of down."""
 
     @torch.no_grad()
     def __init__(self, mlp: nn.Module, neurons: Tensor) -> None:

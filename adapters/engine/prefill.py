@@ -1,7 +1,7 @@
 """One call under a pruner: made when its pictures are encoded or its prompt enters, gone when it leaves the decoder.
 
-A :class:`Prefill` knows the pictures of the prompt (:class:`Item`) and where their tokens are, holds what was read for the
-stages, runs these one after the other and says what each one keeps, and writes the call's trace.
+A :class:`Prefill` knows the pictures of the prompt (:class:`Item`) and where their tokens are, holds what was read
+for the stages, runs these one after the other and says what each one keeps, and writes the call's trace.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from foveate.pruners.core.stages import AtEntry, InsideDecoder, InTower, Stage, 
 from foveate.pruners.core.tokens import Layout, Selection, Tokens, View
 
 if TYPE_CHECKING:
-    from foveate.adapters.families.base import Brought, Encoded
+    from foveate.adapters.families.base import CallContents, Encoded
     from foveate.adapters.session import Session
 
 _TOWER = InTower(lambda tokens: tokens)  # stands for all that happens inside the tower, where the sequence enters
 
 
-# -------------------------------------------------------------------------------------------------------- the stage runner
+# -------------------------------------------------------------------------------------------------------- the stage
+# runner
 
 
 def run_stage(stage: TokenStage, tokens: Tokens, signals: dict[str, Tensor], method: str) -> list[Selection]:
@@ -49,7 +50,9 @@ def run_stage(stage: TokenStage, tokens: Tokens, signals: dict[str, Tensor], met
 
 
 def separators_left(layout: Layout, newlines: str, chosen: Tensor, ordered: bool) -> Tensor:
-    """Which separators of a picture stay with the tokens ``chosen (K,)``, ``(S,)`` bool, as the policy ``newlines`` has it."""
+    """Which separators of a picture stay with the tokens ``chosen (K,)``, ``(S,)`` bool, as the policy ``newlines``
+    has it.
+    """
     count = len(layout.newlines)
     if ordered or newlines == "drop":  # tokens in an order of their own have no rows
         return chosen.new_zeros(count, dtype=torch.bool)
@@ -58,7 +61,8 @@ def separators_left(layout: Layout, newlines: str, chosen: Tensor, ordered: bool
     return chosen.new_ones(count, dtype=torch.bool)
 
 
-# ----------------------------------------------------------------------------------------------------------- the pictures
+# ----------------------------------------------------------------------------------------------------------- the
+# pictures
 
 
 @dataclass
@@ -110,7 +114,7 @@ def find_items(kind: str, here: Tensor, layouts: Sequence[Layout], centre_crop: 
     The first beam's items get a trace; ``centre_crop`` is noted there.
 
     Raises:
-        InputError: the prompt's tokens are no whole number of pictures.
+        InputError: the prompt's tokens are not a whole number of pictures.
     """
     counts = here.sum(dim=1).tolist()
     lengths = [layout.length for layout in layouts]
@@ -118,7 +122,8 @@ def find_items(kind: str, here: Tensor, layouts: Sequence[Layout], centre_crop: 
     if rest or len(counts) % max(beams, 1):
         raise InputError(
             f"the prompt has {sum(counts)} {kind} tokens in this call, the vision side encoded {sum(lengths)}; "
-            "chunked prefill, prompts that were cut short and features that were encoded before attaching cannot be pruned"
+            "chunked prefill, prompts that were cut short and features that were encoded before attaching cannot be "
+            "pruned"
         )
     places = here.nonzero()[:, 1].split(counts)
     items, first = [], 0
@@ -141,7 +146,7 @@ def find_items(kind: str, here: Tensor, layouts: Sequence[Layout], centre_crop: 
     return items
 
 
-def remaining(layout: Layout, alive: Tensor) -> Layout:
+def layout_left(layout: Layout, alive: Tensor) -> Layout:
     """The layout of the tokens ``alive (K,)`` of a picture, one row per view; crops on one canvas share a row."""
     if len(alive) == layout.size:
         return layout
@@ -176,7 +181,9 @@ class Candidates:
         return self.items[0].sample
 
     def by_item(self, selection: Selection, compete: bool) -> list[tuple[Selection, Tensor | None]]:
-        """A selection picture by picture, in numbers of each one's living tokens, and its separators' places if any compete."""
+        """A selection picture by picture, in numbers of each one's living tokens, and its separators' places if any
+        compete.
+        """
         if len(self.items) == 1 and not (compete and self.layout.newlines):
             return [(selection, None)]
         chosen = torch.zeros_like(self.places, dtype=torch.bool)
@@ -193,7 +200,8 @@ class Candidates:
         return results
 
 
-# --------------------------------------------------------------------------------------------------------------- the call
+# --------------------------------------------------------------------------------------------------------------- the
+# call
 
 
 @dataclass(eq=False)
@@ -209,7 +217,7 @@ class Prefill:
         again: the same features come again with every further token, as in ``generate()`` without a cache.
         ids: token ids of the prompt, ``(B, L)``; None where they cannot be told.
         embeds: the prompt as it came, ``(B, L, D)``.
-        attended: what is no padding.
+        attended: what is not padding.
         visual: places of pictures.
         present: places that are still there.
         items: the prompt's pictures; none in a call that brings text alone.
@@ -238,7 +246,7 @@ class Prefill:
     _mixtures: list[tuple[int, Tensor, Tensor, Callable]] = field(default_factory=list)
     _columns: tuple[Any, Columns] | None = None
 
-    def enter(self, brought: Brought, embeds: Tensor, mask: Tensor | None, past: int) -> bool:
+    def enter(self, brought: CallContents, embeds: Tensor, mask: Tensor | None, past: int) -> bool:
         """Take a call in that becomes ``embeds (B, L, D)``; False if it brings no pictures.
 
         ``mask``: ``(B, past + L)``, what may be attended; None: everything.
@@ -292,7 +300,7 @@ class Prefill:
     def _select_at_entry(self, stage: AtEntry, device: torch.device) -> dict[tuple[str, int], Selection]:
         """Run the stage on the encoded pictures; those of one layout as one batch."""
         unique = [item for item in self.items if item.trace is not None]
-        left = {id(item): remaining(item.layout, item.alive) for item in unique}
+        left = {id(item): layout_left(item.layout, item.alive) for item in unique}
         selected: dict[tuple[str, int], Selection] = {}
         with self.timed(stage.point, device):
             for layout in dict.fromkeys(left.values()):
@@ -308,7 +316,9 @@ class Prefill:
         return selected
 
     def before_layer(self, layer: int, hidden: Tensor, span: Span) -> Kept | None:
-        """What goes on into decoder layer ``layer`` of ``hidden (B, K, D)``, beams included; None: everything as it is."""
+        """What goes on into decoder layer ``layer`` of ``hidden (B, K, D)``, beams included; None: everything as it
+        is.
+        """
         stage = self.session.layer_stages[layer]
         with self.timed(f"{stage.point}({stage.layer})", hidden.device):
             for signal in stage.signals.values():
@@ -547,7 +557,9 @@ class Prefill:
         return later & self.attended & ~self.visual
 
     def by_place(self, signal: Signal, values: Tensor) -> Tensor:
-        """``(B, K)`` values of columns as ``(B, L)`` values of places, 0 where there is none; values per sample as they are."""
+        """``(B, K)`` values of columns as ``(B, L)`` values of places, 0 where there is none; values per sample as
+        they are.
+        """
         if signal.per_sample:
             return values
         spread = values.new_zeros(len(values), self.span.length + 1)

@@ -55,7 +55,9 @@ def canvas_layout(
 
 
 def _bands(first: int, extent: int, size: int, side: int, crops: int) -> list[tuple[int, int]]:
-    """Which of ``size`` rows (drawn from ``extent`` canvas rows behind ``first``) belong to each crop of ``side`` rows."""
+    """Which of ``size`` rows (drawn from ``extent`` canvas rows after ``first``) belong to each crop of ``side``
+    rows.
+    """
     crop = [min(crops - 1, int((first + (i + 0.5) * extent / size) // side)) for i in range(size)]
     edges = [sum(c < k for c in crop) for k in range(crops + 1)]
     return list(itertools.pairwise(edges))

@@ -34,7 +34,8 @@ class Encoded:
         layouts: of the pictures.
         features: projected embeddings, separators left out, ``(N, D)`` each.
         signals: ``signal -> [(N, …)]`` (``[(V, C)]`` for one per view).
-        survivors: tokens left by merging inside the tower, selections without a batch axis; None where nothing merges there.
+        survivors: tokens left by merging inside the tower, selections without a batch axis; None where nothing
+            merges there.
     """
 
     layouts: list[Layout]
@@ -61,7 +62,7 @@ class Modality:
 
 
 @dataclass(frozen=True)
-class Brought:
+class CallContents:
     """What a call brings into the decoder.
 
     Attributes:
@@ -86,11 +87,11 @@ class PromptWatch:
     def _note(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._call = bind(module.forward, args, kwargs) if args else kwargs
 
-    def take(self, embeds: Tensor) -> Brought:
+    def take(self, embeds: Tensor) -> CallContents:
         """What the running call brings, which has become ``embeds (B, L, D)``; it is forgotten then."""
         call, self._call = self._call, None
         if call is None:
-            return Brought()
+            return CallContents()
         encoded = call.get(compat.EARLY_FEATURES) or {}
         # placeholder tokens that come without features (a model may generate one) are ordinary text
         brought = tuple(
@@ -101,7 +102,7 @@ class PromptWatch:
         ids = call.get("input_ids")
         if ids is None and call.get("inputs_embeds") is not None:
             ids = self._recognised(call["inputs_embeds"], brought)
-        return Brought(ids, brought, again=bool(encoded) and not call.get("use_cache", True))
+        return CallContents(ids, brought, again=bool(encoded) and not call.get("use_cache", True))
 
     def _recognised(self, embeds: Tensor, modalities: tuple[Modality, ...]) -> Tensor:
         """Ids of the placeholders among embeddings, -1 elsewhere."""
@@ -232,7 +233,9 @@ class Adapter(ABC):
         )
 
     def frame_text(self, ids: list[int], frames: list[tuple[int, int]]) -> list[list[int]]:
-        """Places of the text around each frame of a video; ``ids`` is the row, ``frames`` each one's first and last place."""
+        """Places of the text around each frame of a video; ``ids`` is the row, ``frames`` each one's first and last
+        place.
+        """
         return [[] for _ in frames]
 
     # ------------------------------------------------------------------------------------------------------- shared
@@ -253,7 +256,9 @@ class Adapter(ABC):
         return compat.find_file(self.inner.config, name)
 
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation per channel of the processor beside the weights, else of the family's published ones."""
+        """Mean and standard deviation per channel of the processor beside the weights, else of the family's
+        published ones.
+        """
         for name in ("preprocessor_config.json", "processor_config.json"):
             if (path := self.info.find_file(name)) is not None:
                 given = json.loads(Path(path).read_text())
@@ -269,14 +274,16 @@ class Adapter(ABC):
         return [part * std + mean for part in parts]
 
     def check(self, signal: Signal) -> None:
-        """Raise :class:`MissingSignalError` if the model cannot provide ``signal``, ParameterError if it would be of no neuron."""
+        """Raise :class:`MissingSignalError` if the model cannot provide ``signal``, ParameterError if it would be of
+        no neuron.
+        """
         info = self.info
         if signal.needs_class_token and not info.class_token:
             raise MissingSignalError(
                 f"{signal} needs a class token, and the {info.tower} tower of {type(self.model).__name__} has none"
             )
         if isinstance(signal, UnpooledFrames) and not info.pools_frames:
-            raise MissingSignalError(f"{type(self.model).__name__} does not pool video frames behind its projector")
+            raise MissingSignalError(f"{type(self.model).__name__} does not pool video frames after its projector")
         depth = info.decoder_layers if signal.in_decoder else info.encoder_layers
         if not 0 <= signal.layer < depth:
             part = "decoder" if signal.in_decoder else f"vision tower {info.tower}"
@@ -289,7 +296,8 @@ class Adapter(ABC):
             neurons = mlp.down_proj.in_features
             if isinstance(signal, (CoreNeurons, CoreMatches)) and int(signal.beta * neurons) < 1:
                 raise ParameterError(
-                    f"beta={signal.beta} of the {neurons} neurons of decoder layer {signal.layer} is none; give at least {1 / neurons:.2g}"
+                    f"beta={signal.beta} of the {neurons} neurons of decoder layer {signal.layer} is none; give at "
+                    f"least {1 / neurons:.2g}"
                 )
 
     def encoded(self, kind: str, output: Any, call: dict[str, Any], signals: dict[Signal, Tensor]) -> Encoded | None:
@@ -356,9 +364,10 @@ def adapter_for(model: nn.Module) -> Adapter:
     inner = _wrapped(model)
     if inner is not None:
         raise UnsupportedModelError(
-            f"{type(model).__name__} wraps {type(inner).__name__}; attach to the model itself, not to what was made of it"
+            f"{type(model).__name__} wraps {type(inner).__name__}; attach to the model itself, not to what was made "
+            "of it"
         )
-    reason = "" if hasattr(model, "forward") else " (and it is no torch module)"
+    reason = "" if hasattr(model, "forward") else " (and it is not a torch module)"
     if not any("vision" in name or "visual" in name for name, _ in getattr(model, "named_children", list)()):
         reason += "; it has no vision tower, so there are no visual tokens to prune" if reason == "" else ""
     raise UnsupportedModelError(f"no adapter for {type(model).__name__}{reason}; known families: {known}")

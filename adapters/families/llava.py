@@ -47,7 +47,9 @@ class LlavaAdapter(Adapter):
         return info
 
     def of_tower(self, config: Any, state: int) -> ModelInfo:
-        """What the tower says, whose hidden state number ``state`` is used; notes its blocks, prefix and patches per side."""
+        """What the tower says, whose hidden state number ``state`` is used; notes its blocks, prefix and patches per
+        side.
+        """
         encoder = getattr(self.tower, "vision_model", self.tower)
         self.encoder, self.blocks = encoder, encoder.encoder.layers
         self.side = config.image_size // config.patch_size
@@ -72,7 +74,8 @@ class LlavaAdapter(Adapter):
     def block_tower(self) -> HFTower:
         if not isinstance(self.inner.config.vision_feature_layer, int):
             raise UnsupportedModelError(
-                f"{type(self.model).__name__} joins the features of blocks {self.inner.config.vision_feature_layer}, which "
+                f"{type(self.model).__name__} joins the features of blocks {self.inner.config.vision_feature_layer}, "
+                "which "
                 "hold different numbers of tokens once they merge"
             )
         return HFTower(self.tower, self.encoder)

@@ -1,4 +1,6 @@
-"""LLaVA-OneVision: AnyRes for a single picture, one view each for several, pooled frames and one newline for a video."""
+"""LLaVA-OneVision: AnyRes for a single picture, one view each for several, pooled frames and one newline for a
+video.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The original LLaVA package (``llava-torch``): no placeholder tokens, features enter where its own method splices them.
+"""The original LLaVA package (``llava-torch``): no placeholder tokens, features enter where its own method splices
+them.
 
 Nothing here imports that package: a model of one of its classes brings it along.
 """
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from foveate.adapters import compat
 from foveate.adapters.engine.decoder import Decoder
 from foveate.adapters.families.anyres import canvas_layout, single_view
-from foveate.adapters.families.base import Brought, Encoded, Modality, PromptWatch, bind
+from foveate.adapters.families.base import CallContents, Encoded, Modality, PromptWatch, bind
 from foveate.adapters.families.llava import LlavaAdapter
 from foveate.adapters.taps import Replaced
 from foveate.adapters.towers.transformers import HFTower
@@ -38,7 +39,8 @@ class Picture:
     """One picture of a prompt on its way into the decoder.
 
     Attributes:
-        first, stop: its views among the rows of the encoder call; layout: how its tokens lie in the sequence.
+        first, stop: its views among the rows of the encoder call.
+        layout: how its tokens lie in the sequence.
         source: ``(N,)`` where each token stands among all patches of the encoder call, view after view.
     """
 
@@ -71,7 +73,8 @@ class LlavaOriginalAdapter(LlavaAdapter):
     def block_tower(self) -> HFTower:
         if compat.installed() < (5, 0):
             raise UnsupportedModelError(
-                "tokens cannot be merged inside the vision tower under transformers 4; use transformers 5, or a method that "
+                "tokens cannot be merged inside the vision tower under transformers 4; use transformers 5, or a "
+                "method that "
                 "acts at the decoder's entry"
             )
         return HFTower(self.tower, self.encoder)
@@ -85,7 +88,8 @@ class LlavaOriginalAdapter(LlavaAdapter):
         found = ", ".join(inspect.signature(getattr(type(self.model), _SPLICE)).parameters).removeprefix("self, ")
         if found != _ARGUMENTS:
             raise UnsupportedModelError(
-                f"{name} comes from {self.package.__name__}, whose {_SPLICE} takes ({found}); only that of llava-torch 1.2.2 "
+                f"{name} comes from {self.package.__name__}, whose {_SPLICE} takes ({found}); only that of "
+                "llava-torch 1.2.2 "
                 f"is known: ({_ARGUMENTS})"
             )
         if type(holder).__name__ != "CLIPVisionTower":
@@ -134,7 +138,8 @@ class LlavaOriginalAdapter(LlavaAdapter):
         turns = [show for count in shown for show in ([True] * count or [False])]
         if len(turns) > len(views):
             raise InputError(
-                f"the prompt has {sum(shown)} image tokens and {shown.count(0)} rows without, each of which takes a picture; "
+                f"the prompt has {sum(shown)} image tokens and {shown.count(0)} rows without, each of which takes a "
+                "picture; "
                 f"images has {len(views)}"
             )
         pictures, patches = [], self.side**2
@@ -198,8 +203,9 @@ class LlavaOriginalAdapter(LlavaAdapter):
 class RenamedCache:
     """Lets ``generate()`` of a transformers that calls the KV cache by another name reach the package's model.
 
-    From 5.24 on the package's own methods know neither the name that they are called with nor the one that they should pass
-    on. These here do the same under today's name, until :meth:`remove`; where the names agree, nothing is replaced.
+    From 5.24 on the package's own methods know neither the name that they are called with nor the one that they
+    should pass on. These here do the same under today's name, until :meth:`remove`; where the names agree, nothing
+    is replaced.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -261,19 +267,21 @@ class SplicedPrompts(PromptWatch):
             undo.callback(adapter.text_model.register_forward_pre_hook(self._embed, with_kwargs=True).remove)
             self._undo = undo.pop_all()
 
-    def take(self, embeds: Tensor) -> Brought:
+    def take(self, embeds: Tensor) -> CallContents:
         prompt, self._prompt = self._prompt, None
         if prompt is None:
-            return Brought()
+            return CallContents()
         ids, spliced = prompt
         beams, rest = divmod(len(embeds), len(spliced))
         spliced = spliced.repeat_interleave(max(beams, 1), 0).to(embeds.device)
         if rest or spliced.shape != embeds.shape or not spliced.allclose(embeds, rtol=0, atol=0, equal_nan=True):
             raise InputError(
-                f"the decoder was given a prompt of shape {tuple(embeds.shape)} where one of {tuple(spliced.shape)} with "
-                "pictures had been prepared; chunked prefill cannot be pruned, nor can embeddings that were changed on the way"
+                f"the decoder was given a prompt of shape {tuple(embeds.shape)} where one of {tuple(spliced.shape)} "
+                "with "
+                "pictures had been prepared; chunked prefill cannot be pruned, nor can embeddings that were changed "
+                "on the way"
             )
-        return Brought(ids.repeat_interleave(beams, 0), self.adapter.modalities)
+        return CallContents(ids.repeat_interleave(beams, 0), self.adapter.modalities)
 
     def forget(self) -> None:
         self._prompt = None
@@ -302,7 +310,8 @@ class SplicedPrompts(PromptWatch):
             labels = torch.where(text, labels.flatten()[number.clamp(min=0)], package.IGNORE_INDEX)
         elif not bool(attended[:, -1].all()):
             warnings.warn(
-                "this batch is padded on the right, where generate() goes on: shorter rows get wrong answers, pruned or not; "
+                "this batch is padded on the right, where generate() goes on: shorter rows get wrong answers, pruned "
+                "or not; "
                 'set model.config.tokenizer_padding_side = "left"',
                 stacklevel=4,
             )

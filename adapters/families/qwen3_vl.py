@@ -11,7 +11,7 @@ _DIGITS = 4  # a video's first timestamp has at most so many tokens more than it
 
 
 class Qwen3VLAdapter(Qwen2VLAdapter):
-    """``Qwen3VLForConditionalGeneration``: DeepStack features of early tower blocks join behind early decoder layers."""
+    """``Qwen3VLForConditionalGeneration``: DeepStack features of early tower blocks join after early decoder layers."""
 
     family = "qwen3_vl"
     classes: ClassVar = ("Qwen3VLForConditionalGeneration", "Qwen3VLModel")
@@ -22,7 +22,7 @@ class Qwen3VLAdapter(Qwen2VLAdapter):
     def frame_text(self, ids: list[int], frames: list[tuple[int, int]]) -> list[list[int]]:
         """``<1.5 seconds><|vision_start|> … <|vision_end|>``; the timestamp is any text between two frames.
 
-        That of the first frame is told from the prompt in front of it by how the second one's begins and ends; where it does
+        That of the first frame is told from the prompt before it by how the second one's begins and ends; where it does
         not look alike, it stays.
         """
         config = self.inner.config
@@ -40,7 +40,9 @@ class Qwen3VLAdapter(Qwen2VLAdapter):
 
 
 def _stamp_before(ids: list[int], stop: int, like: list[int]) -> tuple[int, int]:
-    """Bounds of the timestamp that ends in front of place ``stop`` and has the first and last token of ``like``; empty if none."""
+    """Bounds of the timestamp that ends before place ``stop`` and has the first and last token of ``like``; empty if
+    none.
+    """
     if like and stop > 0 and ids[stop - 1] == like[-1]:
         for start in range(stop - 1, max(stop - len(like) - _DIGITS, 0) - 1, -1):
             if ids[start] == like[0]:

@@ -1,8 +1,8 @@
 """Merge tokens inside the blocks of a vision transformer, whichever library it comes from.
 
-A :class:`Tower` says where a model's blocks are; a :class:`Halves` opens one block between attention and MLP. Attached, every
-block that merges gets a ``forward`` of its own on the *instance*, which runs the block's own modules; what happens in a call
-lives in :class:`BlockMerger`, never on the model.
+A :class:`Tower` says where a model's blocks are; a :class:`OpenBlock` opens one block between attention and MLP.
+Attached, every block that merges gets a ``forward`` of its own on the *instance*, which runs the block's own
+modules; what happens in a call lives in :class:`BlockMerger`, never on the model.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from foveate.pruners.core.merging import BlockKeys, BlockTokens, Groups, owners
 TOWERS: list[type[Tower]] = []
 
 
-class Halves(ABC):
+class OpenBlock(ABC):
     """One block, open between its attention and its MLP. ``classes`` names the block classes that a subclass serves."""
 
     classes: ClassVar[tuple[str, ...]] = ()
@@ -35,7 +35,9 @@ class Halves(ABC):
 
     @abstractmethod
     def attend(self, x: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
-        """The block up to and with the attention's residual; ``bias (B, 1, 1, N)`` is added to the logits of every key."""
+        """The block up to and with the attention's residual; ``bias (B, 1, 1, N)`` is added to the logits of every
+        key.
+        """
 
     @abstractmethod
     def feed(self, x: Tensor) -> Tensor:
@@ -43,8 +45,8 @@ class Halves(ABC):
 
     @abstractmethod
     def listen(self, tell: Callable[[Tensor, int], None]) -> Any:
-        """Call ``tell(keys, dim)`` with the keys of all heads, ``(B, H, N, d)`` or ``(B, N, H, d)``, and the dimension of the heads;
-        returns a hook's handle.
+        """Call ``tell(keys, dim)`` with the keys of all heads, ``(B, H, N, d)`` or ``(B, N, H, d)``, and the
+        dimension of the heads; returns a hook's handle.
         """
 
 
@@ -78,10 +80,10 @@ class Tower(ABC):
     @property
     @abstractmethod
     def prefix(self) -> int:
-        """Class, distillation and register rows in front of the patches."""
+        """Class, distillation and register rows before the patches."""
 
     @abstractmethod
-    def halves(self, block: nn.Module) -> Halves:
+    def open_block(self, block: nn.Module) -> OpenBlock:
         """The block opened.
 
         Raises:
@@ -141,7 +143,9 @@ class MergeTrace:
     """What one call merged inside the tower.
 
     Attributes:
-        method: registry name; parameters: the method's; prefix: rows in front of the patches.
+        method: registry name.
+        parameters: the method's.
+        prefix: rows before the patches.
         counts: rows that entered each block, and those that left the last one that ran.
     """
 
@@ -153,11 +157,15 @@ class MergeTrace:
     _batch: tuple[int, torch.device] = field(default=(0, torch.device("cpu")), repr=False)
 
     def rows(self, layer: int | None = None) -> Tensor:
-        """``(B, N)`` int64: the row that contains each original row at the entry of block ``layer`` (None: at the end)."""
+        """``(B, N)`` int64: the row that contains each original row at the entry of block ``layer`` (None: at the
+        end).
+        """
         return self._follow(layer, lambda rows, groups: owners(groups).gather(1, rows))
 
     def origins(self, layer: int | None = None) -> Tensor:
-        """``(B, K)`` int64: the original row whose place each row at the entry of block ``layer`` (None: at the end) took."""
+        """``(B, K)`` int64: the original row whose place each row at the entry of block ``layer`` (None: at the end)
+        took.
+        """
         return self._follow(layer, lambda origins, groups: origins.gather(1, groups.keep))
 
     def _follow(self, layer: int | None, step: Callable[[Tensor, Groups], Tensor]) -> Tensor:
@@ -207,10 +215,10 @@ class BlockMerger:
         self._bias: Tensor | None = None  # of the current sizes
         self._undo: list[Callable[[], None]] = []
         self.holder: object = None  # whoever must live as long as the merger acts
-        opened = [(stage, tower.halves(tower.blocks[stage.layer])) for stage in stages]
+        opened = [(stage, tower.open_block(tower.blocks[stage.layer])) for stage in stages]
         try:
-            for stage, halves in opened:
-                self._open(stage, halves, first=stage is stages[0])
+            for stage, block in opened:
+                self._open(stage, block, first=stage is stages[0])
             tower.pooled(self)
         except BaseException:
             self.remove()
@@ -235,7 +243,7 @@ class BlockMerger:
             if before:
                 own[name] = before[0]
 
-        own[name] = value  # not setattr: a bound method of a module is no sub-module
+        own[name] = value  # not setattr: a bound method of a module is not a sub-module
         self._undo.append(undo)
 
     def hook(self, handle: Any) -> None:
@@ -252,7 +260,9 @@ class BlockMerger:
         return bias.to(dtype)
 
     def mean(self, x: Tensor, first: int) -> Tensor:
-        """Mean over patches of the rows ``x (B, N, C)`` from number ``first`` on, each counted by its size: ``(B, C)``."""
+        """Mean over patches of the rows ``x (B, N, C)`` from number ``first`` on, each counted by its size: ``(B,
+        C)``.
+        """
         if self.sizes is None:
             return x[:, first:].mean(dim=1)
         sizes = self.sizes[:, first:, None]
@@ -271,11 +281,14 @@ class BlockMerger:
         self.hook(pool.register_forward_pre_hook(before, with_kwargs=True))
 
     def refuse_intermediates(self, instead: str) -> None:
-        """Make the trunk's ``forward_intermediates`` fail, which lays rows out on the grid; ``instead``: what to use."""
+        """Make the trunk's ``forward_intermediates`` fail, which lays rows out on the grid; ``instead``: what to
+        use.
+        """
 
         def refused(*args: Any, **kwargs: Any) -> Any:
             raise AttachError(
-                f"{type(self.tower.model).__name__}.forward_intermediates lays rows out on the grid, and {self.pruner.name} "
+                f"{type(self.tower.model).__name__}.forward_intermediates lays rows out on the grid, and "
+                f"{self.pruner.name} "
                 f"merges them; detach, or use {instead}"
             )
 
@@ -283,8 +296,8 @@ class BlockMerger:
 
     # ------------------------------------------------------------------------------------------------------ the blocks
 
-    def _open(self, stage: InTower, halves: Halves, first: bool) -> None:
-        block, listens = halves.block, any(isinstance(s, BlockKeys) for s in stage.signals.values())
+    def _open(self, stage: InTower, opened: OpenBlock, first: bool) -> None:
+        block, listens = opened.block, any(isinstance(s, BlockKeys) for s in stage.signals.values())
         original = block.forward
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -292,10 +305,10 @@ class BlockMerger:
                 return original(x, *args, **kwargs)
             if first:
                 self._begin(x)
-            return self._run(stage, halves, original, x, args, kwargs)
+            return self._run(stage, opened, original, x, args, kwargs)
 
         if listens:
-            self.hook(halves.listen(self._hear))
+            self.hook(opened.listen(self._hear))
         self.replace(block, "forward", forward)
 
     def _hear(self, keys: Tensor, heads_dim: int) -> None:
@@ -313,7 +326,7 @@ class BlockMerger:
             self.pruner.name, self.pruner.parameters(), self.tower.prefix, [x.shape[1]], _batch=(len(x), x.device)
         )
 
-    def _run(self, stage: InTower, halves: Halves, original: Any, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+    def _run(self, stage: InTower, opened: OpenBlock, original: Any, x: Tensor, args: Any, kwargs: Any) -> Tensor:
         trace = self.trace
         if trace is None or x.shape[1] != trace.counts[-1]:
             raise AttachError(
@@ -326,11 +339,11 @@ class BlockMerger:
             return original(x, *args, **kwargs)
         bias = self.key_bias(x.dtype) if stage.proportional else None
         self._due = count > 0
-        x = halves.attend(x, bias, *args, **self._moved(kwargs))
+        x = opened.attend(x, bias, *args, **self._moved(kwargs))
         keys, self._keys, self._due = self._keys, None, False
         if not stage.after_mlp:
             x = self._merge(stage, x, count, keys)
-        x = halves.feed(x)
+        x = opened.feed(x)
         if stage.after_mlp:
             x = self._merge(stage, x, count, keys)
         trace.counts.append(x.shape[1])

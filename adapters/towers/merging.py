@@ -70,10 +70,12 @@ class TowerMerging:
     def survivors(self, kind: str, call: dict[str, Any], layouts: list[Layout]) -> list[Selection]:
         """For every picture, one token of each group and who speaks for whom.
 
-        A group keeps the place of the token that the others merged into or, where padding was cut off there, its first one.
+        A group keeps the place of the token that the others merged into or, where padding was cut off there, its
+        first one.
 
         Raises:
-            InputError: behind the tower tokens are averaged with their neighbours, so that none stands for a group any more.
+            InputError: after the tower, tokens are averaged with their neighbours, so that none stands for a group
+                any more.
         """
         owner = self.trace.owner
         views, n = owner.shape
@@ -87,8 +89,9 @@ class TowerMerging:
         mine, speaker = mine.squeeze(-1), speaker.squeeze(-1)
         if len(mine) != layout.size or not bool((mine == mine.round()).all()):
             raise InputError(
-                f"{type(self.adapter.model).__name__} averages the tokens of this {kind} behind its tower, where "
-                f"{self.pruner.name} has merged them already; use smaller pictures, or a method that acts at the decoder's entry"
+                f"{type(self.adapter.model).__name__} averages the tokens of this {kind} after its tower, where "
+                f"{self.pruner.name} has merged them already; use smaller pictures, or a method that acts at the "
+                "decoder's entry"
             )
         token = torch.arange(len(mine), device=mine.device)
         groups, member_of = speaker.unique(return_inverse=True)

@@ -8,14 +8,16 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 
-from foveate.adapters.towers.base import BlockMerger, Halves, Tower, lineage
+from foveate.adapters.towers.base import BlockMerger, OpenBlock, Tower, lineage
 from foveate.adapters.towers.timm import TimmTower
 from foveate.errors import AttachError, UnsupportedModelError
 from foveate.pruners.core import InTower
 
 
-class OpenClipHalves(Halves):
-    """``nn.MultiheadAttention`` gives no keys and its fast path takes no bias, so its own weights run through SDPA here."""
+class OpenClipOpenBlock(OpenBlock):
+    """``nn.MultiheadAttention`` gives no keys and its fast path takes no bias, so its own weights run through SDPA
+    here.
+    """
 
     classes = ("ResidualAttentionBlock",)
 
@@ -71,7 +73,8 @@ class OpenClipTower(Tower):
         if kind == "TimmModel":
             return TimmTower.find(visual.trunk)
         raise UnsupportedModelError(
-            f"tokens cannot be merged in {kind}, the image side of {type(model).__name__}: it is no plain vision transformer"
+            f"tokens cannot be merged in {kind}, the image side of {type(model).__name__}: it is not a plain vision "
+            "transformer"
         )
 
     @property
@@ -86,10 +89,10 @@ class OpenClipTower(Tower):
     def checkpointing(self) -> bool:
         return bool(self.trunk.transformer.grad_checkpointing)
 
-    def halves(self, block: nn.Module) -> Halves:
-        if type(block).__name__ not in OpenClipHalves.classes:
-            raise self.refuse(block, f"only {', '.join(OpenClipHalves.classes)} is known")
-        return OpenClipHalves(block)
+    def open_block(self, block: nn.Module) -> OpenBlock:
+        if type(block).__name__ not in OpenClipOpenBlock.classes:
+            raise self.refuse(block, f"only {', '.join(OpenClipOpenBlock.classes)} is known")
+        return OpenClipOpenBlock(block)
 
     def check(self, stages: Sequence[InTower]) -> None:
         if not self.trunk.transformer.batch_first:

@@ -1,4 +1,6 @@
-"""timm 1.x: plain vision transformers (``vit_*``, ``deit_*``, DINOv2, …) and the EVA family (EVA-02, DINOv3, rotary ViTs)."""
+"""timm 1.x: plain vision transformers (``vit_*``, ``deit_*``, DINOv2, …) and the EVA family (EVA-02, DINOv3, rotary
+ViTs).
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from foveate.adapters.towers.base import BlockMerger, Halves, Tower, lineage
+from foveate.adapters.towers.base import BlockMerger, OpenBlock, Tower, lineage
 from foveate.errors import UnsupportedModelError
 from foveate.pruners.core import InTower
 
@@ -16,8 +18,8 @@ _ATTENTION = ("Attention", "EvaAttention", "AttentionRope")
 _MODELS = ("VisionTransformer", "Eva")
 
 
-class _TimmHalves(Halves):
-    """Keys are heard behind their norm and in front of any rotation, so that they are comparable between positions."""
+class _TimmOpenBlock(OpenBlock):
+    """Keys are heard after their norm and before any rotation, so that they are comparable between positions."""
 
     def listen(self, tell: Callable[[Tensor, int], None]) -> Any:
         return self.block.attn.k_norm.register_forward_hook(lambda module, args, output: tell(output, 1))
@@ -32,7 +34,7 @@ def _added(bias: Tensor | None, mask: Tensor | None) -> Tensor | None:
     return mask + bias
 
 
-class BlockHalves(_TimmHalves):
+class PlainOpenBlock(_TimmOpenBlock):
     """Pre-norm blocks with LayerScale and drop path."""
 
     classes = ("Block",)
@@ -49,7 +51,7 @@ class BlockHalves(_TimmHalves):
         return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
 
-class ResPostHalves(_TimmHalves):
+class ResPostOpenBlock(_TimmOpenBlock):
     """Blocks that normalise each branch's output."""
 
     classes = ("ResPostBlock",)
@@ -65,7 +67,7 @@ class ResPostHalves(_TimmHalves):
         return x + self.block.drop_path2(self.block.norm2(self.block.mlp(x)))
 
 
-class EvaHalves(_TimmHalves):
+class EvaOpenBlock(_TimmOpenBlock):
     """EVA blocks: LayerScale is called gamma, positions may be rotary."""
 
     classes = ("EvaBlock",)
@@ -89,7 +91,7 @@ class EvaHalves(_TimmHalves):
         return x + block.drop_path2(branch if block.gamma_2 is None else block.gamma_2 * branch)
 
 
-class EvaPostNormHalves(ResPostHalves):
+class EvaPostNormOpenBlock(ResPostOpenBlock):
     """EVA blocks that normalise each branch's output."""
 
     classes = ("EvaBlockPostNorm",)
@@ -107,8 +109,10 @@ class EvaPostNormHalves(ResPostHalves):
         return x + block.drop_path1(block.norm1(branch))
 
 
-_HALVES = {
-    name: halves for halves in (BlockHalves, ResPostHalves, EvaHalves, EvaPostNormHalves) for name in halves.classes
+_OPEN_BLOCKS = {
+    name: kind
+    for kind in (PlainOpenBlock, ResPostOpenBlock, EvaOpenBlock, EvaPostNormOpenBlock)
+    for name in kind.classes
 }
 
 
@@ -124,8 +128,10 @@ class TimmTower(Tower):
             return None
         if not names & set(_MODELS):
             raise UnsupportedModelError(
-                f"tokens cannot be merged in {type(model).__name__} of timm: it is no plain vision transformer, or its attention "
-                "needs to know every token's place (windows, stages, tables of relative positions, packed sequences); known are "
+                f"tokens cannot be merged in {type(model).__name__} of timm: it is not a plain vision transformer, "
+                "or its attention "
+                "needs to know every token's place (windows, stages, tables of relative positions, packed "
+                "sequences); known are "
                 f"{' and '.join(_MODELS)} and what derives from them"
             )
         return cls(model, model)
@@ -142,19 +148,22 @@ class TimmTower(Tower):
     def checkpointing(self) -> bool:
         return bool(self.trunk.grad_checkpointing)
 
-    def halves(self, block: nn.Module) -> Halves:
+    def open_block(self, block: nn.Module) -> OpenBlock:
         name, attention = type(block).__name__, type(getattr(block, "attn", None)).__name__
-        if name not in _HALVES:
-            raise self.refuse(block, f"its attention and MLP cannot be told apart; known blocks: {', '.join(_HALVES)}")
+        if name not in _OPEN_BLOCKS:
+            raise self.refuse(
+                block, f"its attention and MLP cannot be told apart; known blocks: {', '.join(_OPEN_BLOCKS)}"
+            )
         if attention not in _ATTENTION:
             raise self.refuse(block, f"its attention is {attention}; known: {', '.join(_ATTENTION)}")
-        return _HALVES[name](block)
+        return _OPEN_BLOCKS[name](block)
 
     def check(self, stages: Sequence[InTower]) -> None:
         pool = getattr(self.trunk, "attn_pool", None)
         if pool is not None and (type(pool).__name__ != "AttentionPoolLatent" or pool.pos_embed is not None):
             raise UnsupportedModelError(
-                f"{type(pool).__name__} of {type(self.model).__name__} pools tokens by their place, which merging changes"
+                f"{type(pool).__name__} of {type(self.model).__name__} pools tokens by their place, which merging "
+                "changes"
             )
 
     def pooled(self, merger: BlockMerger) -> None:

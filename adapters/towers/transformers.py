@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from foveate.adapters import compat
-from foveate.adapters.towers.base import BlockMerger, Halves, Tower, lineage
+from foveate.adapters.towers.base import BlockMerger, OpenBlock, Tower, lineage
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.pruners.core import InTower
 
@@ -28,7 +28,7 @@ _AVERAGING = ("CLIPForImageClassification", "SiglipForImageClassification", "Din
 _BIASED = ("sdpa", "eager")  # attention implementations that take an additive mask
 
 
-class _HFHalves(Halves):
+class _HFOpenBlock(OpenBlock):
     """Keys are heard at ``k_proj``, before heads are told apart."""
 
     attention: ClassVar[str] = "attention"
@@ -47,7 +47,7 @@ class _HFHalves(Halves):
         return getattr(self.block, self.attention)(x, attention_mask=bias, **kwargs)[0]
 
 
-class ClipHalves(_HFHalves):
+class ClipOpenBlock(_HFOpenBlock):
     """CLIP and SigLIP layers."""
 
     classes = compat.CLIP_BLOCKS
@@ -60,7 +60,7 @@ class ClipHalves(_HFHalves):
         return x + self.block.mlp(self.block.layer_norm2(x))
 
 
-class ViTHalves(_HFHalves):
+class ViTOpenBlock(_HFOpenBlock):
     """ViT layers."""
 
     classes = compat.VIT_BLOCKS
@@ -74,7 +74,7 @@ class ViTHalves(_HFHalves):
         return block.dropout(block.mlp(block.layernorm_after(x))) + x
 
 
-class Dinov2Halves(_HFHalves):
+class Dinov2OpenBlock(_HFOpenBlock):
     """DINOv2 layers, with LayerScale and drop path."""
 
     classes = compat.DINOV2_BLOCKS
@@ -88,7 +88,7 @@ class Dinov2Halves(_HFHalves):
         return block.drop_path(block.layer_scale2(block.mlp(block.norm2(x)))) + x
 
 
-_HALVES = {name: halves for halves in (ClipHalves, ViTHalves, Dinov2Halves) for name in halves.classes}
+_OPEN_BLOCKS = {name: kind for kind in (ClipOpenBlock, ViTOpenBlock, Dinov2OpenBlock) for name in kind.classes}
 
 
 class HFTower(Tower):
@@ -101,7 +101,8 @@ class HFTower(Tower):
         names = lineage(model, "transformers")
         if names & set(_AVERAGING):
             raise UnsupportedModelError(
-                f"tokens cannot be merged in {type(model).__name__}: it averages the tower's tokens as if each stood for one "
+                f"tokens cannot be merged in {type(model).__name__}: it averages the tower's tokens as if each stood "
+                "for one "
                 "patch; attach to its tower and pool with session.sizes or session.unmerge"
             )
         name = next((name for name in _INSIDE if name in names), None)
@@ -126,19 +127,22 @@ class HFTower(Tower):
     def checkpointing(self) -> bool:
         return self.trunk.training and any(map(compat.checkpoints, self.blocks))
 
-    def halves(self, block: nn.Module) -> Halves:
+    def open_block(self, block: nn.Module) -> OpenBlock:
         name = type(block).__name__
-        if name not in _HALVES:
-            raise self.refuse(block, f"its attention and MLP cannot be told apart; known blocks: {', '.join(_HALVES)}")
-        if not hasattr(getattr(block, _HALVES[name].attention), "k_proj"):
+        if name not in _OPEN_BLOCKS:
+            raise self.refuse(
+                block, f"its attention and MLP cannot be told apart; known blocks: {', '.join(_OPEN_BLOCKS)}"
+            )
+        if not hasattr(getattr(block, _OPEN_BLOCKS[name].attention), "k_proj"):
             raise self.refuse(block, "its attention has no k_proj; this version of transformers is too old for it")
-        return _HALVES[name](block)
+        return _OPEN_BLOCKS[name](block)
 
     def check(self, stages: Sequence[InTower]) -> None:
         how = compat.attention_kind(self.trunk.config)
         if how not in _BIASED and any(stage.proportional for stage in stages):
             raise UnsupportedModelError(
-                f"attn_implementation={how!r} takes no log sizes as a mask; load {type(self.model).__name__} with 'sdpa', or "
+                f"attn_implementation={how!r} takes no log sizes as a mask; load {type(self.model).__name__} with "
+                "'sdpa', or "
                 "pass prop_attn=False"
             )
 

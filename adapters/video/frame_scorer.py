@@ -1,7 +1,8 @@
 """Score the frames of a video for a question with a vision-language model, as QuoTA does (arXiv 2503.08689).
 
-Every frame is shown alone, as one picture, and asked a yes-or-no question; its score is the probability of the letter for
-yes as the first token of the answer, over the whole vocabulary. Nothing is decoded but the question's objects, once.
+Every frame is shown alone, as one picture, and asked a yes-or-no question; its score is the probability of the
+letter for yes as the first token of the answer, over the whole vocabulary. Nothing is decoded but the question's
+objects, once.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ class FrameScores(Sequence[float]):
     """Scores of a video's frames, usable wherever a sequence of numbers is, and how they came about.
 
     Attributes:
-        scores: one per frame, in [0, 1]; question: what was asked about the video; prompt: what each frame was asked.
+        scores: one per frame, in [0, 1].
+        question: what was asked about the video.
+        prompt: what each frame was asked.
         objects: what the question was found to look for.
         reply: what the language model said about the question, None where it was not asked.
         plain: the frames were asked the plain question, since it gave no objects: scores of less worth.
@@ -105,8 +108,8 @@ class FrameScorer:
         dtype: torch.dtype | str = "auto",
         **options: Any,
     ) -> FrameScorer:
-        """A scorer on its own model from the hub or a folder. ``fallback``: model and processor to use, with a warning, where
-        that cannot be loaded; the attached ones, for example.
+        """A scorer on its own model from the hub or a folder. ``fallback``: model and processor to use, with a
+        warning, where that cannot be loaded; the attached ones, for example.
 
         Raises:
             InputError: it cannot be loaded, and there is no fallback.
@@ -120,7 +123,8 @@ class FrameScorer:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             if fallback is None:
                 raise InputError(
-                    f"the scoring model {name!r} cannot be loaded: {reason}; give another name, or fallback=(model, processor)"
+                    f"the scoring model {name!r} cannot be loaded: {reason}; give another name, or fallback=(model, "
+                    "processor)"
                 ) from error
             warnings.warn(
                 f"the scoring model {name!r} cannot be loaded ({reason}); {type(fallback[0]).__name__} scores instead",
@@ -152,7 +156,8 @@ class FrameScorer:
             objects = parsed_objects(reply)
             if not objects:
                 warnings.warn(
-                    f"no objects to look for in the reply {reply[:200]!r} about {question!r}; each frame is asked the plain "
+                    f"no objects to look for in the reply {reply[:200]!r} about {question!r}; each frame is asked "
+                    "the plain "
                     "question, which scores worse",
                     stacklevel=4,
                 )
@@ -180,7 +185,7 @@ class FrameScorer:
         return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
     def _probabilities(self, frames: list[Any], prompt: str) -> list[float]:
-        """Of the letter for yes behind the last prompt token, one forward pass."""
+        """Of the letter for yes after the last prompt token, one forward pass."""
         text = self.turn(prompt) if self.turn else _turn(self.processor, prompt, image=True)
         inputs = self.processor(images=frames, text=[text] * len(frames), padding=True, return_tensors="pt")
         inputs = inputs.to(self.model.device, self.model.dtype)
@@ -223,7 +228,8 @@ def _turn(processor: Any, prompt: str, *, image: bool) -> str:
     if not getattr(processor, "chat_template", None):
         if image:
             raise ParameterError(
-                f"{type(processor).__name__} has no chat template; give turn=..., which puts a prompt behind an image marker"
+                f"{type(processor).__name__} has no chat template; give turn=..., which puts a prompt after an image "
+                "marker"
             )
         return prompt
     content = [{"type": "image"}] * image + [{"type": "text", "text": prompt}]
@@ -237,7 +243,8 @@ def _single_token(processor: Any, letter: str) -> int:
     ids = tokenizer.encode(letter, add_special_tokens=False)
     if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
         raise ParameterError(
-            f"{type(tokenizer).__name__} has no single token for the answer {letter!r} (ids {ids}); give prompts with another"
+            f"{type(tokenizer).__name__} has no single token for the answer {letter!r} (ids {ids}); give prompts "
+            "with another"
         )
     return ids[0]
 

@@ -1,4 +1,6 @@
-"""Read video files: decode with PyAV, sample frames as QuoTA does, fail clearly on files that are cut short or empty."""
+"""Read video files: decode with PyAV, sample frames as QuoTA does, fail clearly on files that are cut short or
+empty.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,12 @@ class Video:
     """Frames sampled from a video.
 
     Attributes:
-        frames: ``(T, H, W, 3)`` uint8 RGB; indices: ``(T,)`` which frames of the file they are; timestamps: ``(T,)`` seconds.
-        total: frames in the file; fps: its average rate; duration: in seconds.
+        frames: ``(T, H, W, 3)`` uint8 RGB.
+        indices: ``(T,)`` which frames of the file they are.
+        timestamps: ``(T,)`` seconds.
+        total: frames in the file.
+        fps: its average rate.
+        duration: in seconds.
     """
 
     frames: NDArray[np.uint8]
@@ -53,8 +59,9 @@ class Video:
 class Limits:
     """The most that a file from strangers may be: ``seconds`` long, with ``frames`` of ``pixels`` each.
 
-    What its header says is checked before anything is decoded, and every frame for itself, since headers can lie. Only the
-    containers MP4, MOV, Matroska, WebM and AVI are read: playlists would have other files and addresses opened.
+    What its header says is checked before anything is decoded, and every frame for itself, since headers can lie.
+    Only the containers MP4, MOV, Matroska, WebM and AVI are read: playlists would have other files and addresses
+    opened.
     """
 
     seconds: float
@@ -71,7 +78,8 @@ class Limits:
             raise InputError(f"the video has {frames} frames; at most {self.frames} are accepted, cut it shorter")
         if width * height > self.pixels:
             raise InputError(
-                f"the video has {width} x {height} pixels; at most {self.pixels / 1e6:.1f} million are accepted, make it smaller"
+                f"the video has {width} x {height} pixels; at most {self.pixels / 1e6:.1f} million are accepted, "
+                "make it smaller"
             )
 
 
@@ -174,7 +182,8 @@ def _decoded(
         size = size or (frame.width, frame.height)
         if (frame.width, frame.height) != size:
             raise InputError(
-                f"{path} goes from {'{} x {}'.format(*size)} to {frame.width} x {frame.height} pixels on the way; convert it to one size"
+                f"{path} goes from {'{} x {}'.format(*size)} to {frame.width} x {frame.height} pixels on the way; "
+                "convert it to one size"
             )
         if seen in chosen:
             pictures[seen] = frame.to_ndarray(format="rgb24")

@@ -74,7 +74,7 @@ def test_counts_are_those_of_the_blocks(models: dict[str, nn.Module]) -> None:
         models["llava"](**batch("llava"))
         assert [len(image.kept) for image in session.trace.images] == [16 - 4 * 2] * 2
         assert session.merging.trace.counts == [17, 15, 13, 11, 9]
-    assert foveate.ToMe(r=16).kept_in(Layout.grid(24, 24)) == 576 - 23 * 16
+    assert foveate.ToMe(r=16).count(Layout.grid(24, 24)) == 576 - 23 * 16
 
 
 @every_family
