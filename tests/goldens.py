@@ -22,11 +22,6 @@ from transformers.image_processing_utils import select_best_resolution
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from foveate.adapters import MergeTrace, attach, compat
-from foveate.adapters.engine.decoder import deepstack_levels, zero_rows
-from foveate.adapters.engine.decoder_signals import row_matches, transition_variation
-from foveate.adapters.engine.mlp import SparseMLP
-from foveate.adapters.families.llava_next import _anyres
 from foveate.cuda import (
     class_attention,
     core_neurons,
@@ -50,6 +45,7 @@ from foveate.pruners import (
     FoPru,
     GlobalCom2,
     HiPrune,
+    InTower,
     Layout,
     ModelInfo,
     PiToMe,
@@ -71,20 +67,28 @@ from foveate.pruners.core.allocation import (
     frame_weights,
     with_newlines,
 )
+from foveate.pruners.core.canvas import canvas_of
 from foveate.pruners.core.frame_questions import parsed_objects
-from foveate.pruners.core.merging import BlockStage, BlockTokens, Groups
-from foveate.pruners.core.method import budget, keep_all, ranked
+from foveate.pruners.core.merging import BlockTokens, Groups
 from foveate.pruners.core.patch_scorer import PatchScorer, scorer_loss
 from foveate.pruners.core.resampling import GRID, pooled
+from foveate.pruners.core.selection import budget, keep_all, ranked
+from foveate.pruners.core.signals import Columns, TransitionVariation
 from foveate.pruners.core.ui_graph import box_coverage, image_blocks, supervision, ui_graph
 from foveate.pruners.corematching import above_knee, knee
-from foveate.pruners.globalcom2 import canvas_of, crop_ratios, distinctness, global_map, richness, token_score
+from foveate.pruners.globalcom2 import crop_ratios, distinctness, global_map, richness, token_score
 from foveate.pruners.hiprune import anchor_count, anchors
 from foveate.pruners.pospad import marker_token
 from foveate.pruners.quota import resampled
 from foveate.pruners.todre import attended_pivot, diversification, irrelevant
 from foveate.pruners.tome import schedule
 from foveate.pruners.transprune import combined_score
+
+# what adapters do, of which some cases recorded the result
+from foveate.adapters import MergeTrace, attach, compat  # isort: skip
+from foveate.adapters.engine.decoder import deepstack_levels, zero_rows  # isort: skip
+from foveate.adapters.engine.mlp import SparseMLP  # isort: skip
+from foveate.adapters.families.llava_next import _anyres  # isort: skip
 
 Case = Mapping[str, Any]
 Tensors = dict[str, Tensor]
@@ -220,6 +224,15 @@ def plain_tokens(features: Tensor, layout: Layout | None = None, **fields: Any) 
 def placeholders(n: int, layout: Layout | None = None, batch: int = 1) -> Tokens:
     """For methods that read signals only."""
     return plain_tokens(torch.zeros(batch, n, 1), layout)
+
+
+def prompt_of(length: int, start: int, n: int) -> Columns:
+    """A prompt of ``length`` tokens, of which ``n`` from ``start`` on are visual."""
+    place = torch.arange(length)[None]
+    visual = (place >= start) & (place < start + n)
+    return Columns(
+        torch.ones_like(visual), visual, place >= start + n, lambda system: ~visual & (place >= (system or start))
+    )
 
 
 def select(pruner: Any, model: ModelInfo, tokens: Tokens, **signals: Tensor) -> Selection:
@@ -444,7 +457,7 @@ def pospad(params: Params, inputs: Inputs) -> Tensors:
     for layout in dict.fromkeys(layouts):  # equal ones are one dense batch
         rows = [b for b in range(batch) if layouts[b] == layout]
         tokens = Tokens(torch.stack([embeds[b, visual[b]] for b in rows]), layout, tuple(rows), embed=embed)
-        chosen = selector.select_by_scores(tokens, torch.stack([scores[b] for b in rows]))
+        chosen = selector.choose(tokens, selector.total(tokens.count), torch.stack([scores[b] for b in rows]))
         padded = method.padded(tokens, chosen, shared, token_ids)
         for i, b in enumerate(rows):
             kept = torch.zeros(layout.size, dtype=torch.bool).index_fill(0, chosen.index[i], True)
@@ -615,18 +628,19 @@ def globalcom2(params: Params, inputs: Inputs) -> Tensors:
     view_of, token_of = where[:, 0], where[:, 1]  # by token number
     counts = torch.stack([(view_of[kept] == 1 + c).sum() for c in range(len(cut))])
     by_crop = kept[kept >= side**2][view_of[kept[kept >= side**2]].argsort(stable=True)]
-    entry = recorded.index[0][recorded.order[0]][: len(kept)]
+    entry = entered(recorded)
+    in_order = entry[entry >= 0]
     return {
         "scores": scores,
         "ratios": ratios[0],
         "keep_count": counts,
         "valid_count": torch.tensor([len(tokens) for tokens in cut]),
         "keep_flat": token_of[by_crop],
-        "thumb_order": entry[: int((kept < side**2).sum())],
+        "thumb_order": in_order[: int((kept < side**2).sum())],
         "global_flat": torch.cat(maps),
         "score_combined": torch.cat(judged),
         "seq_spatial": spatial_sequence(kept, where, layout, pruner, values),
-        "seq_official": with_breaks(where[entry], recorded.breaks[0]),
+        "seq_official": with_newlines_as_pairs(where, entry),
     }
 
 
@@ -672,22 +686,30 @@ def by_canvas(scores: Tensor, canvas: Any, side: int) -> tuple[Tensor, Tensor, T
     return scores[:1], scores[pairs[numbers, 0], pairs[numbers, 1]], pairs
 
 
-def with_breaks(pairs: Tensor, breaks: Tensor) -> Tensor:
-    """(view, token) in order of entry, a (-1, -1) behind as many of them as each break says."""
-    rows = [pairs[start:stop] for start, stop in itertools.pairwise([0, *breaks.tolist(), len(pairs)])]
-    newline = torch.full((1, 2), -1)
-    return torch.cat([part for row in rows for part in (row, newline)][:-1])
+def entered(selection: Selection) -> Tensor:
+    """What of a single picture enters, in order: token numbers, and -1 for a separator."""
+    index, order = kept(selection), selection.order[0]
+    order = order[order < len(index)]
+    return torch.where(order >= 0, index[order.clamp(min=0)], -1)
+
+
+def with_newlines_as_pairs(where: Tensor, entry: Tensor) -> Tensor:
+    """(view, token) in order of entry, (-1, -1) for a separator."""
+    return torch.where((entry >= 0)[:, None], where[entry.clamp(min=0)], -1)
 
 
 def spatial_sequence(kept: Tensor, where: Tensor, layout: Layout, pruner: GlobalCom2, values: Tensor) -> Tensor:
     """Kept tokens in ascending order and the newlines that the stage keeps."""
     (stage,) = pruner.stages(ModelInfo())
-    breaks = stage.select(placeholders(layout.size, layout), attention=values).breaks
-    if breaks is None:
-        if stage.newlines != "keep":
-            raise AssertionError(f"globalcom2: newlines {stage.newlines!r}")
-        breaks = torch.searchsorted(kept, torch.tensor([[newline.last for newline in layout.newlines]]))
-    return with_breaks(where[kept], breaks[0])
+    selection = stage.select(placeholders(layout.size, layout), attention=values)
+    if selection.order is not None:
+        return with_newlines_as_pairs(where, entered(selection))
+    if stage.newlines != "keep":
+        raise AssertionError(f"globalcom2: newlines {stage.newlines!r}")
+    ends = torch.searchsorted(kept, torch.tensor([newline.last for newline in layout.newlines])).tolist()
+    rows = [kept[start:stop] for start, stop in itertools.pairwise([0, *ends, len(kept)])]
+    newline = torch.tensor([-1])
+    return with_newlines_as_pairs(where, torch.cat([part for row in rows for part in (row, newline)][:-1]))
 
 
 # ------------------------------------------------------------------------------------------------------------- ToDRE
@@ -727,8 +749,7 @@ def todre_diversify(params: Params, inputs: Inputs) -> Tensors:
     if stated is not None and pivot.item() != stated:
         raise AssertionError(f"todre: pivot {pivot.item()}, the case states {stated}")
     params.done()
-    (k,) = pruner.budgets(layout)
-    order = diversification(features, k, pivot, pruner.diversity)
+    order = diversification(features, pruner.count(layout), pivot, pruner.diversity)
     chosen = select(pruner, ModelInfo(), plain_tokens(features, layout), **signals)
     return {"order": order[0], "indices": chosen.index[0]}
 
@@ -771,7 +792,7 @@ def tower(prefix: int, layers: int = 1) -> ModelInfo:
 
 
 def merge_step(
-    stage: BlockStage, prefix: int, metric: Tensor, x: Tensor, sizes: Tensor | None
+    stage: InTower, prefix: int, metric: Tensor, x: Tensor, sizes: Tensor | None
 ) -> tuple[Groups, Tensor, Tensor]:
     """One block's selection and merge: ``sizes (B, N)`` go in and come out."""
     count = stage.removes(x.shape[1])
@@ -811,7 +832,7 @@ def even_odd(groups: Groups) -> Tensors:
     }
 
 
-def chain(stages: list[BlockStage], prefix: int, counts: list[int], x: Tensor) -> Tensors:
+def chain(stages: list[InTower], prefix: int, counts: list[int], x: Tensor) -> Tensors:
     """Blocks without attention: the current tokens are the metric."""
     history, sizes = [], None
     for stage, count in zip(stages, counts, strict=True):
@@ -904,7 +925,7 @@ def tome_schedule(params: Params) -> Tensors:
     return {"out": torch.tensor(schedule(tuple(r) if form == "list" else r, layers))}
 
 
-def pitome_stage(layer: Case, prefix: int, i: int = 0, layers: int = 1) -> BlockStage:
+def pitome_stage(layer: Case, prefix: int, i: int = 0, layers: int = 1) -> InTower:
     """A block of the wanted variant with a margin given outright."""
     order = {"pitome": "plain", "bsm_pitome": "deit", "bsm": "llava"}[layer["variant"]]
     pruner = PiToMe(
@@ -979,7 +1000,7 @@ def divprune(params: Params, inputs: Inputs) -> Tensors:
     features = inputs["features"][None]
     keep, ratio = params.get("keep"), params.get("ratio")
     pruner = DivPrune(keep=keep if ratio is None else float(ratio))
-    k = pruner.kept(features.shape[1])
+    k = pruner.total(features.shape[1])
     if keep is not None and k != keep:
         raise AssertionError(f"divprune: ratio {ratio} keeps {k}, the case states {keep}")
     params.done()
@@ -1106,13 +1127,13 @@ def quota(params: Params, inputs: Inputs) -> Tensors:
         "weights": torch.from_numpy(CAPS[cap](weights, size / total)),
         "budgets": torch.tensor(budgets),
         "counts": torch.tensor([h * w for h, w in grids] if assigner in GRID else budgets),
-        "tokens": selection.values,
+        "tokens": selection.values[0],
         "grid": torch.tensor(grids),
     }
-    assert len(selection.values) == int(outputs["counts"].sum())
+    assert selection.values.shape[1] == int(outputs["counts"].sum())
     newline = inputs.get("in.newline")
     if assigner in GRID and newline is not None:
-        outputs["tokens_grid_newline"] = with_newlines(selection.values, grids, newline)
+        outputs["tokens_grid_newline"] = with_newlines(selection.values[0], grids, newline)
     return {f"out.{name}": value for name, value in outputs.items()}
 
 
@@ -1138,15 +1159,12 @@ def transprune_transitions(params: Params, inputs: Inputs) -> Tensors:
     turn, over = params.get("direction", "signed"), params.get("softmax_over", "sequence")
     direction = named(turn, {"|cos|": "abs", "unsigned": "abs", "signed": "signed", "abs": "abs"})
     start, n = params.get("image_start", 0), params.get("num_image", tokens)
-    counted = torch.ones(1, tokens, dtype=torch.bool)
-    if named(over, {"sequence": "sequence", "image": "image"}) == "image":
-        counted = torch.zeros(1, tokens, dtype=torch.bool)
-        counted[:, start : start + n] = True
+    signal = TransitionVariation(0, direction, named(over, {"sequence": "sequence", "image": "image"}))
+    columns = prompt_of(tokens, start, n)
     params.done()
 
     def share(block: str) -> Tensor:
-        before, after = inputs[f"{block}_in"][None], inputs[f"{block}_out"][None]
-        return transition_variation(before, after, counted, direction=direction)[0]
+        return signal.reduce(inputs[f"{block}_in"][None], inputs[f"{block}_out"][None], columns)[0]
 
     attention, mlp = share("attn"), share("ffn")
     return {"ttv_attn": attention, "ttv_ffn": mlp, "ttv": attention + mlp}
@@ -1303,7 +1321,7 @@ def corematching_released(params: Params, inputs: Inputs) -> Tensors:
     (stage, *_) = CoreMatching(mode="released").stages(ModelInfo())
     (signal,) = stage.signals.values()
     params.expect("reference_row", length + signal.row)
-    matches = row_matches(act, torch.ones(1, length, dtype=torch.bool), signal.row)[:, start : start + n]
+    matches = signal.reduce(act, prompt_of(length, start, n))[:, start : start + n]
     expect_knee(params, matches)
     choose = stage.select
     if threshold_of(params, ">") == ">=":  # as the authors' notebook has it
