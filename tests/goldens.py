@@ -23,11 +23,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from foveate.cuda import (
-    class_attention,
     core_neurons,
     diverse_subset,
     gather_tokens,
-    given_attention,
     match_counts,
     merge_tokens,
     neuron_counts,
@@ -73,14 +71,14 @@ from foveate.pruners.core.merging import BlockTokens, Groups
 from foveate.pruners.core.patch_scorer import PatchScorer, scorer_loss
 from foveate.pruners.core.resampling import GRID, pooled
 from foveate.pruners.core.selection import budget, keep_all, ranked
-from foveate.pruners.core.signals import Columns, TransitionVariation
+from foveate.pruners.core.signals import ClassAttention, Columns, InstructionAttention, TransitionVariation
 from foveate.pruners.core.ui_graph import box_coverage, image_blocks, supervision, ui_graph
 from foveate.pruners.corematching import above_knee, knee
 from foveate.pruners.globalcom2 import crop_ratios, distinctness, global_map, richness, token_score
 from foveate.pruners.hiprune import anchor_count, anchors
 from foveate.pruners.pospad import marker_token
 from foveate.pruners.quota import resampled
-from foveate.pruners.todre import attended_pivot, diversification, irrelevant
+from foveate.pruners.todre import attended_pivot, diversification
 from foveate.pruners.tome import schedule
 from foveate.pruners.transprune import combined_score
 
@@ -235,6 +233,16 @@ def prompt_of(length: int, start: int, n: int) -> Columns:
     )
 
 
+def paying(q: Tensor, k: Tensor, scale: float | None = None, first: int = 0) -> Callable[..., Tensor]:
+    """The attention that query rows pay, as signals inside the decoder ask for it; ``q`` begins at row ``first``."""
+
+    def pay(rows: Tensor, counted: Tensor | None) -> Tensor:
+        some = q.gather(2, (rows - first)[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
+        return rows_to_columns_attention(some, k, row_positions=rows, row_valid=counted, scale=scale)
+
+    return pay
+
+
 def select(pruner: Any, model: ModelInfo, tokens: Tokens, **signals: Tensor) -> Selection:
     """The method's only stage on this model."""
     (stage,) = pruner.stages(model)
@@ -262,12 +270,12 @@ def fopru(params: Params, inputs: Inputs) -> Tensors:
     params.expect("heads", q.shape[1])
     params.expect("head_dim", q.shape[3])
     params.done()
-    received = received_attention(q, k, scale=scale, first_query=prefix, logits=logits)[:, prefix:]
-    given = given_attention(q, k, scale=scale, first=prefix, logits=logits)
-    signals = {"received": received, "given": given}
+    model = ModelInfo(class_token=prefix > 0)
+    (both,) = FoPru(score_kind=pruner.score_kind).stages(model)
+    signals = {name: signal.reduce(q, k, scale, prefix) for name, signal in both.signals.items()}
+    received, given = signals["received"], signals["given"]
     if pruner.direction != "max_variance":
         signals = {pruner.direction: signals[pruner.direction]}
-    model = ModelInfo(class_token=prefix > 0)
     selection = select(pruner, model, placeholders(layout.size, layout, len(q)), **signals)
     if chosen is not None and selection.scores is not None:
         for b, name in enumerate(chosen):
@@ -303,12 +311,14 @@ def hiprune_llava(params: Params, inputs: Inputs) -> Tensors:
     count = anchor_count(budgets[0], pruner.alpha, pruner.buffer)
     params.expect("anchors_per_view", count)
     params.done("relative_selection_margin", "compat")
+    model = ModelInfo(class_token=prefix > 0, encoder_layers=max(24, pruner.object_layer))
 
     def score(name: str) -> Tensor:
         if f"score_{name}" in inputs:
             return inputs[f"score_{name}"].view(views, -1)
         q, k = inputs[f"q_{name}"].float(), inputs[f"k_{name}"].float()
-        return (class_attention if pruner.query_rows == "cls" else received_attention)(q, k)[:, prefix:]  # (V, n)
+        (stage,) = pruner.stages(model)
+        return stage.signals["deep"].reduce(q, k, None, prefix)  # (V, n)
 
     where = torch.stack([view.tokens() for view in layout.views])  # (V, n) token numbers
 
@@ -316,7 +326,6 @@ def hiprune_llava(params: Params, inputs: Inputs) -> Tensors:
         return torch.empty(1, layout.size).index_copy(1, where.flatten(), scores.reshape(1, -1))
 
     anchor, deep = score("obj"), score("deep")
-    model = ModelInfo(class_token=prefix > 0, encoder_layers=max(24, pruner.object_layer))
     tokens = placeholders(layout.size, layout)
     index = select(pruner, model, tokens, anchor=by_token(anchor), deep=by_token(deep)).index[0]
     kept = torch.zeros(layout.size, dtype=torch.uint8).index_fill(0, index[index >= 0], 1)[where]  # (V, n)
@@ -665,7 +674,7 @@ def view_scores(score: str, inputs: Inputs, side: int) -> Tensor:
         inputs.remarks("q_cls", "k")  # say the same
         return inputs["scores"]
     if score in ("cls_logits", "cls_softmax"):  # the class token's query alone
-        return received_attention(inputs["q_cls"][:, :, None], inputs["k"], logits=score == "cls_logits")[:, 1:]
+        return ClassAttention(0, logits=score == "cls_logits").reduce(inputs["q_cls"][:, :, None], inputs["k"], None, 1)
     if score == "neg_cos":
         features = inputs["features"]  # (V, n, D)
         return distinctness(features.flatten(0, 1)[None], Layout.video(len(features), side, side)).view(
@@ -738,7 +747,7 @@ def todre_diversify(params: Params, inputs: Inputs) -> Tensors:
             attention = inputs["cls_attn"]
         else:
             q, k, scale = attention_of(inputs, inputs["attn" if "attn" in inputs else "k"].shape[-2])
-            attention = class_attention(q, k, scale=scale)[0, 1:]
+            attention = ClassAttention(0).reduce(q, k, scale, 1)[0]
         layout = candidate_layout(attention, features.shape[1])
         rest = features.shape[1] - attention.numel()  # tokens that may not be the pivot
         signals["class_attention"] = torch.cat([attention.flatten(), torch.full((rest,), torch.inf)])[None]
@@ -769,16 +778,13 @@ def todre_remove(params: Params, inputs: Inputs) -> Tensors:
     scores, role = as_scores(inputs["attn"]), inputs["role"]
     params.expect("checked_layers", len(scores))
     params.done()
-    visual, text = role == 1, role == 2
-
-    def share(rows: Tensor, columns: Tensor) -> Tensor:
-        where = rows.nonzero().squeeze(1)
-        positions = where.expand(len(scores), -1)
-        paid = rows_to_columns_attention(scores[:, :, where], identity_keys(scores), row_positions=positions, scale=1.0)
-        return paid[:, columns].sum(dim=1)
-
-    shares = torch.stack([share(text, visual), share(visual, text)], dim=1)  # (checks, 2)
-    passed = irrelevant(shares, pruner.tau).nonzero().squeeze(1)
+    visual, text = (role == n for n in (1, 2))
+    rows = [x.expand(len(scores), -1) for x in (torch.ones_like(visual), visual, text)]
+    columns = Columns(*rows, lambda system_tokens: rows[2])
+    (stage, *_) = pruner.stages(ModelInfo())
+    shares = stage.signals["shares"].reduce(paying(scores, identity_keys(scores), 1.0), columns)  # (checks, 2)
+    index = stage.select(placeholders(1, batch=len(scores)), shares=shares).index
+    passed = (index < 0).all(dim=1).nonzero().squeeze(1)
     first = passed[:1] if len(passed) else torch.tensor([-1])
     return {"alpha_t2v": shares[:, 0], "alpha_v2t": shares[:, 1], "remove_at": first[0]}
 
@@ -1049,12 +1055,14 @@ def visionzip(params: Params, inputs: Inputs) -> Tensors:
     prefix = int(params.get("has_cls", True))
     pruner = VisionZip(dominant=params["dominant"], contextual=params["contextual"])
     params.done()
-    signals = {"keys": keys.mean(dim=1)[:, prefix:], "features": hidden[:, prefix:]}
+    (stage,) = pruner.stages(ModelInfo(class_token=bool(prefix)))
+    signals = {
+        name: stage.signals[name].reduce(hidden, prefix) for name in ("features", "class_features")[: 1 + prefix]
+    }
+    signals["attention"] = stage.signals["attention"].reduce(q, k, scale, prefix)
+    signals["keys"] = stage.signals["keys"].reduce(q, keys, None, prefix)
     if prefix:
-        signals["attention"] = class_attention(q, k, scale=scale)[:, 1:]
-        signals["class_features"] = hidden[:, :1]
-    else:
-        signals["attention"] = received_attention(q, k, scale=scale)
+        signals["class_features"] = signals["class_features"][:, None]  # of an only view
     tokens = plain_tokens(hidden[:, prefix:])
     tokens.project = lambda features: features  # the recorded tokens are not projected yet
     chosen = select(pruner, ModelInfo(class_token=bool(prefix)), tokens, **signals)
@@ -1075,8 +1083,12 @@ def fastv(params: Params, inputs: Inputs) -> Tensors:
     params.done()
     q, k, scale = attention_of(inputs, inputs["attn" if "attn" in inputs else "k"].shape[-2])
     length = k.shape[2]
-    last = class_attention(q, k, scale=scale, row=q.shape[2] - 1)[:, start : start + n]
-    index = select(pruner, ModelInfo(), placeholders(n), attention=last).index[0]
+    (stage,) = pruner.stages(ModelInfo())
+    first = length - q.shape[2]
+    last = stage.signals["attention"].reduce(paying(q, k, scale, first), prompt_of(length, start, n))[
+        :, start : start + n
+    ]
+    index = stage.select(placeholders(n), attention=last).index[0]
     return {
         "keep_positions": torch.cat([torch.arange(start), start + index, torch.arange(start + n, length)]),
     }
@@ -1193,12 +1205,14 @@ def transprune_step(params: Params, inputs: Inputs) -> Tensors:
         **params.options("alpha", "direction", "softmax_scope"),
     )
     k = inputs["k_all"][None]
-    rows = torch.arange(start + n, k.shape[2])[None]
     params.expect("query_positions", f"{start + n}..{k.shape[2] - 1}")
     params.expect("causal", True)
     image = slice(start, start + n)
     signals = {f"transition_{i}": layer[None, image] for i, layer in zip(read, layers)}
-    signals["attention"] = rows_to_columns_attention(inputs["q_text"][None], k, row_positions=rows)[:, image]
+    paid = InstructionAttention(0).reduce(
+        paying(inputs["q_text"][None], k, None, start + n), prompt_of(k.shape[2], start, n)
+    )
+    signals["attention"] = paid[:, image]
     tokens = placeholders(n)
     tokens.entered = entered
     transitions = tuple(signals[f"transition_{i}"] for i in read)
