@@ -4,9 +4,10 @@ Zhang et al., "Beyond Attention or Similarity: Maximizing Conditional Diversity 
 2506.10967 (NeurIPS 2025). The kernel is ``r_i (x_i . x_j) r_j``: tokens should differ from each other and suit the
 instruction; greedy MAP inference picks them. Headline: LLaVA-1.5-7B keeps 97 % of its score with 64 of 576 tokens.
 
-Acts at the decoder's entry; reads the projected tokens and the instruction's embeddings, or encoder features where a CLIP
-model judges relevance. Only the latter, ``clip=ClipText(…)``, is the published relevance: negated cosine with CLIP's text
-embedding. By default it is the positive cosine with the instruction's embeddings in the decoder. Cost: an N x N kernel and k dependent steps of O(k N).
+Acts at the decoder's entry; reads the projected tokens and the instruction's embeddings, or encoder features where a
+CLIP model judges relevance. Only the latter, ``clip=ClipText(…)``, is the published relevance: negated cosine with
+CLIP's text embedding. By default it is the positive cosine with the instruction's embeddings in the decoder.
+Cost: an N x N kernel and k dependent steps of O(k N).
 """
 
 from __future__ import annotations
@@ -25,20 +26,14 @@ from foveate.pruners.core import (
     AtEntry,
     EncoderFeatures,
     Keep,
-    Layout,
     ModelInfo,
-    Pruner,
+    Scorer,
     Selection,
-    Signal,
     Stage,
     Tokens,
-    keep_all,
-    per_view,
+    choice,
     register,
-    view_budgets,
 )
-from foveate.pruners.core.parameters import check_choice as one_of
-from foveate.pruners.core.parameters import check_keep
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +41,9 @@ class ClipText:
     """The CLIP model whose vision tower the VLM uses, to compare patches with the instruction.
 
     Attributes:
-        model: a ``transformers`` ``CLIPModel``; tokenizer: its tokenizer; llm_tokenizer: the decoder's, to read the prompt.
+        model: a ``transformers`` ``CLIPModel``.
+        tokenizer: its tokenizer.
+        llm_tokenizer: the decoder's, to read the prompt.
     """
 
     model: Any
@@ -86,11 +83,8 @@ class ClipText:
 
 @register("cdpruner")
 @dataclass(frozen=True)
-class CDPruner(Pruner):
+class CDPruner(Scorer):
     """CDPruner: conditional diversity by a determinantal point process.
-
-    Without ``clip`` relevance is the positive cosine with the instruction's embeddings in the decoder, not the published,
-    negated CLIP relevance.
 
     Attributes:
         keep: fraction or number of tokens of the image, shared among its views in proportion to their sizes.
@@ -103,56 +97,39 @@ class CDPruner(Pruner):
     cost: ClassVar[str] = "an N x N kernel and k greedy steps of O(k N)"
 
     keep: Keep = 1 / 9
-    relevance: str = "embeddings"
+    relevance: str = choice("embeddings", "embeddings", "none")
     clip: ClipText | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        check_keep("keep", self.keep)
-        one_of("relevance", self.relevance, ("embeddings", "none"))
+        super().__post_init__()
         if self.clip is not None and self.relevance == "none":
             raise ParameterError("relevance='none' contradicts clip; drop one of them")
 
     def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
-        signals: dict[str, Signal] = {}
-        if self.clip is not None:
-            if not model.class_token:
-                raise MissingSignalError(
-                    f"clip compares patches of a CLIP tower with text, and the {model.tower} tower of this {model.family} "
-                    "model is none; leave clip out (relevance='embeddings')"
-                )
-            signals["features"] = EncoderFeatures(model.block("feature_layer", None))
-        return (AtEntry(self.select, signals, reads_text=self.relevance != "none"),)
+        if self.clip is not None and not model.class_token:
+            raise MissingSignalError(
+                f"clip compares patches of a CLIP tower with text, and the {model.tower} tower of this {model.family} "
+                "model is not one; leave clip out (relevance='embeddings')"
+            )
+        read = {} if self.clip is None else {"features": EncoderFeatures(model.block("feature_layer", None))}
+        return (AtEntry(self.select, read, reads_text=self.relevance != "none"),)
 
-    def count(self, layout: Layout, model: ModelInfo | None = None) -> int | None:
-        return sum(self.budgets(layout))
-
-    def budgets(self, layout: Layout) -> tuple[int, ...]:
-        return view_budgets(self.keep, layout)
-
-    def select(self, tokens: Tokens, features: Tensor | None = None) -> Selection:
-        """Greedy choice of each view by the kernel; ``features (B, N, C)`` of the encoder, which ``clip`` reads."""
-        budgets = self.budgets(tokens.layout)
-        if sum(budgets) >= tokens.count:
-            return keep_all(tokens)
-        relevance = self._relevance(tokens, features)
-        return per_view(tokens, budgets, _select_view, relevance=relevance)
-
-    def _relevance(self, tokens: Tokens, features: Tensor | None) -> Tensor:
+    def score(self, tokens: Tokens, features: Tensor | None = None) -> Tensor:
+        """Relevance of every token; ``features (B, N, C)`` of the encoder, which ``clip`` reads."""
         neutral = torch.ones(tokens.embeds.shape[:2], device=tokens.embeds.device)
         mask = tokens.instruction_mask
         if self.relevance == "none" or mask is None or tokens.instruction is None:
             return neutral
         if self.clip is not None and features is not None and tokens.instruction_ids is not None:
-            raw = -similarity(
-                self.clip.image_embeds(features), *self.clip.text_embeds(tokens.instruction_ids.where(mask, -1))
-            )
+            text = self.clip.text_embeds(tokens.instruction_ids.where(mask, -1))
+            raw = -similarity(self.clip.image_embeds(features), *text)
         else:
             raw = similarity(tokens.embeds, tokens.instruction, mask)
         return torch.where(mask.any(dim=1, keepdim=True), stretch(raw), neutral)
 
-
-def _select_view(tokens: Tokens, k: int, relevance: Tensor) -> Selection:
-    return Selection(conditional_dpp(tokens.embeds, relevance, k).sort(dim=1).values, scores=relevance)
+    def choose(self, tokens: Tokens, k: int, scores: Tensor) -> Selection:
+        """Greedy choice by the kernel of ``scores (B, N)`` and the tokens."""
+        return Selection(conditional_dpp(tokens.embeds, scores, k).sort(dim=1).values, scores=scores)
 
 
 def similarity(embeds: Tensor, text: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -1,11 +1,10 @@
 """FastV: after the first decoder layers keep the visual tokens that the last prompt token looks at.
 
-Chen et al., "An Image is Worth 1/2 Tokens After Layer 2", arXiv 2403.06764 (ECCV 2024 oral). The paper averages the
-attention of all tokens; every released implementation reads the last prompt token's row only, and so does this one.
-Headline: K = 2 with half of the tokens removed costs 55 % of the FLOPs at unchanged scores.
-
-Acts before decoder layer K, in prefill only; reads one row of layer K - 1's attention. Survivors keep their positions,
-the cache is long below layer K and short from there on. Cost: one query row per head, O(H N d).
+Chen et al., "An Image is Worth 1/2 Tokens After Layer 2", arXiv 2403.06764 (ECCV 2024 oral). The paper averages all
+tokens' attention; all released code, and this, reads the last prompt token's row only. Headline: K = 2 with half of the
+tokens removed costs 55 % of the FLOPs at unchanged scores. Acts before decoder layer K, in prefill only; reads one row
+of layer K - 1's attention. Survivors keep their positions; the cache is long below layer K, short from there on. Cost:
+O(H N d), a row per head.
 """
 
 from __future__ import annotations
@@ -42,7 +41,6 @@ class FastV(Scorer):
     paper: ClassVar[str] = "arXiv 2403.06764 (ECCV 2024)"
     cost: ClassVar[str] = "one attention row per head, O(H N d); layers below k run on all tokens"
     pooled: ClassVar[bool] = True
-
     keep: Keep = 0.5
     k: int = integer(2, "layer that follows one whose attention can be read", 1)
 

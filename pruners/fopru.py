@@ -1,17 +1,18 @@
 """FoPru: keep the visual tokens that the vision encoder's own attention singles out.
 
 Jiang et al., "FoPru: Focal Pruning for Efficient Large Vision-Language Models", arXiv 2411.14164 (2024). All patches of
-one encoder block vote, not only a class token. The budget is spent on the best tokens anywhere (``rank``) or on the best
-whole rows of the grid (``row``); survivors enter the decoder in raster order. Headline: a quarter of the tokens stays
-within about a point of accuracy on several benchmarks.
+one encoder block vote, not only a class token. The budget is spent on the best tokens anywhere (``rank``) or on the
+best whole rows of the grid (``row``); survivors enter the decoder in raster order. Headline: a quarter of the tokens
+stays within about a point of accuracy on several benchmarks.
 
-Acts at the decoder's entry; reads the attention received and given by every patch in the block that feeds the projector.
-Cost: two reductions of one block's attention, O(H N^2 d), and a sort.
+Acts at the decoder's entry; reads the attention received and given by every patch in the block that feeds the
+projector. Cost: two reductions of one block's attention, O(H N^2 d), and a sort.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,39 +20,30 @@ import torch
 from torch import Tensor
 
 from foveate.pruners.core import (
-    AtEntry,
-    GivenAttention,
+    ByView,
     Keep,
     Layout,
     ModelInfo,
-    Pruner,
-    ReceivedAttention,
     Selection,
     Signal,
-    Stage,
     Tokens,
     View,
-    budget,
-    floor,
-    per_view,
-    ranked,
+    choice,
+    integer,
     register,
-    split_budget,
-    view_budgets,
 )
-from foveate.pruners.core.parameters import check_choice as one_of
-from foveate.pruners.core.parameters import check_integer as integer
-from foveate.pruners.core.parameters import check_keep
+from foveate.pruners.core.selection import budget, floor, ranked, view_budgets
+from foveate.pruners.core.signals import GivenAttention, ReceivedAttention
 
 
 @register("fopru")
 @dataclass(frozen=True)
-class FoPru(Pruner):
+class FoPru(ByView):
     """FoPru: attention received from all patches ranks tokens or rows.
 
     Attributes:
-        keep: fraction (rounded down) or number of tokens. Rows come whole: ``row`` keeps ``floor(fraction * rows)`` rows,
-            or as many as fit the number, but at least one.
+        keep: fraction (rounded down) or number of tokens. Rows come whole: ``row`` keeps ``floor(fraction * rows)``
+            rows, or as many as fit the number, but at least one.
         strategy: ``"rank"`` or ``"row"``.
         layer: scored encoder block, 0-based or counted from the end; None: the block that feeds the projector.
         score_kind: average the attention probabilities (``"probs"``) or the scaled products (``"logits"``).
@@ -64,59 +56,45 @@ class FoPru(Pruner):
     cost: ClassVar[str] = "one encoder block's attention statistics, O(H N^2 d)"
 
     keep: Keep = 0.25
-    strategy: str = "rank"
-    layer: int | None = None
-    score_kind: str = "probs"
-    direction: str = "max_variance"
+    strategy: str = choice("rank", "rank", "row")
+    layer: int | None = integer(None, "block of the vision tower")
+    score_kind: str = choice("probs", "probs", "logits")
+    direction: str = choice("max_variance", "max_variance", "received", "given")
     reorder: bool = True
 
-    def __post_init__(self) -> None:
-        check_keep("keep", self.keep)
-        one_of("strategy", self.strategy, ("rank", "row"))
-        one_of("score_kind", self.score_kind, ("probs", "logits"))
-        one_of("direction", self.direction, ("max_variance", "received", "given"))
-        if self.layer is not None:
-            integer("layer", self.layer, "block of the vision tower")
-
-    def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
+    def reads(self, model: ModelInfo) -> Mapping[str, Signal]:
         block, logits = model.block("layer", self.layer), self.score_kind == "logits"
         signals: dict[str, Signal] = {}
         if self.direction != "given":
             signals["received"] = ReceivedAttention(block, queries="patches", logits=logits)
         if self.direction != "received":
             signals["given"] = GivenAttention(block, logits=logits)
-        return (AtEntry(self.select, signals),)
+        return signals
 
-    def count(self, layout: Layout, model: ModelInfo | None = None) -> int | None:
-        return sum(self.budgets(layout))
+    def total(self, n: int) -> int:
+        return budget(self.keep, n, floor)
 
     def budgets(self, layout: Layout) -> tuple[int, ...]:
         if self.strategy == "rank":
-            return view_budgets(self.keep, layout, floor)
+            return super().budgets(layout)
         if isinstance(self.keep, float):
             return tuple(budget(self.keep, view.rows, floor) * view.cols for view in layout.views)
-        shares = split_budget(budget(self.keep, layout.size), tuple(view.size for view in layout.views))
-        return tuple(self._whole_rows(view, share) for view, share in zip(layout.views, shares))
+        return tuple(whole_rows(view, share) for view, share in zip(layout.views, view_budgets(self.keep, layout)))
 
-    def _whole_rows(self, view: View, share: int) -> int:
-        if 0 < share < view.cols:
-            warnings.warn(f"{share} tokens are less than a row of {view.cols}: one whole row is kept", stacklevel=4)
-        return min(share, max(1, share // view.cols)) * view.cols
-
-    def select(self, tokens: Tokens, received: Tensor | None = None, given: Tensor | None = None) -> Selection:
-        """The most significant tokens or rows of every view, by attention ``received`` and ``given``, ``(B, N)`` each."""
-        signals = {name: s for name, s in (("received", received), ("given", given)) if s is not None}
-        return per_view(tokens, self.budgets(tokens.layout), self._select_view, **signals)
-
-    def _select_view(
-        self, tokens: Tokens, k: int, received: Tensor | None = None, given: Tensor | None = None
-    ) -> Selection:
-        score = significance(received, given)
+    def choose(self, tokens: Tokens, k: int, received: Tensor | None = None, given: Tensor | None = None) -> Selection:
+        """The most significant tokens or rows by attention ``received`` and ``given``, ``(B, N)`` each."""
+        scores = significance(received, given)
         grid = tokens.layout.views[0].grid
-        best = rank(score, k) if self.strategy == "rank" else best_rows(score, grid, k // grid[1])
+        best = rank(scores, k) if self.strategy == "rank" else best_rows(scores, grid, k // grid[1])
         index = best.sort(dim=1).values
-        order = None if self.reorder else torch.searchsorted(index, best)
-        return Selection(index, scores=score, order=order)
+        return Selection(index, scores=scores, order=None if self.reorder else torch.searchsorted(index, best))
+
+
+def whole_rows(view: View, share: int) -> int:
+    """Tokens of the rows that fit a ``share`` of tokens, at least one row of it."""
+    if 0 < share < view.cols:
+        warnings.warn(f"{share} tokens are less than a row of {view.cols}: one whole row is kept", stacklevel=4)
+    return min(share, max(1, share // view.cols)) * view.cols
 
 
 def significance(received: Tensor | None, given: Tensor | None) -> Tensor:

@@ -6,11 +6,11 @@ each crop may keep, and, mixed with what each crop's own class token looks at, w
 96.7 % of its score with 25 % of the visual tokens and 91.6 % with 10 %.
 
 Acts at the decoder's entry; reads the class token's attention logits in the last encoder block. As in the released code
-the softmax is left out: behind it all regions would look alike. Every canvas row keeps its newline, also where no token
+the softmax is left out: after it all regions would look alike. Every canvas row keeps its newline, also where no token
 is left; newlines do not count in the budget. Pictures without crops (LLaVA-1.5) and video frames keep the best of each
-view. Experimental: towers without class token (LLaVA-OneVision) score by the paper's other rule, the negative cosine with
-the view's mean token; canvases that the model shrinks are refused, for their tokens belong to no crop.
-Cost: two matrix-vector products for the logits, one resize of the thumbnail's map and one sort per crop.
+view. Experimental: towers without class token (LLaVA-OneVision) score by the paper's other rule, the negative cosine
+with the view's mean token; canvases that the model shrinks are refused, for their tokens belong to no crop. Cost: two
+matrix-vector products for the logits, one resize of the thumbnail's map and one sort per crop.
 """
 
 from __future__ import annotations
@@ -22,34 +22,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, interpolate, normalize, one_hot
 
-from foveate.errors import InputError, ParameterError
-from foveate.pruners.core import (
-    AtEntry,
-    ClassAttention,
-    EncoderFeatures,
-    Keep,
-    Layout,
-    ModelInfo,
-    Pruner,
-    Selection,
-    Signal,
-    Stage,
-    Tokens,
-    View,
+from foveate.errors import ParameterError
+from foveate.pruners.core import AtEntry, Keep, Layout, ModelInfo, Pruner, Selection, Signal, Stage, Tokens, register
+from foveate.pruners.core.canvas import Canvas, canvas_of
+from foveate.pruners.core.parameters import choice, number
+from foveate.pruners.core.selection import (
     among_top,
+    best,
     budget,
-    floor,
     keep_all,
     kept_tokens,
     per_view,
     ranked,
-    register,
-    top_k,
     view_budgets,
 )
-from foveate.pruners.core.parameters import check_choice as one_of
-from foveate.pruners.core.parameters import check_keep
-from foveate.pruners.core.parameters import check_number as number
+from foveate.pruners.core.signals import ClassAttention, EncoderFeatures
 
 
 @register("globalcom2")
@@ -58,16 +45,17 @@ class GlobalCom2(Pruner):
     """GlobalCom²: thumbnail-guided budgets and scores for AnyRes crops.
 
     Attributes:
-        keep: retention ratio R of the thumbnail and, on average, of the crops. A number of tokens is met exactly, as with
-            ``redistribute``.
+        keep: retention ratio R of the thumbnail and, on average, of the crops. A number of tokens is met exactly, as
+            with ``redistribute``.
         temperature: of the softmax over the crops' shares of the thumbnail's attention.
         alpha: weight of the thumbnail's map against the crop's own attention.
         score: ``"cls_logits"``, ``"cls_softmax"`` or ``"neg_cos"``; None: logits, or ``"neg_cos"`` without class token.
         redistribute: meet the budget exactly. Otherwise each crop rounds down and forgoes what exceeds its size, as
             published, and the total depends on the picture.
-        order: ``"spatial"``, or ``"official"``: the released code's sequence of the same tokens (thumbnail by score, tokens of
-            padded crops re-packed towards the crop's corner).
-        newline: rows closed by a newline: ``"valid"`` or ``"all"``, padding included. None: valid, or all in official order.
+        order: ``"spatial"``, or ``"official"``: the released code's sequence of the same tokens (thumbnail by score,
+            tokens of padded crops re-packed towards the crop's corner).
+        newline: rows closed by a newline: ``"valid"`` or ``"all"``, padding included. None: valid, or all in official
+            order.
         compress_single: prune pictures without crops too; the released code leaves them whole.
     """
 
@@ -77,29 +65,18 @@ class GlobalCom2(Pruner):
     families: ClassVar[tuple[str, ...]] = ("llava_next", "llava", "llava_onevision (experimental)")
 
     keep: Keep = 0.25
-    temperature: float = 10.0
-    alpha: float = 0.5
-    score: str | None = None
+    temperature: float = number(10.0, "temperature", 0, above=True)
+    alpha: float = number(0.5, "weight", 0, 1)
+    score: str | None = choice(None, "cls_logits", "cls_softmax", "neg_cos")
     redistribute: bool = False
-    order: str = "spatial"
-    newline: str | None = None
+    order: str = choice("spatial", "spatial", "official")
+    newline: str | None = choice(None, "valid", "all")
     compress_single: bool = True
 
     def __post_init__(self) -> None:
-        check_keep("keep", self.keep)
-        number("temperature", self.temperature, "temperature", 0, above=True)
-        number("alpha", self.alpha, "weight", 0, 1)
-        if self.score is not None:
-            one_of("score", self.score, ("cls_logits", "cls_softmax", "neg_cos"))
-        one_of("order", self.order, ("spatial", "official"))
-        if self.newline is not None:
-            one_of("newline", self.newline, ("valid", "all"))
+        super().__post_init__()
         if self.order == "official" and self.newline == "valid":
             raise ParameterError("newline='valid': the official order closes all rows of the canvas, padding included")
-
-    @property
-    def _adaptive(self) -> bool:
-        return isinstance(self.keep, float) and not self.redistribute
 
     def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
         score = self.score or ("cls_logits" if model.class_token else "neg_cos")
@@ -114,27 +91,25 @@ class GlobalCom2(Pruner):
         return self.keep if isinstance(self.keep, float) else self.keep / layout.size
 
     def count(self, layout: Layout, model: ModelInfo | None = None) -> int | None:
-        return None if self._adaptive and canvas_of(layout) else sum(self.budgets(layout))
+        if canvas_of(layout) is None:
+            return sum(self._single(layout))
+        exact = self.redistribute or isinstance(self.keep, int) or self.keep == 1.0
+        return budget(self.keep, layout.size) if exact else None
 
-    def budgets(self, layout: Layout) -> tuple[int, ...]:
-        """One number for thumbnail and crops together, where the content decides: the most they may keep."""
-        sizes = [view.size for view in layout.views]
-        if self.compress_single and not canvas_of(layout):
-            by_view = isinstance(self.keep, float)
-            return tuple(budget(self.keep, n, int) for n in sizes) if by_view else view_budgets(self.keep, layout)
-        if not canvas_of(layout) or self.ratio(layout) >= 1.0:
-            return (layout.size,)
-        if not self._adaptive:
-            return (budget(self.keep, layout.size),)
-        thumbnail, *crops = sizes
-        unequal = max(crops) - sum(crops) / len(crops)  # all attention may lie on the largest crop
-        return (max(1, int(self.keep * thumbnail) + min(sum(crops), floor(self.keep * (sum(crops) + unequal)))),)
+    def _single(self, layout: Layout) -> tuple[int, ...]:
+        """Tokens of each view that a picture without crops keeps, or a video."""
+        if not self.compress_single:
+            return layout.sizes
+        if isinstance(self.keep, float):
+            return tuple(budget(self.keep, size, int) for size in layout.sizes)
+        return view_budgets(self.keep, layout)
 
     def select(self, tokens: Tokens, attention: Tensor | None = None, features: Tensor | None = None) -> Selection:
         """Budgets from the thumbnail, then the best tokens of thumbnail and crops.
 
         Args:
-            attention: ``(B, N)`` of the class token; without one features: ``(B, N, C)`` of the encoder.
+            attention: ``(B, N)`` of the class token.
+            features: ``(B, N, C)`` of the encoder, read without a class token.
 
         Raises:
             InputError: the model has shrunk the canvas, so that tokens belong to no crop.
@@ -142,24 +117,22 @@ class GlobalCom2(Pruner):
         layout, canvas = tokens.layout, canvas_of(tokens.layout)
         scores = distinctness(features, layout) if attention is None else attention.float()
         if canvas is None:
-            budgets = self.budgets(layout) if self.compress_single else tuple(view.size for view in layout.views)
-            return per_view(tokens, budgets, _best, scores=scores)
-        canvas.refuse_shrunk()
+            return per_view(tokens, self._single(layout), best, scores=scores)
+        canvas.refuse_shrunk("globalcom2")
         if self.ratio(layout) >= 1.0:
             return keep_all(tokens)
-        commander, mine = scores[:, : canvas.thumbnail.size], canvas.thumbnail.size
-        counts = self.counts(crop_ratios(richness(commander, canvas), self.ratio(layout), self.temperature), layout)
-        overview = global_map(commander, canvas).flatten(1)  # (B, tokens of the canvas)
+        overview, first = scores[:, : canvas.thumbnail.size], canvas.thumbnail.size
+        ratios = crop_ratios(richness(overview, canvas), self.ratio(layout), self.temperature)
+        counts = self.counts(ratios, layout)
+        stretched = global_map(overview, canvas).flatten(1)  # (B, tokens of the canvas)
         kept = torch.zeros_like(scores, dtype=torch.bool)
         for c, view in enumerate((canvas.thumbnail, *canvas.crops)):
             where = view.tokens(scores.device)
-            judged = scores[:, where]
-            if c:
-                judged = token_score(judged, overview[:, where - mine], self.alpha)
+            judged = token_score(scores[:, where], stretched[:, where - first], self.alpha) if c else scores[:, where]
             kept[:, where] = among_top(judged, counts[:, c, None])
-        chosen = Selection(kept_tokens(kept, None if self._adaptive else self.budgets(layout)[0]), scores=scores)
+        chosen = Selection(kept_tokens(kept, self.count(layout)), scores=scores)
         if self.order == "official":
-            chosen.order = official_order(chosen.index, commander, canvas)
+            chosen.order = official_order(chosen.index, overview, canvas)
         elif self.newline == "all":
             rows = torch.arange(canvas.rows, device=scores.device).repeat_interleave(canvas.cols) + canvas.top
             ascending = torch.arange(chosen.index.shape[1], device=scores.device).expand_as(chosen.index)
@@ -168,62 +141,17 @@ class GlobalCom2(Pruner):
 
     def counts(self, ratios: Tensor, layout: Layout) -> Tensor:
         """Tokens that the thumbnail and each crop keep, from ``ratios (B, n)``: ``(B, 1 + n)`` int64."""
-        thumbnail, *crops = (view.size for view in layout.views)
-        sizes = ratios.new_tensor(crops)
+        thumbnail, *crops = layout.sizes
+        sizes, total = ratios.new_tensor(crops), self.count(layout)
         first = int(thumbnail * self.ratio(layout))
-        if self._adaptive:
+        if total is None:
             by_crop = (sizes * ratios).long()
             mine = torch.where(by_crop.sum(dim=1) + first > 0, first, 1)  # something is left of every picture
         else:
-            (total,) = self.budgets(layout)
             first = max(first, total - sum(crops))
             by_crop = apportion(sizes * ratios, total - first, sizes)
             mine = torch.full_like(by_crop[:, 0], first)
         return torch.cat([mine[:, None], by_crop], dim=1)
-
-
-@dataclass(frozen=True)
-class Canvas:
-    """A thumbnail and ``down x across`` crops, of which unpadding left ``rows x cols`` tokens."""
-
-    thumbnail: View
-    crops: tuple[View, ...]
-    down: int
-    across: int
-    rows: int
-    cols: int
-
-    @property
-    def top(self) -> int:
-        """Canvas rows of padding above the picture."""
-        return (self.down * self.thumbnail.rows - self.rows) // 2
-
-    def refuse_shrunk(self) -> None:
-        """Raise :class:`InputError` if the canvas has been scaled down: unpadding cuts rows or columns, never both."""
-        full = self.down * self.thumbnail.rows, self.across * self.thumbnail.cols
-        if self.rows < full[0] and self.cols < full[1]:
-            raise InputError(
-                f"globalcom2: the model shrinks this picture's canvas of {full[0]} x {full[1]} tokens to {self.rows} x "
-                f"{self.cols}, so its tokens belong to no crop; use a smaller picture or another method"
-            )
-
-
-def canvas_of(layout: Layout) -> Canvas | None:
-    """The canvas of an AnyRes picture; None for a picture without crops, and for videos."""
-    thumbnail, *crops = layout.views
-    if thumbnail.kind != "thumbnail" or not sum(crop.size for crop in crops):
-        return None
-    cols, n = crops[0].stride, len(crops)
-    # widths repeat in every row of crops and add up to the canvas, also where some are 0
-    widths = [crop.cols for crop in crops]
-    fits = (p for p in range(1, n + 1) if n % p == 0 and widths == widths[:p] * (n // p) and sum(widths[:p]) == cols)
-    across = next(fits)
-    rows = sum(crop.rows for crop in crops[::across])
-    return Canvas(thumbnail, tuple(crops), n // across, across, rows, cols)
-
-
-def _best(tokens: Tokens, k: int, scores: Tensor) -> Selection:
-    return Selection(top_k(scores, k), scores=scores)
 
 
 def distinctness(features: Tensor, layout: Layout) -> Tensor:
@@ -304,8 +232,9 @@ def official_order(index: Tensor, thumbnail: Tensor, canvas: Canvas) -> Tensor:
 
 
 def row_ends(index: Tensor, row: Tensor, canvas: Canvas) -> Tensor:
-    """How many tokens enter up to the end of each row of the padded canvas, where token i of the valid canvas enters in row
-    ``row[i]``: ``(B, S)``."""
+    """How many tokens enter up to the end of each row of the padded canvas, where token i of the valid canvas enters in
+    row ``row[i]``: ``(B, S)``.
+    """
     rows = canvas.down * canvas.thumbnail.rows
     row = torch.cat([row.new_zeros(canvas.thumbnail.size), row + 1])[index.clamp(min=0)]
     filled = index.new_zeros(len(index), rows + 1).scatter_add(1, row, (index >= 0).long())

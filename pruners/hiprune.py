@@ -8,7 +8,8 @@ its score with 192 of 576 tokens and 92.7 % with 64.
 
 Acts at the decoder's entry; reads the attention received by every patch in two encoder blocks. Text is never read.
 Separators (newlines) do not reach the decoder, as in the official code; but padding areas, which compete there, are no
-candidates here: the processor has already cut them off. Cost: two blocks' attention reductions, O(H N^2 d), and two sorts.
+candidates here: the processor has already cut them off. Cost: two blocks' attention reductions, O(H N^2 d), and two
+sorts.
 """
 
 from __future__ import annotations
@@ -20,56 +21,39 @@ import torch
 from torch import Tensor
 
 from foveate.errors import ParameterError
-from foveate.pruners.core import (
-    AtEntry,
-    ClassAttention,
-    Keep,
-    Layout,
-    ModelInfo,
-    Pruner,
-    ReceivedAttention,
-    Selection,
-    Stage,
-    Tokens,
-    among_top,
-    budget,
-    kept_tokens,
-    per_view,
-    ranked,
-    register,
-    split_budget,
-)
-from foveate.pruners.core.parameters import check_choice as one_of
-from foveate.pruners.core.parameters import check_integer as integer
-from foveate.pruners.core.parameters import check_keep
-from foveate.pruners.core.parameters import check_number as number
+from foveate.pruners.core import AtEntry, ByView, Keep, Layout, ModelInfo, Selection, Stage, Tokens, register
+from foveate.pruners.core.parameters import choice, integer, number
+from foveate.pruners.core.selection import among_top, kept_tokens, ranked, split_budget
+from foveate.pruners.core.signals import ClassAttention, ReceivedAttention
 
-_STEPS = {  # (row, column) steps from an anchor to its buffers, in the order in which they are added
+STEPS = {
     "cross": ((0, -1), (0, 1), (-1, 0), (1, 0)),
     "square": ((0, -1), (0, 1), (-1, 0), (1, 0), (-1, -1), (-1, 1), (1, -1), (1, 1)),
     "row": ((0, -1), (0, 1)),
     "none": (),
 }
+"""(row, column) steps from an anchor to its buffers, in the order in which they are added."""
 
 
 @register("hiprune")
 @dataclass(frozen=True)
-class HiPrune(Pruner):
+class HiPrune(ByView):
     """HiPrune: object-block anchors with their neighbours, and output-block registers.
 
     Attributes:
         keep: fraction or number of tokens of the image; each of its V views gets ``int(total / V)``.
         alpha: share of the budget for anchors with their buffers.
-        object_layer: encoder block of the anchors, counted from **1**; None: 9 of 24 (CLIP-L), 16 of 32 (Qwen), else 3/8
-            of the depth.
+        object_layer: encoder block of the anchors, counted from **1**; None: 9 of 24 (CLIP-L), 16 of 32 (Qwen), else
+            3/8 of the depth.
         deep_layer: encoder block of the registers, 0-based or from the end; None: the block that feeds the projector.
         buffer: neighbourhood of an anchor: ``"cross"`` (4), ``"square"`` (8), ``"row"`` (2) or ``"none"``.
-        border: ``"official"`` steps through flat indices (wraps into the next row, clamps at both ends), ``"grid"`` takes
-            true neighbours only.
+        border: ``"official"`` steps through flat indices (wraps into the next row, clamps at both ends), ``"grid"``
+            takes true neighbours only.
         exclude: ``"strict"`` never counts a token twice; ``"official"`` subtracts 1 from the scores of tokens already
             kept, which on towers without class token (summed scores) may keep fewer tokens than asked for.
         query_rows: attention from ``"all"`` tokens or from the ``"cls"`` token only.
-        newline: ``"drop"`` all separators (official), or keep those of the ``"rows"`` that keep a token; never in the budget.
+        newline: ``"drop"`` all separators (official), or keep those of the ``"rows"`` that keep a token; never in the
+            budget.
     """
 
     title: ClassVar[str] = "Anchors, buffers and registers from hierarchical encoder attention"
@@ -77,26 +61,14 @@ class HiPrune(Pruner):
     cost: ClassVar[str] = "two encoder blocks' attention statistics, O(H N^2 d)"
 
     keep: Keep = 1 / 3
-    alpha: float = 0.1
-    object_layer: int | None = None
-    deep_layer: int | None = None
-    buffer: str = "cross"
-    border: str = "official"
-    exclude: str = "strict"
-    query_rows: str = "all"
-    newline: str = "drop"
-
-    def __post_init__(self) -> None:
-        check_keep("keep", self.keep)
-        number("alpha", self.alpha, "share", 0, 1)
-        for name in ("object_layer", "deep_layer"):
-            if getattr(self, name) is not None:
-                integer(name, getattr(self, name), "block of the vision tower")
-        one_of("buffer", self.buffer, tuple(_STEPS))
-        one_of("border", self.border, ("official", "grid"))
-        one_of("exclude", self.exclude, ("strict", "official"))
-        one_of("query_rows", self.query_rows, ("all", "cls"))
-        one_of("newline", self.newline, ("drop", "rows"))
+    alpha: float = number(0.1, "share", 0, 1)
+    object_layer: int | None = integer(None, "block of the vision tower")
+    deep_layer: int | None = integer(None, "block of the vision tower")
+    buffer: str = choice("cross", *STEPS)
+    border: str = choice("official", "official", "grid")
+    exclude: str = choice("strict", "strict", "official")
+    query_rows: str = choice("all", "all", "cls")
+    newline: str = choice("drop", "drop", "rows")
 
     def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
         read = ReceivedAttention
@@ -108,7 +80,7 @@ class HiPrune(Pruner):
         def select(tokens: Tokens, anchor: Tensor, deep: Tensor) -> Selection:
             # the published Qwen code excludes on column sums: over all patches their mean is 1
             summed = self.exclude == "official" and not model.class_token
-            return self.select(tokens, anchor, deep / deep.mean(dim=1, keepdim=True) if summed else deep)
+            return self.select(tokens, anchor=anchor, deep=deep / deep.mean(dim=1, keepdim=True) if summed else deep)
 
         return (AtEntry(select, signals, newlines=self.newline),)
 
@@ -121,31 +93,18 @@ class HiPrune(Pruner):
         block = (16 if depth == 32 and model.family.startswith("qwen") else max(1, round(3 / 8 * depth))) - 1
         return min(model.full_attention or (block,), key=lambda full: abs(full - block))
 
-    @property
-    def _adaptive(self) -> bool:
-        """Whether content decides the count."""
-        return self.exclude == "official"
-
     def count(self, layout: Layout, model: ModelInfo | None = None) -> int | None:
-        return None if self._adaptive else sum(self.budgets(layout))
+        return None if self.exclude == "official" else super().count(layout, model)
 
     def budgets(self, layout: Layout) -> tuple[int, ...]:
-        return per_view_budget(budget(self.keep, layout.size), tuple(view.size for view in layout.views))
+        return per_view_budget(self.total(layout.size), layout.sizes)
 
-    def select(self, tokens: Tokens, anchor: Tensor, deep: Tensor) -> Selection:
-        """Anchors and buffers by ``anchor (B, N)``, registers by ``deep (B, N)``, in every view by itself."""
-        return per_view(tokens, self.budgets(tokens.layout), self._select_view, anchor=anchor, deep=deep)
-
-    def _select_view(self, tokens: Tokens, k: int, anchor: Tensor, deep: Tensor) -> Selection:
-        core = anchors_and_buffers(
-            anchors(anchor, anchor_count(k, self.alpha, self.buffer)),
-            k,
-            tokens.layout.views[0].grid,
-            buffer=self.buffer,
-            border=self.border,
-        )
+    def choose(self, tokens: Tokens, k: int, anchor: Tensor, deep: Tensor) -> Selection:
+        """Anchors and buffers by ``anchor (B, N)``, registers by ``deep (B, N)``."""
+        best, grid = anchors(anchor, anchor_count(k, self.alpha, self.buffer)), tokens.layout.views[0].grid
+        core = anchors_and_buffers(best, k, grid, buffer=self.buffer, border=self.border)
         kept = core | registers(deep, core, k, self.exclude)
-        return Selection(kept_tokens(kept, None if self._adaptive else k), scores=deep)
+        return Selection(kept_tokens(kept, k if self.exclude == "strict" else None), scores=deep)
 
 
 def per_view_budget(total: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
@@ -168,7 +127,7 @@ def per_view_budget(total: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 def anchor_count(k: int, alpha: float, buffer: str = "cross") -> int:
     """Anchors of a budget: ``round(k * alpha / (1 + buffers per anchor))``, half to even."""
-    return round(k * alpha / (1 + len(_STEPS[buffer])))
+    return round(k * alpha / (1 + len(STEPS[buffer])))
 
 
 def anchors(scores: Tensor, count: int) -> Tensor:
@@ -181,7 +140,7 @@ def anchors_and_buffers(
 ) -> Tensor:
     """``(B, A)`` anchors, best first, with their neighbours: ``(B, N)`` bool, the first ``k`` of them in that order."""
     rows, cols = grid
-    steps = anchors.new_tensor(((0, 0), *_STEPS[buffer]))  # (S, 2)
+    steps = anchors.new_tensor(((0, 0), *STEPS[buffer]))  # (S, 2)
     y, x = anchors[..., None] // cols + steps[:, 0], anchors[..., None] % cols + steps[:, 1]  # (B, A, S)
     added = (y * cols + x).clamp(0, rows * cols - 1).flatten(1)
     turn = torch.arange(added.shape[1], device=added.device).expand_as(added)
@@ -201,7 +160,7 @@ def registers(deep: Tensor, core: Tensor, k: int, exclude: str = "strict") -> Te
     """
     deep = deep.float()
     if exclude == "strict":
-        lowest = torch.finfo(deep.dtype).min  # of tokens without a score: still in front of the core
+        lowest = torch.finfo(deep.dtype).min  # of tokens without a score: still before the core
         left = deep.nan_to_num(lowest, torch.inf, lowest).masked_fill(core, -torch.inf)
     else:
         left = deep - core.float()

@@ -1,19 +1,18 @@
 """PiToMe: merge inside big clusters of similar tokens, leave isolated tokens alone.
 
-Tran, Nguyen, Nguyen, Nguyen, Le, Xie, Sonntag, Zou, Nguyen, Niepert, "Accelerating Transformers with Spectrum-Preserving Token
-Merging", NeurIPS 2024, arXiv 2405.16148. Every token gets an *energy*, its mean similarity to all others beyond a margin
-that falls with depth. Tokens of high energy belong to large redundant clusters; they are split by turns along the energy
-ranking and merged with their best partner, while tokens of low energy are protected. Headline: 40 to 60 % fewer operations
-for 0.5 points of ImageNet accuracy off the shelf, where other mergers lose 2.6.
+Tran, Nguyen, Nguyen, Nguyen, Le, Xie, Sonntag, Zou, Nguyen, Niepert, "Accelerating Transformers with
+Spectrum-Preserving Token Merging", NeurIPS 2024, arXiv 2405.16148. Every token gets an *energy*, its mean similarity to
+all others beyond a margin that falls with depth. Tokens of high energy belong to large redundant clusters; they are
+split by turns along the energy ranking and merged with their best partner, while tokens of low energy are protected.
+Headline: 40 to 60 % fewer operations for 0.5 points of ImageNet accuracy off the shelf, where other mergers lose 2.6.
 
-Follows the published code where it differs from the paper (continuous energy, blocks without protection by family), with
-attention that counts patches as the paper says. Sets depend on the parity of energy ranks, so energies are exact float32.
-Cost: N^2 similarities of key width per block, four times those of ToMe.
+Follows the published code where it differs from the paper (continuous energy, blocks without protection by family),
+with attention that counts patches as the paper says. Sets depend on the parity of energy ranks, so energies are exact
+float32. Cost: N^2 similarities of key width per block, four times those of ToMe.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -23,13 +22,18 @@ from torch import Tensor
 from foveate.cuda import best_match, similarity_energy
 from foveate.cuda.merging import take_rows
 from foveate.errors import ParameterError
-from foveate.pruners.core import InTower, ModelInfo, ranked, register
-from foveate.pruners.core.merging import BlockKeys, BlockTokens, Groups, Merger, check_ratio, share
-from foveate.pruners.core.parameters import check_choice as one_of
-from foveate.pruners.core.parameters import check_number as number
+from foveate.pruners.core import InTower, ModelInfo, choice, number, one_or_several, register
+from foveate.pruners.core.merging import BlockKeys, BlockTokens, Groups, Merger, ratio_of_block, removed
+from foveate.pruners.core.parameters import check_number
+from foveate.pruners.core.selection import ranked
 from foveate.pruners.tome import bipartite
 
-_LLAVA_TOME_BLOCKS = 13  # of the published CLIP patch
+LLAVA_TOME_BLOCKS = 13
+"""How many blocks of the published CLIP patch are ToMe's."""
+
+
+def _margin(name: str, value: float) -> float:
+    return check_number(name, value, "similarity")
 
 
 @register("pitome")
@@ -38,18 +42,18 @@ class PiToMe(Merger):
     """PiToMe: energy-ranked bipartite merging.
 
     Attributes:
-        ratio: share of its patches that every block keeps, or one share per block (missing ones are 1). Usual: 0.9 to 0.975
-            for classification, 0.85 to 0.95 for LLaVA. Below 0.5 a block loses half of its patches.
-        order: which blocks protect isolated tokens: ``"deit"`` the second half of them, ``"mae"`` the first half, ``"plain"``
-            all; ``"llava"`` is the published CLIP patch of LLaVA: blocks 0 .. 12 are ToMe's, all merge behind their MLP, by
-            their output, into plain means.
-        margin: of block 0, falling linearly to 0; or (first, end). None: 0.75, with ``order="llava"`` 0.9. The published
-            code has 0.9 for AugReg and BLIP, 0.95 for LAVIS-CLIP, (0.75, 0.35) for BLIP-2.
+        ratio: share of its patches that every block keeps, or one share per block (missing ones are 1). Usual: 0.9 to
+            0.975 for classification, 0.85 to 0.95 for LLaVA. Below 0.5 a block loses half of its patches.
+        order: which blocks protect isolated tokens: ``"deit"`` the second half of them, ``"mae"`` the first half,
+            ``"plain"`` all; ``"llava"`` is the published CLIP patch of LLaVA: blocks 0 .. 12 are ToMe's, all merge
+            after their MLP, by their output, into plain means.
+        margin: of block 0, falling linearly to 0; or (first, end). None: 0.75, with ``order="llava"`` 0.9. The
+            published code has 0.9 for AugReg and BLIP, 0.95 for LAVIS-CLIP, (0.75, 0.35) for BLIP-2.
         alpha: slope of the energy below the margin; hardly matters.
         metric: similarity of the block's ``"keys"`` or of the ``"tokens"``. None: keys, with ``order="llava"`` tokens.
         prop_attn: attention counts a token as often as it has patches (None: yes, with ``order="llava"`` no).
-        weighting: a group becomes its ``"size"``-weighted mean, its plain ``"mean"``, or its target alone (``"prune"``).
-            None: size, with ``order="llava"`` mean.
+        weighting: a group becomes its ``"size"``-weighted mean, its plain ``"mean"``, or its target alone
+            (``"prune"``). None: size, with ``order="llava"`` mean.
         energy: ``"code"`` subtracts the margin, ``"paper"`` keeps the similarity itself above it.
         centered: subtract the picture's mean metric first; helps where all keys share a large component (DINOv2).
     """
@@ -58,31 +62,18 @@ class PiToMe(Merger):
     paper: ClassVar[str] = "arXiv 2405.16148 (NeurIPS 2024)"
     cost: ClassVar[str] = "N^2 similarities of key width per block"
 
-    ratio: float | tuple[float, ...] = 0.9
-    order: str = "deit"
-    margin: float | tuple[float, float] | None = None
-    alpha: float = 1.0
-    metric: str | None = None
+    ratio: float | tuple[float, ...] = one_or_several(0.9, ratio_of_block)
+    order: str = choice("deit", "deit", "mae", "plain", "llava")
+    margin: float | tuple[float, float] | None = one_or_several(None, _margin)
+    alpha: float = number(1.0, "slope")
+    metric: str | None = choice(None, "keys", "tokens")
     prop_attn: bool | None = None
-    weighting: str | None = None
-    energy: str = "code"
+    weighting: str | None = choice(None, "size", "mean", "prune")
+    energy: str = choice("code", "code", "paper")
     centered: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("ratio", "margin"):
-            value = getattr(self, name)
-            if isinstance(value, Sequence) and not isinstance(value, str):
-                object.__setattr__(self, name, tuple(value))
-        check_ratio(self.ratio)
-        one_of("order", self.order, ("deit", "mae", "plain", "llava"))
-        one_of("energy", self.energy, ("code", "paper"))
-        if self.metric is not None:
-            one_of("metric", self.metric, ("keys", "tokens"))
-        if self.weighting is not None:
-            one_of("weighting", self.weighting, ("size", "mean", "prune"))
-        number("alpha", self.alpha, "slope")
-        for margin in () if self.margin is None else self.margin if isinstance(self.margin, tuple) else (self.margin,):
-            number("margin", margin, "similarity")
+        super().__post_init__()
         if isinstance(self.margin, tuple) and len(self.margin) != 2:
             raise ParameterError(f"margin={self.margin}: give that of block 0, or a pair (first, end)")
 
@@ -101,7 +92,7 @@ class PiToMe(Merger):
 
         def removes(n: int) -> int:
             patches = max(0, n - prefix)
-            return min(share(ratio, n if variant == "bsm" else patches), patches // 2)
+            return min(removed(ratio, n if variant == "bsm" else patches), patches // 2)
 
         def select(tokens: BlockTokens, metric: Tensor | None = None) -> Groups:
             features = (tokens.embeds if metric is None else metric).float()
@@ -127,7 +118,7 @@ class PiToMe(Merger):
     def variant(self, i: int, depth: int) -> str:
         """``"pitome"`` (protects), ``"bsm_pitome"`` (ranks by energy, protects nothing) or ``"bsm"`` (ToMe) in block ``i``."""
         if self.order == "llava":
-            return "bsm" if i < _LLAVA_TOME_BLOCKS else "pitome"
+            return "bsm" if i < LLAVA_TOME_BLOCKS else "pitome"
         first_half = i < (depth + 1) // 2
         return "bsm_pitome" if self.order != "plain" and first_half == (self.order == "deit") else "pitome"
 

@@ -1,11 +1,11 @@
 """QuoTA: every frame of a video gets tokens by how much it helps to answer the question.
 
 Luo, Chen et al., "QuoTA: Query-oriented Token Assignment via CoT Query Decouple for Long Video Comprehension", arXiv
-2503.08689 (AAAI 2026). Headline: LLaVA-Video-7B gains 3.2 points on average over six video benchmarks at the same number
-of visual tokens. At the decoder's entry, each frame's grid of tokens is resampled to its share of the video's budget; a
-frame with a share below one token vanishes. The frames' scores come from outside: ``session.frame_scores``, which
-``foveate.FrameScorer`` makes. Cost: the scorer, one forward pass per frame; what happens here reads a few rows per token.
-Formulas follow the authors' code.
+2503.08689 (AAAI 2026). Headline: LLaVA-Video-7B gains 3.2 points on average over six video benchmarks at the same
+number of visual tokens. At the decoder's entry, each frame's grid of tokens is resampled to its share of the video's
+budget; a frame with a share below one token vanishes. The frames' scores come from outside: ``session.frame_scores``,
+which ``foveate.FrameScorer`` makes. Cost: the scorer, one forward pass per frame; what happens here reads a few rows
+per token. Formulas follow the authors' code.
 """
 
 from __future__ import annotations
@@ -19,25 +19,9 @@ from typing import ClassVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from foveate.errors import InputError, ParameterError
-from foveate.pruners.core import (
-    AtEntry,
-    Keep,
-    Layout,
-    ModelInfo,
-    Pruner,
-    Selection,
-    Stage,
-    Tokens,
-    UnpooledFrames,
-    View,
-    budget,
-    keep_all,
-    register,
-    split_budget,
-)
+from foveate.pruners.core import AtEntry, Keep, Layout, ModelInfo, Pruner, Selection, Stage, Tokens, View, register
 from foveate.pruners.core.allocation import (
     CAPS,
     checked_scores,
@@ -47,11 +31,10 @@ from foveate.pruners.core.allocation import (
     scores_per_view,
 )
 from foveate.pruners.core.lattice import host_slots, middles
-from foveate.pruners.core.parameters import check_choice as one_of
-from foveate.pruners.core.parameters import check_integer as integer
-from foveate.pruners.core.parameters import check_keep
-from foveate.pruners.core.parameters import check_number as number
+from foveate.pruners.core.parameters import choice, integer, number, parameter
 from foveate.pruners.core.resampling import GRID, MERGING, PLANS, linspace_index
+from foveate.pruners.core.selection import budget, keep_all, split_budget, stacked
+from foveate.pruners.core.signals import UnpooledFrames
 
 Cells = tuple[int, int] | int
 
@@ -63,16 +46,17 @@ class QuoTA(Pruner):
 
     Attributes:
         keep: fraction or number of visual tokens of a video, an upper bound; a full budget changes nothing.
-        assigner: how a frame gets to its share: ``"bilinear"`` (published), ``"adaptive_avg"``, ``"linspace"``, ``"tome"`` or
-            ``"separable_tome"``.
-        cap: what happens to shares above a frame's size. ``"none"`` enlarges the frame, ``"official"`` is the authors' single
-            pass, which loses part of the budget, ``"waterfill"`` (recommended) hands the surplus to the other frames. None: as
-            published, ``"none"`` for bilinear and ``"official"`` for the others; on m-RoPE models ``"waterfill"``.
-        remainder: ``"drop"`` loses fractions of tokens, as published; ``"largest"`` gives them to the frames with the largest.
-            With it, waterfill and linspace or tome, the budget is met exactly.
+        assigner: how a frame gets to its share: ``"bilinear"`` (published), ``"adaptive_avg"``, ``"linspace"``,
+            ``"tome"`` or ``"separable_tome"``.
+        cap: what happens to shares above a frame's size. ``"none"`` enlarges the frame, ``"official"`` is the authors'
+            single pass, which loses part of the budget, ``"waterfill"`` (recommended) hands the surplus to the other
+            frames. None: as published, ``"none"`` for bilinear and ``"official"`` for the others; on m-RoPE models
+            ``"waterfill"``.
+        remainder: ``"drop"`` loses fractions of tokens, as published; ``"largest"`` gives them to the frames with the
+            largest. With it, waterfill and linspace or tome, the budget is met exactly.
         min_tokens_per_frame: every frame gets so many at any rate, the rest is shared by the scores.
         score_power: exponent that sharpens the scores.
-        score_scale: factor in front of them, as in the authors' code; it cancels.
+        score_scale: factor before them, as in the authors' code; it cancels.
         scores: one score >= 0 per frame, for every video alike; None: those of ``session.frame_scores``.
     """
 
@@ -82,25 +66,13 @@ class QuoTA(Pruner):
     cost: ClassVar[str] = "a forward pass of a scoring model per frame, outside; here a few rows read per token"
 
     keep: Keep = 0.25
-    assigner: str = "bilinear"
-    cap: str | None = None
-    remainder: str = "drop"
-    min_tokens_per_frame: int = 0
-    score_power: float = 2.0
-    score_scale: float = 100.0
-    scores: tuple[float, ...] | None = None
-
-    def __post_init__(self) -> None:
-        check_keep("keep", self.keep)
-        one_of("assigner", self.assigner, tuple(PLANS))
-        one_of("remainder", self.remainder, ("drop", "largest"))
-        if self.cap is not None:
-            one_of("cap", self.cap, tuple(CAPS))
-        for name in ("score_power", "score_scale"):
-            number(name, getattr(self, name), "power" if name == "score_power" else "scale", 0, above=True)
-        integer("min_tokens_per_frame", self.min_tokens_per_frame, "number of tokens", 0)
-        if self.scores is not None:
-            object.__setattr__(self, "scores", tuple(checked_scores(self.scores).tolist()))
+    assigner: str = choice("bilinear", *PLANS)
+    cap: str | None = choice(None, *CAPS)
+    remainder: str = choice("drop", "drop", "largest")
+    min_tokens_per_frame: int = integer(0, "number of tokens", 0)
+    score_power: float = number(2.0, "power", 0, above=True)
+    score_scale: float = number(100.0, "scale", 0, above=True)
+    scores: tuple[float, ...] | None = parameter(None, lambda name, scores: tuple(checked_scores(scores).tolist()))
 
     def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
         published = "none" if self.assigner == "bilinear" else "official"
@@ -115,22 +87,15 @@ class QuoTA(Pruner):
         select = partial(self.select, cap=cap, frames_per_view=model.frames_per_view)
         return (AtEntry(select, signals, reads_frame_scores=True, empty_frames="drop"),)
 
-    @property
-    def _adaptive(self) -> bool:
-        """Whether content decides the count."""
-        return self.assigner in GRID or self.cap != "waterfill" or self.remainder != "largest"
-
     def count(self, layout: Layout, model: ModelInfo | None = None) -> int | None:
-        return None if self._adaptive else sum(self.budgets(layout))
-
-    def budgets(self, layout: Layout) -> tuple[int, ...]:
-        return (budget(self.keep, layout.size),)
+        exact = self.assigner not in GRID and self.cap == "waterfill" and self.remainder == "largest"
+        return budget(self.keep, layout.size) if exact else None
 
     def select(
         self, tokens: Tokens, unpooled: Tensor | None = None, *, cap: str = "none", frames_per_view: int = 1
     ) -> Selection:
-        """Resample the views of every image; ``unpooled (B, V * n, D)`` are square frames as they were before the model pooled them."""
-        (total,) = self.budgets(tokens.layout)
+        """Resample the views of every image; ``unpooled (B, V * n, D)`` are square frames before the model pooled them."""
+        total = budget(self.keep, tokens.count)
         if total >= tokens.count:
             return keep_all(tokens)
         views, device = tokens.layout.views, tokens.embeds.device
@@ -144,17 +109,18 @@ class QuoTA(Pruner):
         for b in range(len(tokens.embeds)):
             weights = self._weights(tokens, b, frames_per_view)
             if weights is None:
-                shares = list(split_budget(total, tuple(view.size for view in views)))
+                shares = split_budget(total, tokens.layout.sizes)
             else:
                 size = frames[0].shape[1] * frames[0].shape[2]
                 shares = frame_budgets(weights, total, size, cap, self.remainder, self.min_tokens_per_frame)
             one = resampled(tokens.layout, [frame[b] for frame in frames], shares, self.assigner, limited)
+            one.values = one.values.to(tokens.embeds.dtype)
             if weights is not None:
-                one.scores = torch.from_numpy(weights).float().repeat_interleave(views[0].size).to(device)
+                one.scores = torch.from_numpy(weights).float().repeat_interleave(views[0].size).to(device)[None]
             if unpooled is not None:
                 one.resample = None  # nothing else has that shape
             chosen.append(one)
-        return _stacked(chosen, tokens)
+        return stacked(chosen)
 
     def _weights(self, tokens: Tokens, b: int, frames_per_view: int) -> np.ndarray | None:
         """The frames' weights, None where there is nothing to weigh."""
@@ -174,7 +140,7 @@ class QuoTA(Pruner):
 def resampled(
     layout: Layout, frames: Sequence[Tensor], shares: Sequence[int], assigner: str, limited: bool = True
 ) -> Selection:
-    """Bring the views' ``(rows, cols, D)`` to their shares; a selection for one image, without batch axis.
+    """Bring the views' ``(rows, cols, D)`` to their shares: the selection of one image, a batch of one.
 
     A cell takes the place of the token under its centre. Frames that grew beyond their own places push into their
     neighbours', in order, which only sequences with compact positions can bear.
@@ -204,10 +170,11 @@ def resampled(
     def resample(x: Tensor) -> Tensor:
         return follow([x[view.tokens(x.device)].unflatten(0, view.grid) for view in layout.views])
 
-    return Selection(seats(target, layout.size).to(device), follow(frames), resample=resample)
+    index = distinct_places(target, layout.size).to(device)
+    return Selection(index[None], follow(frames)[None], resample=[resample])
 
 
-def seats(targets: Tensor, n: int) -> Tensor:
+def distinct_places(targets: Tensor, n: int) -> Tensor:
     """Ascending, unique places among ``n`` as near as may be to ``targets (K,)``, which ascend: ``(K,)`` int64."""
     number = torch.arange(len(targets))
     return torch.minimum((targets - number).cummax(0).values + number, n - len(targets) + number)
@@ -222,13 +189,3 @@ def _targets(view: View, cells: Cells, assigner: str) -> Tensor:
             return host_slots(view.grid, cells)
         cells = cells[0] * cells[1]
     return middles(view.size, cells)
-
-
-def _stacked(chosen: Sequence[Selection], tokens: Tokens) -> Selection:
-    """One batch, padded on the right: -1 in the index, zeros in the values."""
-    return Selection(
-        pad_sequence([one.index for one in chosen], batch_first=True, padding_value=-1),
-        pad_sequence([one.values for one in chosen], batch_first=True).to(tokens.embeds.dtype),
-        scores=None if chosen[0].scores is None else torch.stack([one.scores for one in chosen]),
-        resample=None if chosen[0].resample is None else [one.resample for one in chosen],
-    )

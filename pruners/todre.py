@@ -1,21 +1,22 @@
-"""ToDRE: token diversity in front of the decoder, task relevance inside it.
+"""ToDRE: token diversity before the decoder, task relevance inside it.
 
-Li et al., "ToDRE", arXiv 2505.18757 (v1 May 2025: greedy k-center; v2 Nov 2025: greedy max-sum diversification, followed
-here). Stage 1 keeps mutually dissimilar projected tokens, starting from the one the class token attends to most; all
-crops or frames form one pool. Stage 2 removes every visual token in front of a late decoder layer once text and image
-hardly attend to each other. Headline: 10 % of the tokens keep 95 % of LLaVA-NeXT-7B's score.
+Li et al., "ToDRE", arXiv 2505.18757 (v1 May 2025: greedy k-center; v2 Nov 2025: greedy max-sum diversification,
+followed here). Stage 1 keeps mutually dissimilar projected tokens, starting from the one the class token attends to
+most; all crops or frames form one pool. Stage 2 removes every visual token before a late decoder layer once text and
+image hardly attend to each other. Headline: 10 % of the tokens keep 95 % of LLaVA-NeXT-7B's score.
 
-Acts at the decoder's entry (reads the class token's attention in the last encoder block) and in front of decoder layer
-``floor(7 L / 8)`` (reads cross-modal attention of the layer below). Stage 2 saves nothing below that layer: the keys and
-values of the layers below stay cached, and decoding reads them; there is no switch to drop them. It runs in multi-turn chat
-too, where a later turn cannot get the image's keys back in the layers that lost them: use ``stage2=False`` there.
-Cost: one N x N similarity matrix and k dependent steps of O(N); stage 2 one pass over the text rows of one layer.
+Acts at the decoder's entry (reads the class token's attention in the last encoder block) and before decoder layer
+``floor(7 L / 8)`` (reads cross-modal attention of the layer below). Stage 2 saves nothing below that layer: the keys
+and values of the layers below stay cached, and decoding reads them; there is no switch to drop them. It runs in
+multi-turn chat too, where a later turn cannot get the image's keys back in the layers that lost them: use
+``stage2=False`` there. Cost: one N x N similarity matrix and k dependent steps of O(N); stage 2 one pass over the text
+rows of one layer.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,29 +27,41 @@ from foveate.errors import ParameterError
 from foveate.pruners.core import (
     AtEntry,
     BeforeLayer,
-    ClassAttention,
-    CrossModalAttention,
     Keep,
     Layout,
     ModelInfo,
     Pruner,
     Selection,
-    Signal,
     Stage,
     Tokens,
-    budget,
-    floor,
-    keep_all,
     register,
-    seeded,
 )
-from foveate.pruners.core.parameters import check_choice as one_of
-from foveate.pruners.core.parameters import check_integer as integer
-from foveate.pruners.core.parameters import check_keep
-from foveate.pruners.core.parameters import check_many as many
-from foveate.pruners.core.parameters import check_number as number
+from foveate.pruners.core.parameters import (
+    check_choice,
+    check_integer,
+    check_number,
+    choice,
+    integer,
+    number,
+    parameter,
+    several,
+)
+from foveate.pruners.core.selection import budget, floor, keep_all, seeded
+from foveate.pruners.core.signals import ClassAttention, CrossModalAttention
 
-_OBJECTIVES = {"max_sum": "max_sum", "k_center": "max_min"}
+OBJECTIVES = {"max_sum": "max_sum", "k_center": "max_min"}
+
+
+def _pivot(name: str, value: Any) -> Any:
+    if isinstance(value, str):
+        return check_choice(name, value, ("cls", "farthest", "center", "random"))
+    return check_integer(name, value, "token number or rule", 0)
+
+
+def _depth(name: str, value: Any) -> float:
+    if not 0.0 < check_number(name, value, "share of the layers", 0, 1) < 1.0:
+        raise ParameterError(f"{name}={value}: give fractions between 0 and 1, at least one")
+    return value
 
 
 @register("todre")
@@ -60,14 +73,16 @@ class ToDRE(Pruner):
         keep: fraction or number of tokens that stage 1 keeps of the whole image or video.
         diversity: ``"max_sum"`` (smallest summed similarity to the chosen, v2) or ``"k_center"`` (farthest from its
             nearest chosen token, v1).
-        pivot: first token: ``"cls"`` (most attended by the class token), ``"farthest"`` from or nearest to (``"center"``)
-            the mean direction, ``"random"``, or a token number. None: ``"cls"``, or ``"farthest"`` without class token.
+        pivot: first token: ``"cls"`` (most attended by the class token), ``"farthest"`` from or nearest to
+            (``"center"``) the mean direction, ``"random"``, or a token number. None: ``"cls"``, or ``"farthest"``
+            without class token.
         cls_layer: encoder block of the class attention, 0-based or counted from the end.
         tau: stage 2 removes the visual tokens when both cross-modal shares are below it.
         check_depth: where stage 2 looks, as fractions of the decoder's depth; the first place that passes wins.
         system_tokens: how many tokens at the start of the prompt are the system prompt, which stage 2 does not count as
-            text. None: everything in front of the first picture counts as system prompt.
-        stage1, stage2: whether the stage runs.
+            text. None: everything before the first picture counts as system prompt.
+        stage1: whether stage 1 runs.
+        stage2: whether stage 2 runs.
         seed: of ``pivot="random"``.
     """
 
@@ -76,46 +91,32 @@ class ToDRE(Pruner):
     cost: ClassVar[str] = "one N x N similarity matrix and k greedy steps"
 
     keep: Keep = 0.1
-    diversity: str = "max_sum"
-    pivot: str | int | None = None
-    cls_layer: int = -1
-    tau: float = 0.1
-    check_depth: tuple[float, ...] = (7 / 8,)
-    system_tokens: int | None = None
+    diversity: str = choice("max_sum", *OBJECTIVES)
+    pivot: str | int | None = parameter(None, _pivot)
+    cls_layer: int = integer(-1, "block of the vision tower")
+    tau: float = number(0.1, "share of attention", 0, 1)
+    check_depth: tuple[float, ...] = several((7 / 8,), _depth)
+    system_tokens: int | None = integer(None, "number of tokens", 0)
     stage1: bool = True
     stage2: bool = True
-    seed: int = 0
+    seed: int = integer(0, "seed")
 
     def __post_init__(self) -> None:
-        check_keep("keep", self.keep)
-        one_of("diversity", self.diversity, tuple(_OBJECTIVES))
-        if isinstance(self.pivot, str):
-            one_of("pivot", self.pivot, ("cls", "farthest", "center", "random"))
-        elif self.pivot is not None:
-            integer("pivot", self.pivot, "token number or rule", 0)
-        integer("cls_layer", self.cls_layer, "block of the vision tower")
-        integer("seed", self.seed, "seed")
-        number("tau", self.tau, "share of attention", 0, 1)
-        depths = many("check_depth", self.check_depth, lambda x: number("check_depth", x, "share of the layers", 0, 1))
-        object.__setattr__(self, "check_depth", depths)
-        if not depths or not all(0.0 < depth < 1.0 for depth in depths):
-            raise ParameterError(f"check_depth={self.check_depth}: give fractions between 0 and 1, at least one")
-        if self.system_tokens is not None:
-            integer("system_tokens", self.system_tokens, "number of tokens", 0)
+        super().__post_init__()
+        if not self.check_depth:
+            raise ParameterError("check_depth=(): give fractions between 0 and 1, at least one")
         if not (self.stage1 or self.stage2):
             raise ParameterError("stage1 and stage2 are both off: nothing would be pruned")
 
     def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
-        stages = []
+        stages: list[Stage] = []
         if self.stage1:
-            signals: dict[str, Signal] = {}
-            chosen = self
-            if self.pivot is None:
-                chosen = replace(self, pivot="cls" if model.class_token else "farthest")
-            if chosen.pivot == "cls":
+            pivot = ("cls" if model.class_token else "farthest") if self.pivot is None else self.pivot
+            read = {}
+            if pivot == "cls":
                 model.require_class_token("pivot='cls'", "pivot='farthest', 'center' or 'random'")
-                signals["class_attention"] = ClassAttention(model.block("cls_layer", self.cls_layer))
-            stages.append(AtEntry(chosen.diversify, signals))
+                read["class_attention"] = ClassAttention(model.block("cls_layer", self.cls_layer))
+            stages.append(AtEntry(replace(self, pivot=pivot).diversify, read))
         if self.stage2:
             layers = {floor(depth * model.decoder_layers) for depth in self.check_depth}
             for layer in sorted(model.decoder_layer("check_depth * layers", n) for n in layers):
@@ -123,21 +124,12 @@ class ToDRE(Pruner):
                 stages.append(BeforeLayer(self.drop_irrelevant, read, layer=layer, positions="keep"))
         return tuple(stages)
 
-    @property
-    def _adaptive(self) -> bool:
-        """Whether content decides the count."""
-        return self.stage2
-
     def count(self, layout: Layout, model: ModelInfo | None = None) -> int | None:
-        return None if self._adaptive else sum(self.budgets(layout))
-
-    def budgets(self, layout: Layout) -> tuple[int, ...]:
-        """Of stage 1; stage 2 removes the rest of an image or nothing."""
-        return (budget(self.keep, layout.size) if self.stage1 else layout.size,)
+        return None if self.stage2 else budget(self.keep, layout.size)  # stage 2 removes all of an image or nothing
 
     def diversify(self, tokens: Tokens, class_attention: Tensor | None = None) -> Selection:
         """Stage 1: the budget's tokens, as unlike as can be; ``class_attention (B, N)`` finds the pivot where it is read."""
-        (k,) = self.budgets(tokens.layout)
+        k = budget(self.keep, tokens.count)
         if k >= tokens.count:
             return keep_all(tokens)
         chosen = diversification(tokens.embeds, k, self._pivot(tokens, class_attention), self.diversity)
@@ -175,7 +167,7 @@ def attended_pivot(class_attention: Tensor, layout: Layout) -> Tensor:
 
 def diversification(embeds: Tensor, k: int, pivot: Tensor, diversity: str = "max_sum") -> Tensor:
     """``k`` tokens in order of selection, ``pivot (B,)`` first: ``(B, N, D) -> (B, k)`` int64."""
-    return diverse_subset(embeds, k, pivot, objective=_OBJECTIVES[diversity])
+    return diverse_subset(embeds, k, pivot, objective=OBJECTIVES[diversity])
 
 
 def closeness_to_mean(embeds: Tensor) -> Tensor:

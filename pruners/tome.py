@@ -1,19 +1,19 @@
 """ToMe: merge the most similar pairs of a bipartite split, a few in every transformer block.
 
-Bolya, Fu, Dai, Zhang, Feichtenhofer, Hoffman, "Token Merging: Your ViT But Faster", ICLR 2023, arXiv 2210.09461. In each
-block, between attention and MLP, tokens are split into two sets by turns; every token of the first finds its most similar
-token in the second by the block's keys, and the ``r`` best pairs are averaged, weighted by the patches they stand for.
-Attention then counts a token as often as it has patches. Headline: twice the throughput of ViT-L at 512 px for 0.2 to 0.3
-points of ImageNet accuracy, without training.
+Bolya, Fu, Dai, Zhang, Feichtenhofer, Hoffman, "Token Merging: Your ViT But Faster", ICLR 2023, arXiv 2210.09461. In
+each block, between attention and MLP, tokens are split into two sets by turns; every token of the first finds its most
+similar token in the second by the block's keys, and the ``r`` best pairs are averaged, weighted by the patches they
+stand for. Attention then counts a token as often as it has patches. Headline: twice the throughput of ViT-L at 512 px
+for 0.2 to 0.3 points of ImageNet accuracy, without training.
 
-Class, distillation and register tokens never merge (the official code protects the first two). The order inside the network
-is that of the official code, which mixes positions on purpose, except that without a class token unmerged tokens stay in
-ascending order unless ``order="official"``. Cost: N^2 / 4 similarities of key width per block; the merge touches r rows.
+Class, distillation and register tokens never merge (the official code protects the first two). The order inside the
+network is that of the official code, which mixes positions on purpose, except that without a class token unmerged
+tokens stay in ascending order unless ``order="official"``. Cost: N^2 / 4 similarities of key width per block; the merge
+touches r rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -22,11 +22,14 @@ from torch import Tensor
 
 from foveate.cuda import best_match
 from foveate.errors import ParameterError
-from foveate.pruners.core import InTower, ModelInfo, ranked, register
-from foveate.pruners.core.merging import BlockKeys, BlockTokens, Groups, Merger, check_ratio, share
-from foveate.pruners.core.parameters import check_choice as one_of
-from foveate.pruners.core.parameters import check_integer as integer
-from foveate.pruners.core.parameters import check_number as number
+from foveate.pruners.core import InTower, ModelInfo, choice, integer, number, one_or_several, parameter, register
+from foveate.pruners.core.merging import BlockKeys, BlockTokens, Groups, Merger, ratio_of_block, removed
+from foveate.pruners.core.parameters import check_integer
+from foveate.pruners.core.selection import ranked
+
+
+def _tokens(name: str, value: int) -> int:
+    return check_integer(name, value, "number of tokens", 0)
 
 
 @register("tome")
@@ -35,16 +38,20 @@ class ToMe(Merger):
     """ToMe: bipartite soft matching on keys.
 
     Attributes:
-        r: tokens that every block merges away, or one number per block (missing ones are 0). Usual: 8 to 16 of 197 tokens,
-            7 or 8 for large models at 224 px, 23 at 384 px, 40 to 45 above. A block can lose at most half its tokens.
-        inflection: for a single ``r``, from -1 (twice as many in the first block, none in the last) over 0 (constant) to 1.
+        r: tokens that every block merges away, or one number per block (missing ones are 0). Usual: 8 to 16 of 197
+            tokens, 7 or 8 for large models at 224 px, 23 at 384 px, 40 to 45 above. A block can lose at most half its
+            tokens.
+        inflection: for a single ``r``, from -1 (twice as many in the first block, none in the last) over 0 (constant)
+            to 1.
         ratio: instead of ``r``: the share of its tokens, class token counted, that every block keeps.
-        prop_attn: attention counts a token as often as it has patches. Best without training for supervised models; leave it
-            off for MAE models, and as in training for models trained with ToMe.
-        matching: ``"bipartite"``; ``"kth"`` merges all of every ``k`` tokens but the last into their best match among the
-            last ones, ``r`` unread; ``"random"`` merges random tokens into their best match, ``"pairs"`` into random ones.
+        prop_attn: attention counts a token as often as it has patches. Best without training for supervised models;
+            leave it off for MAE models, and as in training for models trained with ToMe.
+        matching: ``"bipartite"``; ``"kth"`` merges all of every ``k`` tokens but the last into their best match among
+            the last ones, ``r`` unread; ``"random"`` merges random tokens into their best match, ``"pairs"`` into
+            random ones.
         k: period of ``matching="kth"``.
-        order: of unmerged tokens in models without class token: ``"ascending"``, or ``"official"``, by falling similarity.
+        order: of unmerged tokens in models without class token: ``"ascending"``, or ``"official"``, by falling
+            similarity.
         seed: of the random matchings, which draw alike for all pictures.
     """
 
@@ -52,29 +59,19 @@ class ToMe(Merger):
     paper: ClassVar[str] = "arXiv 2210.09461 (ICLR 2023)"
     cost: ClassVar[str] = "N^2 / 4 similarities of key width per block"
 
-    r: int | tuple[int, ...] = 8
-    inflection: float = 0.0
-    ratio: float | None = None
+    r: int | tuple[int, ...] = one_or_several(8, _tokens)
+    inflection: float = number(0.0, "bend", -1, 1)
+    ratio: float | None = parameter(None, ratio_of_block)
     prop_attn: bool = True
-    matching: str = "bipartite"
-    k: int = 2
-    order: str = "ascending"
-    seed: int = 0
+    matching: str = choice("bipartite", "bipartite", "kth", "random", "pairs")
+    k: int = integer(2, "group of tokens of which one is left", 2)
+    order: str = choice("ascending", "ascending", "official")
+    seed: int = integer(0, "seed")
 
     def __post_init__(self) -> None:
-        if isinstance(self.r, Sequence) and not isinstance(self.r, str):
-            object.__setattr__(self, "r", tuple(self.r))
-        for r in self.r if isinstance(self.r, tuple) else (self.r,):
-            integer("r", r, "number of tokens", 0)
-        number("inflection", self.inflection, "bend", -1, 1)
-        integer("seed", self.seed, "seed")
+        super().__post_init__()
         if self.inflection and isinstance(self.r, tuple):
             raise ParameterError("inflection bends a single r; with one r per block leave it at 0")
-        if self.ratio is not None:
-            check_ratio(self.ratio)
-        one_of("matching", self.matching, ("bipartite", "kth", "random", "pairs"))
-        one_of("order", self.order, ("ascending", "official"))
-        integer("k", self.k, "group of tokens of which one is left", 2)
 
     def removing(self, counts: tuple[int, ...], n_patches: int, model: ModelInfo) -> ToMe:
         if self.matching == "kth":
@@ -89,7 +86,7 @@ class ToMe(Merger):
             patches = max(0, n - prefix)
             if self.matching == "kth":
                 return patches // self.k * (self.k - 1)
-            return min(planned if self.ratio is None else share(self.ratio, n), patches // 2)
+            return min(planned if self.ratio is None else removed(self.ratio, n), patches // 2)
 
         def select(tokens: BlockTokens, metric: Tensor) -> Groups:
             if self.matching == "kth":
@@ -115,7 +112,7 @@ def schedule(r: int | tuple[int, ...], layers: int, inflection: float = 0.0) -> 
 def bipartite(metric: Tensor, r: int, *, prefix: int = 0, ascending: bool = True) -> Groups:
     """Bipartite soft matching of ``metric (B, N, d)``: even rows against odd ones, the ``r`` best pairs merge.
 
-    ``prefix`` rows stay in front. Behind them come the even rows that stay (ascending, or by falling similarity), then all
+    ``prefix`` rows stay first. After them come the even rows that stay (ascending, or by falling similarity), then all
     odd rows. ``r`` is at most half of the other rows.
     """
     even, odd = prefix + prefix % 2, prefix + 1 - prefix % 2
@@ -132,7 +129,8 @@ def bipartite(metric: Tensor, r: int, *, prefix: int = 0, ascending: bool = True
 
 
 def kth(metric: Tensor, k: int, *, prefix: int = 0) -> Groups:
-    """Of every ``k`` consecutive rows behind the prefix, the first k - 1 merge into their best match among the k-th ones.
+    """Of every ``k`` consecutive rows after the prefix, the first k - 1 merge into their best match among the k-th
+    ones.
 
     ``metric (B, N, d)``; the last N mod k rows, which the official code loses, stay as they are.
     """

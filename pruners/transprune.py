@@ -1,17 +1,18 @@
 """TransPrune: keep the visual tokens that decoder layers change most and that the instruction looks at.
 
-Li et al., "TransPrune: Token Transition Pruning for Efficient Large Vision-Language Model", arXiv 2507.20630 (CVPR 2026).
-Token Transition Variation (TTV) measures how far attention and MLP of a layer move a token, relative to its size and
-weighted by the change of direction; it accumulates over some middle layers. Instruction-Guided Attention (IGA) is what the
-text behind the picture would pay to each token in the next layer. Their normalised sum decides, in a few steps that share
-one schedule. Headline (LLaVA-1.5-7B, "High"): 41 % of the prefill FLOPs at unchanged mean score. Follows the released code
-where paper and code differ (signed cosine, both scores normalised, closed-up positions on one-axis models).
+Li et al., "TransPrune: Token Transition Pruning for Efficient Large Vision-Language Model", arXiv 2507.20630 (CVPR
+2026). Token Transition Variation (TTV) measures how far attention and MLP of a layer move a token, relative to its size
+and weighted by the change of direction; it accumulates over some middle layers. Instruction-Guided Attention (IGA) is
+what the text after the picture would pay to each token in the next layer. Their normalised sum decides, in a few steps
+that share one schedule. Headline (LLaVA-1.5-7B, "High"): 41 % of the prefill FLOPs at unchanged mean score. Follows the
+released code where paper and code differ (signed cosine, both scores normalised, closed-up positions on one-axis
+models).
 
-Acts in front of several decoder layers, in prefill. Layers are numbered from 1 as in the paper: prune layer p acts when p
+Acts before several decoder layers, in prefill. Layers are numbered from 1 as in the paper: prune layer p acts when p
 layers have run. The caches of earlier layers keep what those layers saw: with the defaults and 576 tokens a 32-layer
-decoder holds 576, 504, 360 and at last 72 of them, 236 on average. So the KV cache shrinks to 41 %, not to 12.5 %, and peak
-memory stays that of the first layers. No vision-tower signal, no attention map. Cost: three dot products per token in the
-accumulated layers; per prune layer the instruction's queries against all keys, which the layer itself then uses.
+decoder holds 576, 504, 360 and at last 72 of them, 236 on average. So the KV cache shrinks to 41 %, not to 12.5 %, and
+peak memory stays that of the first layers. No vision-tower signal, no attention map. Cost: three dot products per token
+in the accumulated layers; per prune layer the instruction's queries against all keys, which the layer itself then uses.
 """
 
 from __future__ import annotations
@@ -19,34 +20,26 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 from torch import Tensor
 
 from foveate.errors import BudgetError, ParameterError
-from foveate.pruners.core import (
-    BeforeLayer,
-    InstructionAttention,
-    Layout,
-    ModelInfo,
-    Pruner,
-    Selection,
-    Signal,
-    Stage,
-    Tokens,
-    TransitionVariation,
-    keep_all,
-    register,
-    top_k,
-)
-from foveate.pruners.core.parameters import check_choice as one_of
-from foveate.pruners.core.parameters import check_layers as layers
-from foveate.pruners.core.parameters import check_many as many
-from foveate.pruners.core.parameters import check_number as number
+from foveate.pruners.core import BeforeLayer, Layout, ModelInfo, Pruner, Selection, Signal, Stage, Tokens, register
+from foveate.pruners.core.parameters import check_number, choice, layers, number, several
+from foveate.pruners.core.selection import keep_all, top_k
+from foveate.pruners.core.signals import InstructionAttention, TransitionVariation
 
 HIGH_DEPTH = 32  # layers of the decoders that the published schedule belongs to
 HIGH_PRUNE_LAYERS, HIGH_ACCUMULATE_LAYERS = (7, 9, 12), (7, 8, 9, 10, 11, 12)
 HIGH_RATIOS, COMBINED_RATIOS = (0.875, 0.625, 0.125), (0.5, 0.25, 0.125)
+
+
+def _ratio(name: str, value: float) -> float:
+    if not 0.0 < check_number(name, value, "share of tokens") <= 1.0:
+        raise BudgetError(f"{name}: {value} keeps nothing, or too much; give fractions in (0, 1]")
+    return value
 
 
 @register("transprune")
@@ -55,16 +48,17 @@ class TransPrune(Pruner):
     """TransPrune: token transitions plus instruction attention, on a schedule.
 
     Attributes:
-        ratios: share of the tokens that entered the decoder which is left after each prune layer, never rising. The product is
-            rounded down; a small picture may lose all its tokens.
+        ratios: share of the tokens that entered the decoder which is left after each prune layer, never rising. The
+            product is rounded down; a small picture may lose all its tokens.
         prune_layers: after which layers, counted from 1, one per ratio. None: the published 7, 9, 12 of 32; on other
             depths in proportion (our rule), where the last one counts if two fall together.
-        accumulate_layers: whose transitions are summed, counted from 1; those behind a prune layer count from the next one on.
-            None: the published 7 to 12 of 32, in proportion.
+        accumulate_layers: whose transitions are summed, counted from 1; those after a prune layer count from the next
+            one on. None: the published 7 to 12 of 32, in proportion.
         alpha: weight of the transitions beside the instruction's attention.
         direction: what makes a turn large: a ``"signed"`` cosine that is small (released code), or one that is small in
             magnitude (``"abs"``, as the paper writes it).
-        softmax_scope: a token's turn counts relative to those of the whole ``"sequence"`` (released code) or the ``"image"``.
+        softmax_scope: a token's turn counts relative to those of the whole ``"sequence"`` (released code) or the
+            ``"image"``.
         per_image: give every picture of a prompt the schedule by itself, instead of one budget for all of them.
     """
 
@@ -75,36 +69,23 @@ class TransPrune(Pruner):
         "default) is far above the last ratio (12.5 %)"
     )
 
-    ratios: tuple[float, ...] = HIGH_RATIOS
-    prune_layers: tuple[int, ...] | None = None
-    accumulate_layers: tuple[int, ...] | None = None
-    alpha: float = 0.5
-    direction: str = "signed"
-    softmax_scope: str = "sequence"
+    ratios: tuple[float, ...] = several(HIGH_RATIOS, _ratio)
+    prune_layers: tuple[int, ...] | None = layers(None)
+    accumulate_layers: tuple[int, ...] | None = layers(None)
+    alpha: float = number(0.5, "weight", 0, 1)
+    direction: str = choice("signed", "signed", "abs")
+    softmax_scope: str = choice("sequence", "sequence", "image")
     per_image: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(
-            self, "ratios", many("ratios", self.ratios, lambda r: number("ratios", r, "share of tokens"))
-        )
-        for name in ("prune_layers", "accumulate_layers"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, layers(name, getattr(self, name)))
-        for ratio in self.ratios:
-            if not 0.0 < ratio <= 1.0:
-                raise BudgetError(f"ratios={self.ratios}: {ratio} keeps nothing, or too much; give fractions in (0, 1]")
-        if not self.ratios or any(b > a for a, b in itertools.pairwise(self.ratios)):
-            raise ParameterError(f"ratios={self.ratios}: give one or more, each at most the one before")
-        steps = HIGH_PRUNE_LAYERS if self.prune_layers is None else self.prune_layers
-        if len(steps) != len(self.ratios):
-            raise ParameterError(
-                f"prune_layers={steps} and ratios={self.ratios} differ in number; give one ratio per layer"
-            )
+        super().__post_init__()
+        ratios, steps = self.ratios, HIGH_PRUNE_LAYERS if self.prune_layers is None else self.prune_layers
+        if not ratios or any(b > a for a, b in itertools.pairwise(ratios)):
+            raise ParameterError(f"ratios={ratios}: give one or more, each at most the one before")
+        if len(steps) != len(ratios):
+            raise ParameterError(f"prune_layers={steps} and ratios={ratios} differ in number; give one ratio per layer")
         if any(b <= a for a, b in itertools.pairwise(steps)):
             raise ParameterError(f"prune_layers={steps} must rise")
-        number("alpha", self.alpha, "weight", 0, 1)
-        one_of("direction", self.direction, ("signed", "abs"))
-        one_of("softmax_scope", self.softmax_scope, ("sequence", "image"))
 
     @classmethod
     def high(cls) -> TransPrune:
@@ -117,10 +98,9 @@ class TransPrune(Pruner):
         return cls(ratios=COMBINED_RATIOS)
 
     def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
-        steps = self.schedule(model)
-        read = self.accumulated(model)
+        read, scope = self.accumulated(model), "image" if self.per_image else "sample"
         stages, before = [], 1.0
-        for layer, ratio in steps.items():
+        for layer, ratio in self.schedule(model).items():
             signals: dict[str, Signal] = {
                 f"transition_{n}": TransitionVariation(n - 1, self.direction, self.softmax_scope)
                 for n in read
@@ -128,8 +108,8 @@ class TransPrune(Pruner):
             }
             signals["attention"] = InstructionAttention(layer)
             if ratio < before:
-                scope = "image" if self.per_image else "sample"
-                stages.append(BeforeLayer(_Step(self, ratio), signals, layer=layer, newlines="compete", scope=scope))
+                select = partial(self.step, ratio)
+                stages.append(BeforeLayer(select, signals, layer=layer, newlines="compete", scope=scope))
             before = ratio
         return tuple(stages)
 
@@ -138,10 +118,8 @@ class TransPrune(Pruner):
         if self.prune_layers is not None:
             steps = [model.decoder_layer("prune_layers", n) for n in self.prune_layers]
         else:
-            steps = [
-                min(_scaled(n, model), model.decoder_layer("prune_layers", model.decoder_layers - 1))
-                for n in HIGH_PRUNE_LAYERS
-            ]
+            last = model.decoder_layer("prune_layers", model.decoder_layers - 1)
+            steps = [min(_scaled(n, model), last) for n in HIGH_PRUNE_LAYERS]
         return dict(zip(steps, self.ratios))
 
     def accumulated(self, model: ModelInfo) -> tuple[int, ...]:
@@ -154,25 +132,14 @@ class TransPrune(Pruner):
         return tuple(sorted(set(self.accumulate_layers)))
 
     def count(self, layout: Layout, model: ModelInfo | None = None) -> int | None:
-        return sum(self.budgets(layout))
+        return int(layout.length * self.ratios[-1])  # separators count as tokens
 
-    def budgets(self, layout: Layout) -> tuple[int, ...]:
-        """At the last prune layer; separators count as tokens, and several pictures share one budget unless ``per_image``."""
-        return (int(layout.length * self.ratios[-1]),)
-
-
-@dataclass(frozen=True)
-class _Step:
-    """One prune layer."""
-
-    method: TransPrune
-    ratio: float
-
-    def __call__(self, tokens: Tokens, attention: Tensor, **transitions: Tensor) -> Selection:
-        keep = int(tokens.entered * self.ratio)  # the float product, as published: 90 * 0.7 keeps 62
+    def step(self, ratio: float, tokens: Tokens, attention: Tensor, **transitions: Tensor) -> Selection:
+        """One prune layer, after which ``ratio`` of the tokens that entered are left; signals ``(B, N)``."""
+        keep = int(tokens.entered * ratio)  # the float product, as published: 90 * 0.7 keeps 62
         if keep >= tokens.count:
             return keep_all(tokens)
-        score = combined_score(tuple(transitions.values()), attention, self.method.alpha)
+        score = combined_score(tuple(transitions.values()), attention, self.alpha)
         return Selection(top_k(score, keep), scores=score)
 
 
@@ -180,7 +147,8 @@ def combined_score(transitions: tuple[Tensor, ...], attention: Tensor, alpha: fl
     """Accumulated transitions and attention, each over its sum, added with weights ``2 alpha`` and ``2 (1 - alpha)``.
 
     Args:
-        transitions: of every accumulated layer, ``(B, N)`` float32; none: attention alone decides. attention: ``(B, N)``.
+        transitions: of every accumulated layer, ``(B, N)`` float32; none: attention alone decides.
+        attention: ``(B, N)``.
     """
     score = 2 * (1 - alpha) * _share(attention)
     return score + 2 * alpha * _share(sum(transitions)) if transitions else score

@@ -20,60 +20,41 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from foveate.errors import BudgetError, MissingSignalError, ParameterError
-from foveate.pruners.core import (
-    AtEntry,
-    ClassAttention,
-    ClassFeatures,
-    EncoderFeatures,
-    EncoderKeys,
-    Keep,
-    Layout,
-    ModelInfo,
-    Pruner,
-    ReceivedAttention,
-    Selection,
-    Signal,
-    Stage,
-    Tokens,
-    gather,
-    per_view,
-    register,
-    top_k,
-    view_budgets,
-)
-from foveate.pruners.core.parameters import check_integer as integer
-from foveate.pruners.core.parameters import check_keep
+from foveate.pruners.core import AtEntry, ByView, Keep, Layout, ModelInfo, Selection, Signal, Stage, Tokens, register
+from foveate.pruners.core.parameters import integer
+from foveate.pruners.core.selection import gather, top_k
+from foveate.pruners.core.signals import ClassAttention, ClassFeatures, EncoderFeatures, EncoderKeys, ReceivedAttention
 
 
 @register("visionzip")
 @dataclass(frozen=True)
-class VisionZip(Pruner):
+class VisionZip(ByView):
     """VisionZip: dominant and contextual tokens.
 
     The class token has no place on the picture: it travels in the lowest slot that no kept patch takes, and that slot's
     ``owner`` entry says itself.
 
     Attributes:
-        keep: fraction or number of tokens of the image, the class token counted; split 54 : 10 into dominant and contextual.
-        dominant, contextual: tokens **per view**, instead of ``keep`` (both or none); ``dominant`` counts the class token.
+        keep: fraction or number of tokens of the image, the class token counted; split 54 : 10 into dominant and
+            contextual.
+        dominant: tokens **per view**, the class token counted, instead of ``keep``; with ``contextual`` or not at all.
             Together at most the tokens of the smallest view, the class token included: else :class:`BudgetError`.
+        contextual: merged tokens **per view**.
     """
 
     title: ClassVar[str] = "Dominant tokens by class attention, the rest merged by key similarity"
     paper: ClassVar[str] = "arXiv 2412.04467 (CVPR 2025)"
     cost: ClassVar[str] = "one class attention row, one N x contextual similarity matrix"
+    by_view: ClassVar[tuple[str, ...]] = ("class_features",)
 
     keep: Keep = 1 / 9
-    dominant: int | None = None
-    contextual: int | None = None
+    dominant: int | None = integer(None, "number of tokens", 1, error=BudgetError)
+    contextual: int | None = integer(None, "number of tokens", 0, error=BudgetError)
 
     def __post_init__(self) -> None:
-        check_keep("keep", self.keep)
+        super().__post_init__()
         if (self.dominant is None) != (self.contextual is None):
             raise ParameterError(f"dominant={self.dominant}, contextual={self.contextual}: give both or none")
-        if self.dominant is not None:
-            integer("dominant", self.dominant, "number of tokens", 1, error=BudgetError)
-            integer("contextual", self.contextual, "number of tokens", 0, error=BudgetError)
 
     def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
         block = model.block("feature_layer", None)
@@ -84,9 +65,6 @@ class VisionZip(Pruner):
             signals["attention"] = ReceivedAttention(block)
         return (AtEntry(self.select, signals),)
 
-    def count(self, layout: Layout, model: ModelInfo | None = None) -> int | None:
-        return sum(self.budgets(layout))
-
     def budgets(self, layout: Layout) -> tuple[int, ...]:
         """Tokens kept of each view.
 
@@ -94,9 +72,9 @@ class VisionZip(Pruner):
             BudgetError: a view has fewer tokens than ``dominant + contextual``, even with a class token.
         """
         if self.dominant is None:
-            return view_budgets(self.keep, layout)
+            return super().budgets(layout)
         self._require_room(layout, class_token=True)
-        return tuple(min(self.dominant + self.contextual, view.size) for view in layout.views)
+        return tuple(min(self.dominant + self.contextual, size) for size in layout.sizes)
 
     def _require_room(self, layout: Layout, class_token: bool) -> None:
         """Raise if ``dominant + contextual`` is more than a view has; views that are all padding have nothing to keep."""
@@ -114,25 +92,16 @@ class VisionZip(Pruner):
         contextual = round(k * 10 / 64) if self.contextual is None else self.contextual
         return k - contextual, contextual
 
-    def select(
-        self, tokens: Tokens, attention: Tensor, keys: Tensor, features: Tensor, class_features: Tensor | None = None
-    ) -> Selection:
-        """Dominant and contextual tokens of every view.
-
-        Args:
-            attention: ``(B, N)``; keys: ``(B, N, d)``; features: ``(B, N, C)`` of the encoder; class_features: ``(B, V, C)``.
-        """
-        signals = {"attention": attention, "keys": keys, "features": features}
-        if class_features is not None:
-            signals["class_features"] = class_features
-        self._require_room(tokens.layout, class_features is not None)
-        budgets = self.budgets(tokens.layout)
-        selection = per_view(tokens, budgets, self._select_view, **signals)
+    def select(self, tokens: Tokens, **signals: Tensor) -> Selection:
+        """Dominant and contextual tokens of every view."""
+        has_class, budgets = "class_features" in signals, self.budgets(tokens.layout)
+        self._require_room(tokens.layout, has_class)
+        selection = super().select(tokens, **signals)
         if selection.order is not None and any(view.kind == "crop" for view in tokens.layout.views):
-            selection.order = self._crops_order(selection.order, tokens.layout, budgets, class_features is not None)
+            selection.order = self._crops_order(selection.order, tokens.layout, budgets, has_class)
         return selection
 
-    def _select_view(
+    def choose(
         self,
         tokens: Tokens,
         k: int,
@@ -141,25 +110,31 @@ class VisionZip(Pruner):
         features: Tensor,
         class_features: Tensor | None = None,
     ) -> Selection:
+        """Dominant and contextual tokens.
+
+        Args:
+            attention: ``(B, N)`` by which dominant tokens are ranked.
+            keys: ``(B, N, d)`` of the encoder's attention.
+            features: ``(B, N, C)`` of the encoder.
+            class_features: ``(B, C)``, the class token's; None: there is none.
+        """
         n_dominant, n_contextual = self.split(k)
-        has_class = class_features is not None
-        project = tokens.project or (lambda hidden: hidden)
-        if tokens.project is None:  # merging happens where the tokens are: in front of the decoder
-            features = tokens.embeds
+        has_class, project = class_features is not None, tokens.project
         dominant = top_k(attention, n_dominant - has_class)  # (B, d)
         rest = complement(dominant, tokens.count)
         targets, assigned = assign(keys, rest, n_contextual)  # (B, c), (B, R)
-        values = [gather(tokens.embeds, dominant)]
-        places = [dominant, targets]
-        if n_contextual:
+        values, places = [gather(tokens.embeds, dominant)], [dominant, targets]
+        if n_contextual and project is None:  # merging happens where the tokens are: before the decoder
+            values.append(merge(tokens.embeds, rest, targets, assigned))
+        elif n_contextual:
             values.append(project(merge(features, rest, targets, assigned)))
         if has_class:
-            if tokens.project is None and class_features.shape[-1] != tokens.embeds.shape[-1]:
+            if project is None and class_features.shape[-1] != tokens.embeds.shape[-1]:
                 raise MissingSignalError(
                     "visionzip sends the class token to the decoder, and this model has no projector that could take it "
                     "there; use hiprune or fopru"
                 )
-            values.insert(0, project(class_features)[:, None])
+            values.insert(0, (class_features if project is None else project(class_features))[:, None])
             places.insert(0, complement(torch.cat([dominant, targets], dim=1), tokens.count)[:, :1])
         index, order, values = hosted(places, values, tokens.embeds.dtype)
         owner = torch.full_like(attention, -1, dtype=torch.long)

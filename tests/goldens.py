@@ -22,17 +22,10 @@ from transformers.image_processing_utils import select_best_resolution
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from foveate.adapters import MergeTrace, attach, compat
-from foveate.adapters.engine.decoder import deepstack_levels, zero_rows
-from foveate.adapters.engine.decoder_signals import row_matches, transition_variation
-from foveate.adapters.engine.mlp import SparseMLP
-from foveate.adapters.families.anyres import anyres as _anyres
 from foveate.cuda import (
-    class_attention,
     core_neurons,
     diverse_subset,
     gather_tokens,
-    given_attention,
     match_counts,
     merge_tokens,
     neuron_counts,
@@ -50,6 +43,7 @@ from foveate.pruners import (
     FoPru,
     GlobalCom2,
     HiPrune,
+    InTower,
     Layout,
     ModelInfo,
     PiToMe,
@@ -71,20 +65,28 @@ from foveate.pruners.core.allocation import (
     frame_weights,
     with_newlines,
 )
+from foveate.pruners.core.canvas import canvas_of
 from foveate.pruners.core.frame_questions import parsed_objects
-from foveate.pruners.core.merging import BlockStage, BlockTokens, Groups
-from foveate.pruners.core.method import budget, keep_all, ranked
+from foveate.pruners.core.merging import BlockTokens, Groups
 from foveate.pruners.core.patch_scorer import PatchScorer, scorer_loss
 from foveate.pruners.core.resampling import GRID, pooled
+from foveate.pruners.core.selection import budget, keep_all, ranked
+from foveate.pruners.core.signals import ClassAttention, Columns, InstructionAttention, TransitionVariation
 from foveate.pruners.core.ui_graph import box_coverage, image_blocks, supervision, ui_graph
 from foveate.pruners.corematching import above_knee, knee
-from foveate.pruners.globalcom2 import canvas_of, crop_ratios, distinctness, global_map, richness, token_score
+from foveate.pruners.globalcom2 import crop_ratios, distinctness, global_map, richness, token_score
 from foveate.pruners.hiprune import anchor_count, anchors
 from foveate.pruners.pospad import marker_token
 from foveate.pruners.quota import resampled
-from foveate.pruners.todre import attended_pivot, diversification, irrelevant
+from foveate.pruners.todre import attended_pivot, diversification
 from foveate.pruners.tome import schedule
 from foveate.pruners.transprune import combined_score
+
+# what adapters do, of which some cases recorded the result
+from foveate.adapters import MergeTrace, attach, compat  # isort: skip
+from foveate.adapters.engine.decoder import deepstack_levels, zero_rows  # isort: skip
+from foveate.adapters.engine.mlp import SparseMLP  # isort: skip
+from foveate.adapters.families.llava_next import _anyres  # isort: skip
 
 Case = Mapping[str, Any]
 Tensors = dict[str, Tensor]
@@ -222,6 +224,25 @@ def placeholders(n: int, layout: Layout | None = None, batch: int = 1) -> Tokens
     return plain_tokens(torch.zeros(batch, n, 1), layout)
 
 
+def prompt_of(length: int, start: int, n: int) -> Columns:
+    """A prompt of ``length`` tokens, of which ``n`` from ``start`` on are visual."""
+    place = torch.arange(length)[None]
+    visual = (place >= start) & (place < start + n)
+    return Columns(
+        torch.ones_like(visual), visual, place >= start + n, lambda system: ~visual & (place >= (system or start))
+    )
+
+
+def paying(q: Tensor, k: Tensor, scale: float | None = None, first: int = 0) -> Callable[..., Tensor]:
+    """The attention that query rows pay, as signals inside the decoder ask for it; ``q`` begins at row ``first``."""
+
+    def pay(rows: Tensor, counted: Tensor | None) -> Tensor:
+        some = q.gather(2, (rows - first)[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
+        return rows_to_columns_attention(some, k, row_positions=rows, row_valid=counted, scale=scale)
+
+    return pay
+
+
 def select(pruner: Any, model: ModelInfo, tokens: Tokens, **signals: Tensor) -> Selection:
     """The method's only stage on this model."""
     (stage,) = pruner.stages(model)
@@ -249,12 +270,12 @@ def fopru(params: Params, inputs: Inputs) -> Tensors:
     params.expect("heads", q.shape[1])
     params.expect("head_dim", q.shape[3])
     params.done()
-    received = received_attention(q, k, scale=scale, first_query=prefix, logits=logits)[:, prefix:]
-    given = given_attention(q, k, scale=scale, first=prefix, logits=logits)
-    signals = {"received": received, "given": given}
+    model = ModelInfo(class_token=prefix > 0)
+    (both,) = FoPru(score_kind=pruner.score_kind).stages(model)
+    signals = {name: signal.reduce(q, k, scale, prefix) for name, signal in both.signals.items()}
+    received, given = signals["received"], signals["given"]
     if pruner.direction != "max_variance":
         signals = {pruner.direction: signals[pruner.direction]}
-    model = ModelInfo(class_token=prefix > 0)
     selection = select(pruner, model, placeholders(layout.size, layout, len(q)), **signals)
     if chosen is not None and selection.scores is not None:
         for b, name in enumerate(chosen):
@@ -290,12 +311,14 @@ def hiprune_llava(params: Params, inputs: Inputs) -> Tensors:
     count = anchor_count(budgets[0], pruner.alpha, pruner.buffer)
     params.expect("anchors_per_view", count)
     params.done("relative_selection_margin", "compat")
+    model = ModelInfo(class_token=prefix > 0, encoder_layers=max(24, pruner.object_layer))
 
     def score(name: str) -> Tensor:
         if f"score_{name}" in inputs:
             return inputs[f"score_{name}"].view(views, -1)
         q, k = inputs[f"q_{name}"].float(), inputs[f"k_{name}"].float()
-        return (class_attention if pruner.query_rows == "cls" else received_attention)(q, k)[:, prefix:]  # (V, n)
+        (stage,) = pruner.stages(model)
+        return stage.signals["deep"].reduce(q, k, None, prefix)  # (V, n)
 
     where = torch.stack([view.tokens() for view in layout.views])  # (V, n) token numbers
 
@@ -303,7 +326,6 @@ def hiprune_llava(params: Params, inputs: Inputs) -> Tensors:
         return torch.empty(1, layout.size).index_copy(1, where.flatten(), scores.reshape(1, -1))
 
     anchor, deep = score("obj"), score("deep")
-    model = ModelInfo(class_token=prefix > 0, encoder_layers=max(24, pruner.object_layer))
     tokens = placeholders(layout.size, layout)
     index = select(pruner, model, tokens, anchor=by_token(anchor), deep=by_token(deep)).index[0]
     kept = torch.zeros(layout.size, dtype=torch.uint8).index_fill(0, index[index >= 0], 1)[where]  # (V, n)
@@ -444,7 +466,7 @@ def pospad(params: Params, inputs: Inputs) -> Tensors:
     for layout in dict.fromkeys(layouts):  # equal ones are one dense batch
         rows = [b for b in range(batch) if layouts[b] == layout]
         tokens = Tokens(torch.stack([embeds[b, visual[b]] for b in rows]), layout, tuple(rows), embed=embed)
-        chosen = selector.select_by_scores(tokens, torch.stack([scores[b] for b in rows]))
+        chosen = selector.choose(tokens, selector.total(tokens.count), torch.stack([scores[b] for b in rows]))
         padded = method.padded(tokens, chosen, shared, token_ids)
         for i, b in enumerate(rows):
             kept = torch.zeros(layout.size, dtype=torch.bool).index_fill(0, chosen.index[i], True)
@@ -615,18 +637,19 @@ def globalcom2(params: Params, inputs: Inputs) -> Tensors:
     view_of, token_of = where[:, 0], where[:, 1]  # by token number
     counts = torch.stack([(view_of[kept] == 1 + c).sum() for c in range(len(cut))])
     by_crop = kept[kept >= side**2][view_of[kept[kept >= side**2]].argsort(stable=True)]
-    entry = recorded.index[0][recorded.order[0]][: len(kept)]
+    entry = entered(recorded)
+    in_order = entry[entry >= 0]
     return {
         "scores": scores,
         "ratios": ratios[0],
         "keep_count": counts,
         "valid_count": torch.tensor([len(tokens) for tokens in cut]),
         "keep_flat": token_of[by_crop],
-        "thumb_order": entry[: int((kept < side**2).sum())],
+        "thumb_order": in_order[: int((kept < side**2).sum())],
         "global_flat": torch.cat(maps),
         "score_combined": torch.cat(judged),
         "seq_spatial": spatial_sequence(kept, where, layout, pruner, values),
-        "seq_official": with_breaks(where[entry], recorded.breaks[0]),
+        "seq_official": with_newlines_as_pairs(where, entry),
     }
 
 
@@ -651,7 +674,7 @@ def view_scores(score: str, inputs: Inputs, side: int) -> Tensor:
         inputs.remarks("q_cls", "k")  # say the same
         return inputs["scores"]
     if score in ("cls_logits", "cls_softmax"):  # the class token's query alone
-        return received_attention(inputs["q_cls"][:, :, None], inputs["k"], logits=score == "cls_logits")[:, 1:]
+        return ClassAttention(0, logits=score == "cls_logits").reduce(inputs["q_cls"][:, :, None], inputs["k"], None, 1)
     if score == "neg_cos":
         features = inputs["features"]  # (V, n, D)
         return distinctness(features.flatten(0, 1)[None], Layout.video(len(features), side, side)).view(
@@ -672,22 +695,30 @@ def by_canvas(scores: Tensor, canvas: Any, side: int) -> tuple[Tensor, Tensor, T
     return scores[:1], scores[pairs[numbers, 0], pairs[numbers, 1]], pairs
 
 
-def with_breaks(pairs: Tensor, breaks: Tensor) -> Tensor:
-    """(view, token) in order of entry, a (-1, -1) behind as many of them as each break says."""
-    rows = [pairs[start:stop] for start, stop in itertools.pairwise([0, *breaks.tolist(), len(pairs)])]
-    newline = torch.full((1, 2), -1)
-    return torch.cat([part for row in rows for part in (row, newline)][:-1])
+def entered(selection: Selection) -> Tensor:
+    """What of a single picture enters, in order: token numbers, and -1 for a separator."""
+    index, order = kept(selection), selection.order[0]
+    order = order[order < len(index)]
+    return torch.where(order >= 0, index[order.clamp(min=0)], -1)
+
+
+def with_newlines_as_pairs(where: Tensor, entry: Tensor) -> Tensor:
+    """(view, token) in order of entry, (-1, -1) for a separator."""
+    return torch.where((entry >= 0)[:, None], where[entry.clamp(min=0)], -1)
 
 
 def spatial_sequence(kept: Tensor, where: Tensor, layout: Layout, pruner: GlobalCom2, values: Tensor) -> Tensor:
     """Kept tokens in ascending order and the newlines that the stage keeps."""
     (stage,) = pruner.stages(ModelInfo())
-    breaks = stage.select(placeholders(layout.size, layout), attention=values).breaks
-    if breaks is None:
-        if stage.newlines != "keep":
-            raise AssertionError(f"globalcom2: newlines {stage.newlines!r}")
-        breaks = torch.searchsorted(kept, torch.tensor([[newline.last for newline in layout.newlines]]))
-    return with_breaks(where[kept], breaks[0])
+    selection = stage.select(placeholders(layout.size, layout), attention=values)
+    if selection.order is not None:
+        return with_newlines_as_pairs(where, entered(selection))
+    if stage.newlines != "keep":
+        raise AssertionError(f"globalcom2: newlines {stage.newlines!r}")
+    ends = torch.searchsorted(kept, torch.tensor([newline.last for newline in layout.newlines])).tolist()
+    rows = [kept[start:stop] for start, stop in itertools.pairwise([0, *ends, len(kept)])]
+    newline = torch.tensor([-1])
+    return with_newlines_as_pairs(where, torch.cat([part for row in rows for part in (row, newline)][:-1]))
 
 
 # ------------------------------------------------------------------------------------------------------------- ToDRE
@@ -716,7 +747,7 @@ def todre_diversify(params: Params, inputs: Inputs) -> Tensors:
             attention = inputs["cls_attn"]
         else:
             q, k, scale = attention_of(inputs, inputs["attn" if "attn" in inputs else "k"].shape[-2])
-            attention = class_attention(q, k, scale=scale)[0, 1:]
+            attention = ClassAttention(0).reduce(q, k, scale, 1)[0]
         layout = candidate_layout(attention, features.shape[1])
         rest = features.shape[1] - attention.numel()  # tokens that may not be the pivot
         signals["class_attention"] = torch.cat([attention.flatten(), torch.full((rest,), torch.inf)])[None]
@@ -727,8 +758,7 @@ def todre_diversify(params: Params, inputs: Inputs) -> Tensors:
     if stated is not None and pivot.item() != stated:
         raise AssertionError(f"todre: pivot {pivot.item()}, the case states {stated}")
     params.done()
-    (k,) = pruner.budgets(layout)
-    order = diversification(features, k, pivot, pruner.diversity)
+    order = diversification(features, pruner.count(layout), pivot, pruner.diversity)
     chosen = select(pruner, ModelInfo(), plain_tokens(features, layout), **signals)
     return {"order": order[0], "indices": chosen.index[0]}
 
@@ -748,16 +778,13 @@ def todre_remove(params: Params, inputs: Inputs) -> Tensors:
     scores, role = as_scores(inputs["attn"]), inputs["role"]
     params.expect("checked_layers", len(scores))
     params.done()
-    visual, text = role == 1, role == 2
-
-    def share(rows: Tensor, columns: Tensor) -> Tensor:
-        where = rows.nonzero().squeeze(1)
-        positions = where.expand(len(scores), -1)
-        paid = rows_to_columns_attention(scores[:, :, where], identity_keys(scores), row_positions=positions, scale=1.0)
-        return paid[:, columns].sum(dim=1)
-
-    shares = torch.stack([share(text, visual), share(visual, text)], dim=1)  # (checks, 2)
-    passed = irrelevant(shares, pruner.tau).nonzero().squeeze(1)
+    visual, text = (role == n for n in (1, 2))
+    rows = [x.expand(len(scores), -1) for x in (torch.ones_like(visual), visual, text)]
+    columns = Columns(*rows, lambda system_tokens: rows[2])
+    (stage, *_) = pruner.stages(ModelInfo())
+    shares = stage.signals["shares"].reduce(paying(scores, identity_keys(scores), 1.0), columns)  # (checks, 2)
+    index = stage.select(placeholders(1, batch=len(scores)), shares=shares).index
+    passed = (index < 0).all(dim=1).nonzero().squeeze(1)
     first = passed[:1] if len(passed) else torch.tensor([-1])
     return {"alpha_t2v": shares[:, 0], "alpha_v2t": shares[:, 1], "remove_at": first[0]}
 
@@ -771,7 +798,7 @@ def tower(prefix: int, layers: int = 1) -> ModelInfo:
 
 
 def merge_step(
-    stage: BlockStage, prefix: int, metric: Tensor, x: Tensor, sizes: Tensor | None
+    stage: InTower, prefix: int, metric: Tensor, x: Tensor, sizes: Tensor | None
 ) -> tuple[Groups, Tensor, Tensor]:
     """One block's selection and merge: ``sizes (B, N)`` go in and come out."""
     count = stage.removes(x.shape[1])
@@ -811,7 +838,7 @@ def even_odd(groups: Groups) -> Tensors:
     }
 
 
-def chain(stages: list[BlockStage], prefix: int, counts: list[int], x: Tensor) -> Tensors:
+def chain(stages: list[InTower], prefix: int, counts: list[int], x: Tensor) -> Tensors:
     """Blocks without attention: the current tokens are the metric."""
     history, sizes = [], None
     for stage, count in zip(stages, counts, strict=True):
@@ -904,7 +931,7 @@ def tome_schedule(params: Params) -> Tensors:
     return {"out": torch.tensor(schedule(tuple(r) if form == "list" else r, layers))}
 
 
-def pitome_stage(layer: Case, prefix: int, i: int = 0, layers: int = 1) -> BlockStage:
+def pitome_stage(layer: Case, prefix: int, i: int = 0, layers: int = 1) -> InTower:
     """A block of the wanted variant with a margin given outright."""
     order = {"pitome": "plain", "bsm_pitome": "deit", "bsm": "llava"}[layer["variant"]]
     pruner = PiToMe(
@@ -979,7 +1006,7 @@ def divprune(params: Params, inputs: Inputs) -> Tensors:
     features = inputs["features"][None]
     keep, ratio = params.get("keep"), params.get("ratio")
     pruner = DivPrune(keep=keep if ratio is None else float(ratio))
-    k = pruner.kept(features.shape[1])
+    k = pruner.total(features.shape[1])
     if keep is not None and k != keep:
         raise AssertionError(f"divprune: ratio {ratio} keeps {k}, the case states {keep}")
     params.done()
@@ -1028,12 +1055,14 @@ def visionzip(params: Params, inputs: Inputs) -> Tensors:
     prefix = int(params.get("has_cls", True))
     pruner = VisionZip(dominant=params["dominant"], contextual=params["contextual"])
     params.done()
-    signals = {"keys": keys.mean(dim=1)[:, prefix:], "features": hidden[:, prefix:]}
+    (stage,) = pruner.stages(ModelInfo(class_token=bool(prefix)))
+    signals = {
+        name: stage.signals[name].reduce(hidden, prefix) for name in ("features", "class_features")[: 1 + prefix]
+    }
+    signals["attention"] = stage.signals["attention"].reduce(q, k, scale, prefix)
+    signals["keys"] = stage.signals["keys"].reduce(q, keys, None, prefix)
     if prefix:
-        signals["attention"] = class_attention(q, k, scale=scale)[:, 1:]
-        signals["class_features"] = hidden[:, :1]
-    else:
-        signals["attention"] = received_attention(q, k, scale=scale)
+        signals["class_features"] = signals["class_features"][:, None]  # of an only view
     tokens = plain_tokens(hidden[:, prefix:])
     tokens.project = lambda features: features  # the recorded tokens are not projected yet
     chosen = select(pruner, ModelInfo(class_token=bool(prefix)), tokens, **signals)
@@ -1054,8 +1083,12 @@ def fastv(params: Params, inputs: Inputs) -> Tensors:
     params.done()
     q, k, scale = attention_of(inputs, inputs["attn" if "attn" in inputs else "k"].shape[-2])
     length = k.shape[2]
-    last = class_attention(q, k, scale=scale, row=q.shape[2] - 1)[:, start : start + n]
-    index = select(pruner, ModelInfo(), placeholders(n), attention=last).index[0]
+    (stage,) = pruner.stages(ModelInfo())
+    first = length - q.shape[2]
+    last = stage.signals["attention"].reduce(paying(q, k, scale, first), prompt_of(length, start, n))[
+        :, start : start + n
+    ]
+    index = stage.select(placeholders(n), attention=last).index[0]
     return {
         "keep_positions": torch.cat([torch.arange(start), start + index, torch.arange(start + n, length)]),
     }
@@ -1106,13 +1139,13 @@ def quota(params: Params, inputs: Inputs) -> Tensors:
         "weights": torch.from_numpy(CAPS[cap](weights, size / total)),
         "budgets": torch.tensor(budgets),
         "counts": torch.tensor([h * w for h, w in grids] if assigner in GRID else budgets),
-        "tokens": selection.values,
+        "tokens": selection.values[0],
         "grid": torch.tensor(grids),
     }
-    assert len(selection.values) == int(outputs["counts"].sum())
+    assert selection.values.shape[1] == int(outputs["counts"].sum())
     newline = inputs.get("in.newline")
     if assigner in GRID and newline is not None:
-        outputs["tokens_grid_newline"] = with_newlines(selection.values, grids, newline)
+        outputs["tokens_grid_newline"] = with_newlines(selection.values[0], grids, newline)
     return {f"out.{name}": value for name, value in outputs.items()}
 
 
@@ -1138,15 +1171,12 @@ def transprune_transitions(params: Params, inputs: Inputs) -> Tensors:
     turn, over = params.get("direction", "signed"), params.get("softmax_over", "sequence")
     direction = named(turn, {"|cos|": "abs", "unsigned": "abs", "signed": "signed", "abs": "abs"})
     start, n = params.get("image_start", 0), params.get("num_image", tokens)
-    counted = torch.ones(1, tokens, dtype=torch.bool)
-    if named(over, {"sequence": "sequence", "image": "image"}) == "image":
-        counted = torch.zeros(1, tokens, dtype=torch.bool)
-        counted[:, start : start + n] = True
+    signal = TransitionVariation(0, direction, named(over, {"sequence": "sequence", "image": "image"}))
+    columns = prompt_of(tokens, start, n)
     params.done()
 
     def share(block: str) -> Tensor:
-        before, after = inputs[f"{block}_in"][None], inputs[f"{block}_out"][None]
-        return transition_variation(before, after, counted, direction=direction)[0]
+        return signal.reduce(inputs[f"{block}_in"][None], inputs[f"{block}_out"][None], columns)[0]
 
     attention, mlp = share("attn"), share("ffn")
     return {"ttv_attn": attention, "ttv_ffn": mlp, "ttv": attention + mlp}
@@ -1175,12 +1205,14 @@ def transprune_step(params: Params, inputs: Inputs) -> Tensors:
         **params.options("alpha", "direction", "softmax_scope"),
     )
     k = inputs["k_all"][None]
-    rows = torch.arange(start + n, k.shape[2])[None]
     params.expect("query_positions", f"{start + n}..{k.shape[2] - 1}")
     params.expect("causal", True)
     image = slice(start, start + n)
     signals = {f"transition_{i}": layer[None, image] for i, layer in zip(read, layers)}
-    signals["attention"] = rows_to_columns_attention(inputs["q_text"][None], k, row_positions=rows)[:, image]
+    paid = InstructionAttention(0).reduce(
+        paying(inputs["q_text"][None], k, None, start + n), prompt_of(k.shape[2], start, n)
+    )
+    signals["attention"] = paid[:, image]
     tokens = placeholders(n)
     tokens.entered = entered
     transitions = tuple(signals[f"transition_{i}"] for i in read)
@@ -1303,7 +1335,7 @@ def corematching_released(params: Params, inputs: Inputs) -> Tensors:
     (stage, *_) = CoreMatching(mode="released").stages(ModelInfo())
     (signal,) = stage.signals.values()
     params.expect("reference_row", length + signal.row)
-    matches = row_matches(act, torch.ones(1, length, dtype=torch.bool), signal.row)[:, start : start + n]
+    matches = signal.reduce(act, prompt_of(length, start, n))[:, start : start + n]
     expect_knee(params, matches)
     choose = stage.select
     if threshold_of(params, ">") == ">=":  # as the authors' notebook has it

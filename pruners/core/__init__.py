@@ -1,7 +1,7 @@
 """What methods are made of. A method's file imports from here alone."""
 
-from foveate.pruners.core.method import ModelInfo, Pruner, Scorer, best, create, find, register
-from foveate.pruners.core.parameters import Keep, choice, integer, layers, number, several
+from foveate.pruners.core.method import ByView, ModelInfo, Pruner, Scorer, create, find, register
+from foveate.pruners.core.parameters import Keep, choice, integer, layers, number, one_or_several, parameter, several
 from foveate.pruners.core.selection import (
     among_top,
     budget,
@@ -42,6 +42,7 @@ __all__ = [
     "AtEntry",
     "AtPixels",
     "BeforeLayer",
+    "ByView",
     "ClassAttention",
     "ClassFeatures",
     "CoreMatches",
@@ -72,7 +73,6 @@ __all__ = [
     "UnpooledFrames",
     "View",
     "among_top",
-    "best",
     "budget",
     "choice",
     "create",
@@ -84,6 +84,8 @@ __all__ = [
     "kept_tokens",
     "layers",
     "number",
+    "one_or_several",
+    "parameter",
     "per_view",
     "ranked",
     "register",

@@ -35,7 +35,8 @@ def checked_scores(scores: ArrayLike | Tensor) -> Floats:
 
 
 def scores_per_view(scores: Floats, views: int, frames_per_view: int) -> Floats:
-    """One score per view: the mean over the ``frames_per_view`` frames that the vision encoder fuses, the last repeated.
+    """One score per view: the mean over the ``frames_per_view`` frames that the vision encoder fuses, the last
+    repeated.
 
     Raises:
         InputError: there are neither as many scores as views nor as many as frames.
@@ -104,8 +105,9 @@ def frame_budgets(
 
     Args:
         weights: ``(T,)``, sum at most one; size: tokens that a frame has, for ``cap``: a key of :data:`CAPS`.
-        remainder: ``"drop"`` truncates every share, ``"largest"`` then gives what was cut off, a token each, to the frames
-            with the largest fractions (earlier first) that ``cap`` lets grow. least: tokens that every frame gets at any rate.
+        remainder: ``"drop"`` truncates every share, ``"largest"`` then gives what was cut off, a token each, to the
+            frames with the largest fractions (earlier first) that ``cap`` lets grow. least: tokens that every frame
+            gets at any rate.
 
     Raises:
         BudgetError: ``least`` tokens for every frame are more than there are.
@@ -134,9 +136,11 @@ def frame_budgets(
 
 
 def frame_grid(share: int, source: tuple[int, int], limited: bool = True) -> tuple[int, int]:
-    """Rows and columns, at most ``share`` cells, for a frame of ``source`` rows and columns; ``(0, 0)`` for an empty share.
+    """Rows and columns, at most ``share`` cells, for a frame of ``source`` rows and columns; ``(0, 0)`` for an empty
+    share.
 
-    Square frames: the largest square, or one row more where that fits. Others keep their aspect; ``limited``: not above ``source``.
+    Square frames: the largest square, or one row more where that fits. Others keep their aspect; ``limited``: not above
+    ``source``.
     """
     rows, cols = source
     if share <= 0:
@@ -151,7 +155,8 @@ def frame_grid(share: int, source: tuple[int, int], limited: bool = True) -> tup
 
 
 def sampled_frames(duration: float, frames: int, base: int = 96, per_hour: float = 64) -> NDArray[np.int64]:
-    """Which frames of a video to look at: ``base`` and ``per_hour`` more for every hour, evenly from the first to the last.
+    """Which frames of a video to look at: ``base`` and ``per_hour`` more for every hour, evenly from the first to the
+    last.
 
     ``duration`` in seconds, ``frames`` in the file. Short videos repeat frames, as the authors' sampler does.
     """
@@ -162,8 +167,8 @@ def sampled_frames(duration: float, frames: int, base: int = 96, per_hour: float
 def with_newlines(tokens: Tensor, grids: Sequence[tuple[int, int]], newline: Tensor) -> Tensor:
     """Close every row of every frame's grid with ``newline (D,)``, as LLaVA-Video's own sequence has it.
 
-    ``tokens (sum h * w, D)`` in time and raster order -> ``(sum h * (w + 1), D)``. For code that builds its own sequence: the
-    ``transformers`` families put no newline inside a video.
+    ``tokens (sum h * w, D)`` in time and raster order -> ``(sum h * (w + 1), D)``. For code that builds its own
+    sequence: the ``transformers`` families put no newline inside a video.
     """
     rows = [w for h, w in grids for _ in range(h)]
     closed = [row for part in tokens.split(rows) for row in (part, newline[None])]

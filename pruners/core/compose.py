@@ -21,9 +21,9 @@ _DEPTH = {AtPixels: 0, InTower: 1, AtEntry: 2, BeforeLayer: 3}
 class Then(Pruner):
     """``Then(a, b, …)``: methods that act one after the other, each on what the one before left.
 
-    A fraction of a later method counts the tokens that are left: ``Then(DivPrune(keep=0.5), FastV(keep=0.5))`` ends with a
-    quarter. Methods must act in the order of the model, and only one may act at the decoder's entry: a second one would
-    need the grid that the first has taken apart.
+    A fraction of a later method counts the tokens that are left: ``Then(DivPrune(keep=0.5), FastV(keep=0.5))`` ends
+    with a quarter. Methods must act in the order of the model, and only one may act at the decoder's entry: a second
+    one would need the grid that the first has taken apart.
 
     Raises:
         ParameterError: from ``stages``, when the order does not fit the model.

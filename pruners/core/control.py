@@ -21,9 +21,9 @@ from foveate.pruners.tome import random_groups
 class RandomLike(Pruner):
     """A random choice of as many tokens as ``pruner`` takes, in the same layers, picture by picture.
 
-    Whatever else the method does (eviction, sparse neurons) stays, so the difference is what its choice is worth. It reads
-    what the method reads to learn the numbers, and so takes its time as well: for accuracy, not for speed. Inside vision
-    towers, where numbers are known in advance, random pairs merge, the same ones in all pictures.
+    Whatever else the method does (eviction, sparse neurons) stays, so the difference is what its choice is worth. It
+    reads what the method reads to learn the numbers, and so takes its time as well: for accuracy, not for speed. Inside
+    vision towers, where numbers are known in advance, random pairs merge, the same ones in all pictures.
 
     Attributes:
         pruner: the method; seed: with the picture's id and the layer it determines the choice.

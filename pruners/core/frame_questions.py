@@ -45,8 +45,8 @@ CHOICE = "\nA. yes\nB. no\nAnswer with the letter only."
 class FramePrompts:
     """The prompts. ``decouple`` and ``information`` have a place ``{question}``, ``objects`` has ``{objects}``.
 
-    ``yes`` is the answer, a single token, whose probability scores a frame. None: the likeliest token's, so how sure the
-    answer is, for models that cannot be asked yes-or-no questions.
+    ``yes`` is the answer, a single token, whose probability scores a frame. None: the likeliest token's, so how sure
+    the answer is, for models that cannot be asked yes-or-no questions.
     """
 
     decouple: str = DECOUPLE

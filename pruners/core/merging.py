@@ -17,7 +17,8 @@ from foveate.pruners.core.tokens import Layout
 
 @dataclass(frozen=True)
 class BlockKeys:
-    """``(B, N, d)`` float32: attention keys of the block itself, bias and key norm included, before any rotation, for all rows.
+    """``(B, N, d)`` float32: attention keys of the block itself, bias and key norm included, before any rotation, for
+    all rows.
 
     Summed over heads where papers take the mean: their scale means nothing, compare them by cosine.
     """
@@ -28,7 +29,8 @@ class BlockTokens:
     """The rows of one transformer block between its attention and its MLP.
 
     Attributes:
-        embeds: ``(B, N, C)``; prefix: class, distillation and register rows in front, which must not merge.
+        embeds: ``(B, N, C)``.
+        prefix: class, distillation and register rows, which come first and must not merge.
         count: how many rows are to merge away, as announced by the stage; at least 1.
     """
 
@@ -43,7 +45,8 @@ class Groups:
 
     Attributes:
         keep: ``(B, K)`` int64, rows that stay, in the order in which they leave the block; the prefix comes first.
-        source: ``(B, r)`` int64, rows that merge; target: ``(B, r)`` int64, positions in ``keep`` that they merge into.
+        source: ``(B, r)`` int64, rows that merge.
+        target: ``(B, r)`` int64, positions in ``keep`` that they merge into.
     """
 
     keep: Tensor
@@ -55,7 +58,8 @@ class Groups:
 class Merger(Pruner):
     """Base of the methods that merge tokens inside a vision tower, block by block.
 
-    Subclasses say what one block does (:meth:`block`); the number of tokens follows from the number of patches and the tower alone.
+    Subclasses say what one block does (:meth:`block`); the number of patches and the tower alone decide how many tokens
+    are left.
     """
 
     families: ClassVar[tuple[str, ...]] = (
@@ -75,7 +79,8 @@ class Merger(Pruner):
         raise NotImplementedError(f"{type(self).__name__} does not implement block()")
 
     def removing(self, counts: tuple[int, ...], n_patches: int, model: ModelInfo) -> Merger:
-        """The method with a schedule of its own: ``counts[i]`` of the tokens that ``n_patches`` patches became merge in block i.
+        """The method with a schedule of its own: ``counts[i]`` of the tokens that ``n_patches`` patches became merge in
+        block i.
 
         Raises:
             ParameterError: the method's parameters fix another schedule.
@@ -105,22 +110,18 @@ class Merger(Pruner):
     def count(self, layout: Layout, model: ModelInfo | None = None) -> int | None:
         """Exact where all views are whole; an upper bound where padding is cut off some of them after the tower."""
         model = model or ModelInfo()  # LLaVA-1.5, of whose CLIP-L tower 23 blocks count
-        whole = max(
-            view.size for view in layout.views
-        )  # crops go whole through the tower, and lose their padding later
-        kept = self.counts(whole, model)[-1] - model.prefix_tokens
-        return sum(min(view.size, kept) for view in layout.views)
+        kept = self.counts(max(layout.sizes), model)[-1] - model.prefix_tokens  # crops go whole through the tower
+        return sum(min(size, kept) for size in layout.sizes)
 
 
-def share(ratio: float, n: int) -> int:
+def removed(ratio: float, n: int) -> int:
     """Tokens that a keep ratio removes of ``n``: ``floor(n - n * ratio)``."""
     return int(n - n * ratio)
 
 
-def check_ratio(ratio: float | tuple[float, ...]) -> None:
-    """Raise :class:`ParameterError` unless every ratio lies in (0, 1]."""
-    for one in ratio if isinstance(ratio, tuple) else (ratio,):
-        check_number("ratio", one, "share of tokens that a block keeps", 0, 1, above=True)
+def ratio_of_block(name: str, value: float) -> float:
+    """A parameter's check: a keep ratio in (0, 1]."""
+    return check_number(name, value, "share of tokens that a block keeps", 0, 1, above=True)
 
 
 def owners(groups: Groups) -> Tensor:

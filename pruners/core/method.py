@@ -1,7 +1,8 @@
 """What every method is: a frozen dataclass of its paper's parameters that says where it acts and what it keeps there.
 
-Two rungs. A :class:`Scorer` only scores tokens, ``score(tokens, **signals) -> (B, N)``, and inherits budgets, views, order
-and ties. A :class:`Pruner` says in ``stages`` where it acts and returns a ``Selection`` itself.
+Three rungs. A :class:`Scorer` only scores tokens, ``score(tokens, **signals) -> (B, N)``. A :class:`ByView` chooses
+among the tokens of one view at a time, ``choose(tokens, k, **signals) -> Selection``. Both inherit budgets, views and
+where to act. A :class:`Pruner` says in ``stages`` where it acts and returns a ``Selection`` itself.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from foveate.errors import MissingSignalError, ParameterError, UnknownNameError, nearest
 from foveate.pruners.core.parameters import Keep, check
-from foveate.pruners.core.selection import budget, keep_all, per_view, top_k, view_budgets
+from foveate.pruners.core.selection import best, budget, keep_all, per_view, split_budget
 from foveate.pruners.core.signals import Signal
 from foveate.pruners.core.stages import AtEntry, Stage
 from foveate.pruners.core.tokens import Layout, Selection, Tokens
@@ -65,7 +66,8 @@ class ModelInfo:
             object.__setattr__(self, "prefix_tokens", int(self.class_token))
 
     def block(self, name: str, layer: int | None) -> int:
-        """The 0-based encoder block that parameter ``name`` means: None is the feature layer, negative counts from the end.
+        """The 0-based encoder block that parameter ``name`` means: None is the feature layer, negative counts from the
+        end.
 
         Raises:
             ParameterError: no such block, or its attention stays inside windows.
@@ -151,8 +153,9 @@ class Pruner:
 
 
 @dataclass(frozen=True)
-class Scorer(Pruner):
-    """A method that keeps the tokens of highest score: implement :meth:`score`, and :meth:`reads` if it reads signals.
+class ByView(Pruner):
+    """A method that chooses in every view of a picture by itself: implement :meth:`choose`, and :meth:`reads` for
+    signals.
 
     Attributes:
         keep: fraction or number of tokens of the image, shared among its views in proportion to their sizes.
@@ -161,39 +164,59 @@ class Scorer(Pruner):
     pooled: ClassVar[bool] = False
     """All views of a picture compete for one budget, instead of each view for its share."""
 
+    by_view: ClassVar[tuple[str, ...]] = ()
+    """Signals that have one row per view, not one per token."""
+
     keep: Keep = 0.25
 
-    def score(self, tokens: Tokens, **signals: Tensor) -> Tensor:
-        """How much each token is worth keeping, ``(B, N)`` float."""
-        raise NotImplementedError(f"{type(self).__name__} does not implement score()")
+    def choose(self, tokens: Tokens, k: int, **signals: Tensor) -> Selection:
+        """``k`` of ``tokens``, which are more: those of one view, or of the picture where views are :attr:`pooled`."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement choose()")
 
     def reads(self, model: ModelInfo) -> Mapping[str, Signal]:
-        """Arguments of :meth:`score`, and the signals that they are."""
+        """The signals that the method reads, by argument."""
         return {}
 
     def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
         return (AtEntry(self.select, self.reads(model)),)
 
+    def total(self, n: int) -> int:
+        """Tokens that survive of ``n``."""
+        return budget(self.keep, n)
+
     def budgets(self, layout: Layout) -> tuple[int, ...]:
         """Tokens of each view that survive, a single number where they are :attr:`pooled`."""
-        return (budget(self.keep, layout.size),) if self.pooled else view_budgets(self.keep, layout)
+        total = self.total(layout.size)
+        return (total,) if self.pooled else split_budget(total, layout.sizes)
 
     def count(self, layout: Layout, model: ModelInfo | None = None) -> int | None:
         return sum(self.budgets(layout))
 
     def select(self, tokens: Tokens, **signals: Tensor) -> Selection:
-        """The tokens of highest :meth:`score`, ties to the lower number."""
-        if self.pooled:
-            return best(tokens, budget(self.keep, tokens.count), self.score(tokens, **signals))
-        budgets = self.budgets(tokens.layout)
-        if sum(budgets) >= tokens.count:
+        """What :meth:`choose` keeps; everything where the budget has room for it."""
+        if not self.pooled:
+            return per_view(tokens, self.budgets(tokens.layout), self.choose, self.by_view, **signals)
+        k = self.total(tokens.count)  # of those that are there: inside the decoder some are gone
+        return keep_all(tokens) if k >= tokens.count else self.choose(tokens, k, **signals)
+
+
+@dataclass(frozen=True)
+class Scorer(ByView):
+    """A method that keeps the tokens of highest score: implement :meth:`score`, and :meth:`reads` for signals."""
+
+    def score(self, tokens: Tokens, **signals: Tensor) -> Tensor:
+        """How much each token of a picture is worth keeping, ``(B, N)`` float."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement score()")
+
+    def choose(self, tokens: Tokens, k: int, scores: Tensor) -> Selection:
+        """The tokens of highest ``scores (B, N)``, ties to the lower number."""
+        return best(tokens, k, scores)
+
+    def select(self, tokens: Tokens, **signals: Tensor) -> Selection:
+        kept = self.total(tokens.count) if self.pooled else sum(self.budgets(tokens.layout))
+        if kept >= tokens.count:
             return keep_all(tokens)
-        return per_view(tokens, budgets, best, scores=self.score(tokens, **signals))
-
-
-def best(tokens: Tokens, k: int, scores: Tensor) -> Selection:
-    """The ``k`` tokens of highest ``scores (B, N)``."""
-    return Selection(top_k(scores, k), scores=scores)
+        return super().select(tokens, scores=self.score(tokens, **signals))
 
 
 # ------------------------------------------------------------------------------------------------------------ by name
@@ -229,8 +252,8 @@ def find(name: str) -> type[Pruner]:
 def create(method: str | Pruner | type[Pruner], **params: Any) -> Pruner:
     """Turn a name, a class or a ready method into a method with parameters ``params``.
 
-    Names may compose: ``"pospad:random"`` is PosPad around Random, each taking the parameters it knows, the outer one first;
-    ``"then:divprune+fastv"`` is one after the other; ``"random@fastv"`` is FastV's control (``RandomLike``).
+    Names may compose: ``"pospad:random"`` is PosPad around Random, each taking the parameters it knows, the outer one
+    first; ``"then:divprune+fastv"`` is one after the other; ``"random@fastv"`` is FastV's control (``RandomLike``).
 
     Raises:
         UnknownNameError: no such method or parameter.

@@ -1,7 +1,11 @@
 """Parameters of methods, checked where they are declared: ``alpha: float = number(0.1, "share", 0, 1)``.
 
-The functions here are defaults of dataclass fields. :func:`check` holds every field of a method to what it was declared as;
-a field typed ``Keep`` is held to :func:`check_keep` by itself. A default of None makes None a value that passes.
+The first functions here are defaults of dataclass fields. :func:`check` holds every field of a method to what it was
+declared as; a field typed ``Keep`` is held to :func:`check_keep` by itself. None passes where the type or the default
+says so.
+
+The ``check_…`` functions return the value, maybe in another form, and raise :class:`ParameterError`
+(:class:`BudgetError` for budgets) with a message that names the parameter and says what fits.
 """
 
 from __future__ import annotations
@@ -22,67 +26,67 @@ Check = Callable[[str, Any], Any]
 
 
 def check(parameters: Any) -> None:
-    """Hold the fields of a dataclass to what they were declared as.
-
-    Raises:
-        ParameterError: (BudgetError for budgets) a value does not fit; the message names the parameter and what fits.
-    """
+    """Hold the fields of a dataclass to what they were declared as."""
     for one in dataclasses.fields(parameters):
         given = getattr(parameters, one.name)
         how: Check | None = one.metadata.get("check")
         if how is None and str(one.type).startswith("Keep"):
             how = check_keep
-        if how is None or (given is None and one.default is None):
+        if how is None or (given is None and "None" in f"{one.type} {one.default}"):
             continue
         value = how(one.name, given)
         if value is not given:
             object.__setattr__(parameters, one.name, value)
 
 
-def _parameter(default: Any, how: Check) -> Any:
-    return dataclasses.field(default=default, metadata={"check": how})
+def parameter(default: Any, how: Check, **options: Any) -> Any:
+    """What ``how`` accepts; ``options`` are those of ``dataclasses.field``."""
+    return dataclasses.field(default=default, metadata={"check": how}, **options)
 
 
 def number(
     default: float | None, what: str, low: float = -math.inf, high: float = math.inf, *, above: bool = False
 ) -> Any:
     """A finite number from ``low`` (``above``: not ``low`` itself) to ``high``; ``what`` it is."""
-    return _parameter(default, lambda name, value: check_number(name, value, what, low, high, above=above))
+    return parameter(default, lambda name, value: check_number(name, value, what, low, high, above=above))
 
 
-def integer(
-    default: int | None, what: str, low: int | None = None, *, error: type[FoveateError] = ParameterError
-) -> Any:
+def integer(default: Any, what: str, low: int | None = None, *, error: type[FoveateError] = ParameterError) -> Any:
     """An int, at least ``low``; ``what`` it counts."""
-    return _parameter(default, lambda name, value: check_integer(name, value, what, low, error=error))
+    return parameter(default, lambda name, value: check_integer(name, value, what, low, error=error))
 
 
 def choice(default: str | None, *allowed: str) -> Any:
     """One of several words."""
-    return _parameter(default, lambda name, value: check_choice(name, value, allowed))
+    return parameter(default, lambda name, value: check_choice(name, value, allowed))
 
 
 def several(default: Iterable[Any] | None, one: Check) -> Any:
     """A sequence of what ``one`` accepts."""
-    return _parameter(default, lambda name, value: check_many(name, value, lambda x: one(name, x)))
+    return parameter(default, lambda name, value: check_many(name, value, lambda x: one(name, x)))
+
+
+def one_or_several(default: Any, one: Check) -> Any:
+    """What ``one`` accepts, or a sequence of that."""
+
+    def either(name: str, value: Any) -> Any:
+        many = isinstance(value, Iterable) and not isinstance(value, str)
+        return check_many(name, value, lambda x: one(name, x)) if many else one(name, value)
+
+    return parameter(default, either)
 
 
 def layers(default: Iterable[int] | None) -> Any:
     """Different layers; whether a model has them is for ``stages`` to say."""
-    return _parameter(default, check_layers)
+    return parameter(default, check_layers)
 
 
 def check_keep(name: str, keep: Keep) -> Keep:
-    """Return ``keep`` if it is a fraction in (0, 1] or an integer >= 1.
-
-    Raises:
-        BudgetError: it is not.
-    """
+    """``keep`` must be a fraction in (0, 1] or an integer >= 1."""
     whole = isinstance(keep, int) and not isinstance(keep, bool)
     if isinstance(keep, bool) or not isinstance(keep, (int, float)):
-        raise BudgetError(
-            f"{name}={keep!r} is a {type(keep).__name__}; give a fraction in (0, 1] or a number of tokens >= 1"
-        )
+        kind = type(keep).__name__
+        raise BudgetError(f"{name}={keep!r} is a {kind}; give a fraction in (0, 1] or a number of tokens >= 1")
     if whole and keep < 1:
         raise BudgetError(f"{name}={keep} tokens leaves no visual token; give at least 1, or a fraction in (0, 1]")
     if not whole and not (0.0 < keep <= 1.0):
@@ -91,11 +95,7 @@ def check_keep(name: str, keep: Keep) -> Keep:
 
 
 def check_choice(name: str, value: str, allowed: Iterable[str]) -> str:
-    """Return ``value`` if it is one of ``allowed``.
-
-    Raises:
-        ParameterError: it is not.
-    """
+    """``value`` must be one of ``allowed``."""
     if value not in tuple(allowed):
         raise ParameterError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}")
     return value
@@ -104,16 +104,9 @@ def check_choice(name: str, value: str, allowed: Iterable[str]) -> str:
 def check_number(
     name: str, value: float, what: str, low: float = -math.inf, high: float = math.inf, *, above: bool = False
 ) -> float:
-    """Return ``value`` if it is a finite number from ``low`` (``above``: not ``low`` itself) to ``high``.
-
-    Raises:
-        ParameterError: it is not; the message names the parameter, ``what`` it is and the bounds.
-    """
-    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
-        fits = False
-    else:
-        fits = (low < value if above else low <= value) and value <= high
-    if not fits:
+    """``value`` must be a finite number from ``low`` (``above``: not ``low`` itself) to ``high``; ``what`` it is."""
+    real = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not real or not (low < value if above else low <= value) or value > high:
         raise ParameterError(f"{name}={value!r} is not a {what}; give a number{_bounds(low, high, above)}")
     return value
 
@@ -121,33 +114,21 @@ def check_number(
 def check_integer(
     name: str, value: int, what: str, low: int | None = None, *, error: type[FoveateError] = ParameterError
 ) -> int:
-    """Return ``value`` if it is an int, at least ``low``.
-
-    Raises:
-        ParameterError: (or the given ``error``) it is not; the message says ``what`` it counts.
-    """
+    """``value`` must be an int, at least ``low``; ``what`` it counts."""
     if not isinstance(value, Integral) or isinstance(value, bool) or (low is not None and value < low):
         raise error(f"{name}={value!r} is not a {what}; give an int{'' if low is None else f' >= {low}'}")
     return value
 
 
 def check_many(name: str, values: Iterable[Any], one: Callable[[Any], Any]) -> tuple[Any, ...]:
-    """Return ``values`` as a tuple if they are a sequence of what ``one`` accepts.
-
-    Raises:
-        ParameterError: they are not.
-    """
+    """``values`` must be a sequence of what ``one`` accepts; it becomes a tuple."""
     if isinstance(values, str) or not isinstance(values, Iterable):
         raise ParameterError(f"{name}={values!r} is not a sequence of numbers; put a single one in brackets")
     return tuple(one(value) for value in values)
 
 
 def check_layers(name: str, values: Iterable[int]) -> tuple[int, ...]:
-    """Return ``values`` as a tuple if they are different ints.
-
-    Raises:
-        ParameterError: they are not.
-    """
+    """``values`` must be a sequence of different ints; it becomes a tuple."""
     found = check_many(name, values, lambda value: check_integer(name, value, "layer's number"))
     if len(set(found)) < len(found):
         raise ParameterError(f"{name}={found} names a layer twice; name each once")

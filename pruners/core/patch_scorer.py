@@ -1,8 +1,8 @@
 """FocusUI's patch scorer: how relevant is each visual token to the instruction?
 
-Section 3 of "FocusUI", arXiv 2601.03928 (CVPR 2026). One enhancer per modality (self-attention and an MLP), unit vectors
-on both sides, and the mean or largest cosine of a visual token with the instruction's tokens. The loss it is trained with
-stands here, the labels in :mod:`foveate.pruners.core.ui_graph`.
+Section 3 of "FocusUI", arXiv 2601.03928 (CVPR 2026). One enhancer per modality (self-attention and an MLP), unit
+vectors on both sides, and the mean or largest cosine of a visual token with the instruction's tokens. The loss it is
+trained with stands here, the labels in :mod:`foveate.pruners.core.ui_graph`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class PatchScorer(nn.Module):
     """Scores of visual tokens for an instruction.
 
     Args:
-        width: D of the decoder's embeddings; heads: of the attention, dividing D; dropout: in training, of the attention.
+        width: D of the decoder's embeddings; heads: of the attention, dividing D; dropout: in training, of the
+            attention.
         pooling: over the instruction's tokens, ``"mean"`` or ``"max"``.
 
     Raises:
@@ -63,8 +64,9 @@ class PatchScorer(nn.Module):
         """Relevance in (-1, 1).
 
         Args:
-            image_embeds: ``(B, M, D)`` visual tokens as they enter the decoder; text_embeds: ``(B, N, D)`` the decoder's
-                embeddings of the instruction, ``text_mask (B, N)`` bool where it is padded. Cast to the module's dtype.
+            image_embeds: ``(B, M, D)`` visual tokens as they enter the decoder; text_embeds: ``(B, N, D)`` the
+                decoder's embeddings of the instruction, ``text_mask (B, N)`` bool where it is padded. Cast to the
+                module's dtype.
             pooling: other than the module's own.
 
         Returns:
@@ -81,7 +83,8 @@ class PatchScorer(nn.Module):
 
 
 def scorer_loss(scores: Tensor, labels: Tensor) -> Tensor:
-    """``KL(softmax(labels) || softmax(scores))`` over the tokens of each picture, mean over pictures: ``(B, M)`` twice -> ``()``.
+    """``KL(softmax(labels) || softmax(scores))`` over the tokens of each picture, mean over pictures: ``(B, M)`` twice
+    -> ``()``.
 
     Tokens that only fill up a batch carry ``-inf`` in both.
     """

@@ -43,7 +43,8 @@ class Preset:
         The file is data only: it names a registered method and plain values (YAML's safe subset), and can run nothing.
 
         Raises:
-            ParameterError: no such file, or not a preset. UnknownNameError, BudgetError: it names or sets what there is not.
+            ParameterError: no such file, or not a preset. UnknownNameError, BudgetError: it names or sets what there is
+                not.
         """
         import yaml
 

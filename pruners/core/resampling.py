@@ -1,8 +1,9 @@
 """Bring a frame's grid of tokens to another size: the five assigners that QuoTA (arXiv 2503.08689) compares.
 
 ``PLANS[name](frames, cells)`` looks at ``frames (M, rows, cols, D)`` and returns a function that brings any
-``(M, rows, cols, C)`` to ``(M, cells, C)`` the same way, in float32. So what belongs to the tokens, DeepStack levels for
-instance, can follow them. ``cells`` is a grid ``(h, w)`` for the assigners that make one (:data:`GRID`), else a number.
+``(M, rows, cols, C)`` to ``(M, cells, C)`` the same way, in float32. So what belongs to the tokens, DeepStack levels
+for instance, can follow them. ``cells`` is a grid ``(h, w)`` for the assigners that make one (:data:`GRID`), else a
+number.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ class Round:
     """One round of bipartite matching, tokens at even places (A) against those at odd places (B).
 
     Attributes:
-        stay: ``(M, a - r)`` the A that stay, by falling similarity; go: ``(M, r)`` those that are merged, as numbers among the A.
+        stay: ``(M, a - r)`` the A that stay, by falling similarity; go: ``(M, r)`` those that are merged, as numbers
+            among the A.
         into: ``(M, r)`` the B that each of those joins.
     """
 

@@ -16,8 +16,10 @@ class Runs:
     """Maximal runs of dropped tokens.
 
     Attributes:
-        dropped: ``(B, N)`` bool; first, last: ``(B, N)`` int64, of a dropped token: where its run begins and ends; of others
-            anything; number: ``(B, N)`` int64, which run of its row a token is in, -1 for none.
+        dropped: ``(B, N)`` bool.
+        first: where the run of a dropped token begins, ``(B, N)`` int64; of other tokens anything.
+        last: where it ends.
+        number: which run of its row a token is in, ``(B, N)`` int64, -1 for none.
     """
 
     dropped: Tensor
@@ -30,7 +32,11 @@ class Runs:
         """Runs in every row, ``(B,)``."""
         return self.number.amax(dim=1) + 1
 
-    def seats(self, placement: str) -> Tensor:
+    def image(self, b: int) -> Runs:
+        """Those of image ``b``, as a batch of one."""
+        return Runs(*(x[b : b + 1] for x in (self.dropped, self.first, self.last, self.number)))
+
+    def marker_places(self, placement: str) -> Tensor:
         """``(B, N)`` the token in whose place the marker of each dropped token's run stands (``"full"``: its own place)."""
         if placement == "full":
             return torch.arange(self.dropped.shape[1], device=self.dropped.device).expand_as(self.first)
@@ -50,7 +56,7 @@ def runs(dropped: Tensor, layout: Layout) -> Runs:
 
 @lru_cache(maxsize=256)
 def stretch_ends(layout: Layout) -> Tensor:
-    """``(N,)`` bool: tokens behind which something else stands than the next token of the same view."""
+    """``(N,)`` bool: tokens that the next token of the same view does not follow directly."""
     view_of = torch.empty(layout.size, dtype=torch.long)
     for v, view in enumerate(layout.views):
         view_of[view.tokens()] = v

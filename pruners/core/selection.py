@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from foveate.pruners.core.parameters import Keep
 from foveate.pruners.core.tokens import Layout, Selection, Tokens
 
-# --------------------------------------------------------------------------------------------------------- budgets
+# ------------------------------------------------------------------------------------------------------------- budgets
 
 
 def budget(keep: Keep, n_tokens: int, rounding: Callable[[float], int] = round) -> int:
     """Tokens kept of ``n_tokens``: ``keep`` itself if integral (at most ``n_tokens``, said once in a warning), else
-    ``rounding(keep * n_tokens)``, at least 1. ``round`` is Python's (half to even)."""
+    ``rounding(keep * n_tokens)``, at least 1. ``round`` is Python's (half to even).
+    """
     if isinstance(keep, int):
         if keep > n_tokens:
             warnings.warn(f"keep={keep} exceeds the {n_tokens} visual tokens of an image; all are kept", stacklevel=2)
@@ -41,12 +43,12 @@ def split_budget(total: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(shares)
 
 
-def view_budgets(keep: Keep, layout: Layout, rounding: Callable[[float], int] = round) -> tuple[int, ...]:
+def view_budgets(keep: Keep, layout: Layout) -> tuple[int, ...]:
     """The :func:`budget` of a whole layout, shared among its views in proportion to their token counts."""
-    return split_budget(budget(keep, layout.size, rounding), tuple(view.size for view in layout.views))
+    return split_budget(budget(keep, layout.size), layout.sizes)
 
 
-# ---------------------------------------------------------------------------------------------------- best by score
+# ------------------------------------------------------------------------------------------------------- best by score
 
 
 def ranked(scores: Tensor) -> Tensor:
@@ -61,6 +63,11 @@ def ranked(scores: Tensor) -> Tensor:
 def top_k(scores: Tensor, k: int) -> Tensor:
     """Indices of the ``k`` largest scores along the last axis, :func:`ranked`, but ascending: ``(…, N) -> (…, k)`` int64."""
     return ranked(scores)[..., :k].sort(dim=-1).values
+
+
+def best(tokens: Tokens, k: int, scores: Tensor) -> Selection:
+    """The ``k`` of ``tokens`` that have the highest ``scores (B, N)``, ties to the lower number."""
+    return Selection(top_k(scores, k), scores=scores)
 
 
 def among_top(scores: Tensor, k: int | Tensor) -> Tensor:
@@ -88,10 +95,22 @@ def keep_all(tokens: Tokens) -> Selection:
     return Selection(torch.arange(tokens.count, device=tokens.embeds.device).expand(len(tokens.embeds), -1))
 
 
+def stacked(chosen: Sequence[Selection]) -> Selection:
+    """One batch of selections of single images: rows are padded on the right, the index with -1, values with zeros."""
+    whole: dict[str, Tensor] = {}
+    for name, filling in (("index", -1), ("values", 0), ("owner", -1), ("scores", 0)):
+        rows = [getattr(one, name) for one in chosen]
+        given = next((row for row in rows if row is not None), None)
+        if given is not None:  # where an image has none it has nothing to say
+            rows = [given[0, :0] if row is None else row[0] for row in rows]
+            whole[name] = pad_sequence(rows, batch_first=True, padding_value=filling)
+    follow = None if chosen[0].resample is None else [one.resample[0] for one in chosen]
+    return Selection(**whole, resample=follow)
+
+
 def seeded(seed: int, tokens: Tokens) -> list[torch.Generator]:
     """One CPU generator per image, from ``seed`` and the image's id alone: the same draw on every device, in every batch."""
-    ids = tokens.sample_ids or range(len(tokens.embeds))
-    return [torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + i) % 2**63) for i in ids]
+    return [torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + i) % 2**63) for i in tokens.ids]
 
 
 def view_id(sample: int, view: int) -> int:
@@ -105,118 +124,106 @@ def view_id(sample: int, view: int) -> int:
     return x ^ x >> 31
 
 
-# ----------------------------------------------------------------------------------------------------- view by view
+# -------------------------------------------------------------------------------------------------------- view by view
 
 
 def per_view(
     tokens: Tokens,
     budgets: tuple[int, ...],
     select: Callable[..., Selection],
+    by_view: Collection[str] = (),
     **signals: Tensor,
 ) -> Selection:
     """Run ``select(view_tokens, k, **view_signals)`` on every view by itself and join the results.
 
-    Views of equal grid and budget are stacked into one batch. ``signals`` of shape ``(B, N, …)`` are cut to the view's
-    tokens, those of shape ``(B, V, …)`` with V views (V != N) to the view's row. ``budgets`` has one entry per view; a
-    view with budget 0 keeps nothing, one whose budget is not below its size keeps everything without asking ``select``.
-    An only view goes by its image's id, one of several by its :func:`view_id`.
+    Views of equal grid and budget are stacked into one batch. ``signals (B, N, …)`` are cut to the view's tokens, those
+    named in ``by_view`` are ``(B, V, …)`` and cut to the view's row. ``budgets`` has one entry per view; a view with budget
+    0 keeps nothing, one whose budget is not below its size keeps everything without asking ``select``. An only view goes
+    by its image's id, one of several by its :func:`view_id`.
     """
     views = tokens.layout.views
     if all(k >= view.size for view, k in zip(views, budgets)):
         return keep_all(tokens)
+
     if len(views) == 1:
-        return select(
-            tokens, budgets[0], **{name: s[:, 0] if _by_view(s, tokens) else s for name, s in signals.items()}
-        )
-    batch = len(tokens.embeds)
-    device = tokens.embeds.device
-    groups: dict[tuple[tuple[int, int], int], list[int]] = {}
+        return select(tokens, budgets[0], **{name: x[:, 0] if name in by_view else x for name, x in signals.items()})
+    alike: dict[tuple[tuple[int, int], int], list[int]] = {}
     for v, (view, k) in enumerate(zip(views, budgets)):
         if k:
-            groups.setdefault((view.grid, k), []).append(v)
+            alike.setdefault((view.grid, k), []).append(v)
     parts = []
-    for (grid, k), members in groups.items():
-        where = torch.stack([views[v].tokens(device) for v in members])  # (M, n)
-
-        def cut(x: Tensor, where: Tensor = where, members: list[int] = members) -> Tensor:
-            x = x[:, members] if _by_view(x, tokens) else x[:, where]  # (B, M, …)
-            return x.flatten(0, 1)
-
-        part = Tokens(
-            embeds=cut(tokens.embeds),
+    for (grid, k), members in alike.items():
+        where = torch.stack([views[v].tokens(tokens.embeds.device) for v in members])  # (M, n)
+        cut = {
+            name: (x[:, members] if name in by_view else x[:, where]).flatten(0, 1)  # (B * M, …)
+            for name, x in {"": tokens.embeds, **signals}.items()
+        }
+        part = replace(
+            tokens,
+            embeds=cut.pop(""),
             layout=Layout.grid(*grid),
-            sample_ids=tuple(view_id(s, v) for s in tokens.sample_ids or range(batch) for v in members),
-            instruction=_repeat(tokens.instruction, len(members)),
-            instruction_mask=_repeat(tokens.instruction_mask, len(members)),
-            instruction_ids=_repeat(tokens.instruction_ids, len(members)),
-            project=tokens.project,
+            sample_ids=tuple(view_id(s, v) for s in tokens.ids for v in members),
+            frame_scores=None,
+            **{name: x.repeat_interleave(len(members), dim=0) for name, x in tokens.text.items()},
         )
-        if k >= part.count:
-            chosen = keep_all(part)
-        else:
-            chosen = select(part, k, **{name: cut(s) for name, s in signals.items()})
-        parts.append(_Part(tuple(members), where, part, chosen))
-    return _join(parts, batch, tokens.count, device)
-
-
-def _by_view(signal: Tensor, tokens: Tokens) -> bool:
-    return signal.ndim > 1 and signal.shape[1] == len(tokens.layout.views) != tokens.count
-
-
-def _repeat(x: Tensor | None, times: int) -> Tensor | None:
-    return None if x is None else x.repeat_interleave(times, dim=0)
+        parts.append(_Part(members, where, part, keep_all(part) if k >= part.count else select(part, k, **cut)))
+    return _join(parts, len(tokens.embeds), tokens.count)
 
 
 @dataclass
 class _Part:
-    """M views of equal grid and budget, selected as one batch: row ``b * M + m`` is member m of image b."""
+    """M views of equal grid and budget, selected as one batch: row ``b * M + m`` is view m of image b.
 
-    members: tuple[int, ...]
-    where: Tensor  # (M, n) token numbers
+    Attributes:
+        views: their numbers.
+        where: numbers of their tokens, ``(M, n)``.
+        tokens: what was selected from.
+        chosen: what was selected.
+    """
+
+    views: list[int]
+    where: Tensor
     tokens: Tokens
     chosen: Selection
 
+    def by_image(self, x: Tensor) -> Tensor:
+        """``(B * M, k, …) -> (B, M * k, …)``."""
+        return x.unflatten(0, (-1, len(self.views))).flatten(1, 2)
 
-def _join(parts: list[_Part], batch: int, count: int, device: torch.device) -> Selection:
+
+def _join(parts: list[_Part], batch: int, count: int) -> Selection:
     """Merge the selections of disjoint views into one over all ``count`` tokens; -1 in an index means no token."""
-    chosen = [part.chosen for part in parts]
-    merging = any(c.values is not None for c in chosen)
-    speaking = any(c.owner is not None for c in chosen)
+    merging, speaking, scoring, ordering = (
+        any(getattr(part.chosen, name) is not None for part in parts) for name in ("values", "owner", "scores", "order")
+    )
+    device = parts[0].where.device
     scores = torch.full((batch, count), float("nan"), device=device)
     owner = torch.full((batch, count), -1, dtype=torch.long, device=device)
-    index, values, emitted = [], [], {}
+    places, values, turns = [], [], []
     for part in parts:
-        members, c = len(part.members), part.chosen
-        rows = part.where.repeat(batch, 1)  # (B * M, n)
-        mapped = rows.gather(1, c.index.clamp(min=0)).masked_fill(c.index < 0, count)  # absent ones sort to the end
-        k = mapped.shape[1]
-        start = sum(i.shape[1] for i in index)
-        index.append(mapped.unflatten(0, (batch, members)).flatten(1))
-        order = torch.arange(k, device=device) if c.order is None else c.order
-        for m, (view, one) in enumerate(
-            zip(part.members, order.expand(batch * members, -1).unflatten(0, (batch, -1)).unbind(1))
-        ):
-            emitted[view] = one + start + m * k
+        chosen, number = part.chosen, part.where.repeat(batch, 1)  # (B * M, n)
+        slot, absent = chosen.index.clamp(min=0), chosen.index < 0
+        places.append(part.by_image(number.gather(1, slot).masked_fill(absent, count)))  # absent ones sort to the end
         if merging:
-            own = gather(part.tokens.embeds, c.index.clamp(min=0)) if c.values is None else c.values
-            values.append(own.unflatten(0, (batch, members)).flatten(1, 2))
-        if c.scores is not None:
-            scores[:, part.where] = c.scores.float().unflatten(0, (batch, members))
+            values.append(part.by_image(gather(part.tokens.embeds, slot) if chosen.values is None else chosen.values))
+        if ordering:  # views enter one after the other, each in its own order
+            column = torch.arange(slot.shape[1], device=device).expand_as(slot)
+            turn = column if chosen.order is None else chosen.order.expand_as(slot).argsort(dim=1)
+            first = torch.tensor(part.views, device=device).repeat(batch)[:, None] * count
+            turns.append(part.by_image(first + turn))
+        if chosen.scores is not None:
+            scores[:, part.where] = part.by_image(chosen.scores.float()).view(batch, *part.where.shape)
         if speaking:
-            own = torch.full_like(rows, -1) if c.owner is None else c.owner
-            if c.owner is None:  # a view that merged nothing: survivors speak for themselves
-                own.scatter_(1, c.index.clamp(min=0), c.index)
-            owner[:, part.where] = torch.where(own >= 0, rows.gather(1, own.clamp(min=0)), -1).unflatten(
-                0, (batch, members)
-            )
-    ascending, perm = torch.cat(index, dim=1).sort(dim=1)
-    joined = Selection(ascending.masked_fill(ascending == count, -1))
-    if any(c.scores is not None for c in chosen):
-        joined.scores = scores
-    if merging:
-        joined.values = gather(torch.cat(values, dim=1), perm)
-    if speaking:
-        joined.owner = owner
-    if any(c.order is not None for c in chosen):  # views enter one after the other, each in its own order
-        joined.order = perm.argsort(dim=1).gather(1, torch.cat([emitted[v] for v in sorted(emitted)], dim=1))
-    return joined
+            own = chosen.owner
+            if own is None:  # a view that merged nothing: survivors speak for themselves
+                own = torch.full_like(number, -1).scatter_(1, slot, chosen.index)
+            spoken = torch.where(own >= 0, number.gather(1, own.clamp(min=0)), -1)
+            owner[:, part.where] = part.by_image(spoken).view(batch, *part.where.shape)
+    index, perm = torch.cat(places, dim=1).sort(dim=1)
+    return Selection(
+        index.masked_fill(index == count, -1),
+        values=gather(torch.cat(values, dim=1), perm) if merging else None,
+        owner=owner if speaking else None,
+        scores=scores if scoring else None,
+        order=torch.cat(turns, dim=1).gather(1, perm).argsort(dim=1) if ordering else None,
+    )

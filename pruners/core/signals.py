@@ -1,7 +1,7 @@
 """What a stage can ask to read, and how it comes out of the tensors of the module that it is about.
 
-A signal says where it is read by its base class, and how by ``reduce``. Adapters bring the tensors; nothing here knows a
-model. A new signal is one class.
+A signal says where it is read by its base class, and how by ``reduce``. Adapters bring the tensors; nothing here knows
+a model. A new signal is one class.
 
 ========================  =========================================================================================
 :class:`TowerAttention`   queries and keys of a vision tower's block
@@ -152,7 +152,8 @@ class ClassFeatures(TowerOutput):
 
 @dataclass(frozen=True)
 class UnpooledFrames(Signal):
-    """``(B, V * n, D)`` projected tokens of a video's frames before the pooling that the model does after its projector.
+    """``(B, V * n, D)`` projected tokens of a video's frames before the pooling that the model does after its
+    projector.
 
     Only where :attr:`ModelInfo.pools_frames`; for pictures the embeddings themselves. ``layer`` means nothing here.
     """
@@ -204,8 +205,9 @@ class Columns:
 
 
 Pay = Callable[[Tensor, "Tensor | None"], Tensor]
-"""``pay(rows (B, R), counted (B, R) bool or None) -> (B, K)``: the attention that these query columns pay to each column,
-mean over heads and over the rows that count, softmax over the whole sequence."""
+"""``pay(rows (B, R), counted (B, R) bool or None) -> (B, K)``: the attention that these query columns pay to each
+column, mean over heads and over the rows that count, softmax over the whole sequence.
+"""
 
 
 @dataclass(frozen=True)
@@ -255,8 +257,8 @@ class CrossModalAttention(LayerAttention):
 class InstructionAttention(LayerAttention):
     """``(B, N)`` attention that decoder layer ``layer`` would pay from the instruction to each present visual token.
 
-    Mean over heads and over the text rows after the last picture of softmax rows over the whole sequence. It is computed
-    before that layer, from the tokens that have not been pruned there yet; zero where no text follows.
+    Mean over heads and over the text rows after the last picture of softmax rows over the whole sequence. It is
+    computed before that layer, from the tokens that have not been pruned there yet; zero where no text follows.
     """
 
     ahead = True
@@ -282,8 +284,8 @@ class LayerUpdate(Signal):
 class TransitionVariation(LayerUpdate):
     """``(B, N)`` how much decoder layer ``layer`` changed each token: its attention and its MLP, residuals left out.
 
-    Of both, :func:`foveate.cuda.transition_score` over its sum. ``softmax_scope`` says over which present tokens that sum
-    runs: ``"sequence"`` text and all, ``"image"`` the visual ones.
+    Of both, :func:`foveate.cuda.transition_score` over its sum. ``softmax_scope`` says over which present tokens that
+    sum runs: ``"sequence"`` text and all, ``"image"`` the visual ones.
     """
 
     direction: str = "signed"

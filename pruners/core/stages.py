@@ -53,13 +53,14 @@ class AtPixels(Stage):
 
 @dataclass(frozen=True)
 class InTower(Stage):
-    """Inside block ``layer`` of the vision tower: ``select(tokens: BlockTokens, **signals) -> Groups`` (``core.merging``).
+    """Inside block ``layer`` of the vision tower: ``select(tokens: BlockTokens, **signals) -> Groups``
+    (``core.merging``).
 
     Attributes:
         removes: how many of n rows, prefix counted, merge away here; known before the tokens are.
         proportional: the block's attention counts every row as often as it holds patches.
-        weighting: a group's row is the ``"size"``-weighted mean of its members, their plain ``"mean"``, or the target alone
-            (``"prune"``).
+        weighting: a group's row is the ``"size"``-weighted mean of its members, their plain ``"mean"``, or the target
+            alone (``"prune"``).
         after_mlp: merge after the whole block instead of between attention and MLP.
     """
 
@@ -82,9 +83,10 @@ class TokenStage(Stage):
     Attributes:
         positions: ``"keep"`` or ``"compact"`` where the method's specification demands one; None: the family's custom
             (compact for one-axis positions, keep for m-RoPE).
-        newlines: what becomes of separators: ``"rows"`` keeps those whose row keeps a token, ``"drop"`` none, ``"keep"``
-            all, ``"compete"`` selects among them as among tokens (inside the decoder; they count in :class:`Tokens`).
-            A selection with an ``order`` of its own has no rows: of the separators it keeps those that the order names.
+        newlines: what becomes of separators: ``"rows"`` keeps those whose row keeps a token, ``"drop"`` none,
+            ``"keep"`` all, ``"compete"`` selects among them as among tokens (inside the decoder; they count in
+            :class:`Tokens`). A selection with an ``order`` of its own has no rows: of the separators it keeps those
+            that the order names.
         reads_text: fill in the instruction of :class:`Tokens`.
         reads_frame_scores: fill in its frame scores.
     """
@@ -120,8 +122,9 @@ class InsideDecoder(TokenStage):
     """Selects among the tokens that a decoder layer works on.
 
     Attributes:
-        scope: what is selected from together: each ``"image"`` (or video) by itself, or all of a ``"sample"``, with their
-            views in one layout. Under ``"sample"`` and ``newlines="compete"`` a selection has an index and scores only.
+        scope: what is selected from together: each ``"image"`` (or video) by itself, or all of a ``"sample"``, with
+            their views in one layout. Under ``"sample"`` and ``newlines="compete"`` a selection has an index and scores
+            only.
     """
 
     scope: str = field(default="image", kw_only=True)

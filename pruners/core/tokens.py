@@ -62,9 +62,14 @@ class Layout:
     newlines: tuple[Newline, ...] = ()
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of visual tokens of every view."""
+        return tuple(view.size for view in self.views)
+
+    @property
     def size(self) -> int:
         """Number of visual tokens N, separators not counted."""
-        return sum(view.size for view in self.views)
+        return sum(self.sizes)
 
     @property
     def length(self) -> int:
@@ -82,9 +87,7 @@ class Layout:
     def rows_left(self, chosen: Tensor) -> Tensor:
         """For every separator whether the tokens that it closes have any of the tokens ``chosen (K,)``: ``(S,)`` bool."""
         upto = chosen.new_zeros(self.size + 1).index_fill(0, chosen + 1, 1).cumsum(0)
-        first, last = (
-            chosen.new_tensor(ends) for ends in ([n.first for n in self.newlines], [n.last for n in self.newlines])
-        )
+        first, last = chosen.new_tensor([(n.first, n.last) for n in self.newlines]).view(-1, 2).unbind(1)
         return upto[last] > upto[first]
 
     @classmethod
@@ -122,18 +125,20 @@ class Tokens:
     """The visual tokens of B images of equal layout at one hook point.
 
     Attributes:
-        embeds: ``(B, N, D)`` what the decoder would see (projected embeddings, or hidden states at ``llm_layer``).
-        layout: the tokens' layout; at ``llm_layer`` that of the *unpruned* image.
+        embeds: ``(B, N, D)`` what the decoder would see (projected embeddings, or hidden states before a decoder
+            layer).
+        layout: the tokens' layout; inside the decoder that of the *unpruned* image.
         sample_ids: one number per image, stable under batching; seeds everything random.
-        instruction: ``(B, T, D)`` embeddings of the text after the first picture, zero where ``instruction_mask`` is False;
-            None unless the stage says that it reads text, or where there is none.
+        instruction: ``(B, T, D)`` embeddings of the text after the first picture, zero where ``instruction_mask`` is
+            False; None unless the stage says that it reads text, or where there is none.
         instruction_mask: ``(B, T)`` bool.
         instruction_ids: ``(B, T)`` token ids, -1 where masked.
         embed: the decoder's input embedding, token ids ``(…)`` to ``(…, D)``; None without a model.
-        project: maps encoder features ``(..., C)`` to decoder embeddings ``(..., D)``; None where there is no projector.
-        frame_scores: ``B`` sequences, one score per sampled frame of each video; None for pictures, where nobody gave any,
-            and unless the stage reads them.
-        entered: at ``llm_layer``: how many of the tokens entered the decoder; None elsewhere.
+        project: maps encoder features ``(..., C)`` to decoder embeddings ``(..., D)``; None where there is no
+            projector.
+        frame_scores: ``B`` sequences, one score per sampled frame of each video; None for pictures, where nobody gave
+            any, and unless the stage reads them.
+        entered: inside the decoder: how many of the tokens entered it; None elsewhere.
     """
 
     embeds: Tensor
@@ -152,21 +157,44 @@ class Tokens:
         """Tokens of each image, N."""
         return self.embeds.shape[1]
 
+    @property
+    def ids(self) -> Sequence[int]:
+        """The images' ``sample_ids``, by default their numbers in the batch."""
+        return self.sample_ids or range(len(self.embeds))
+
+    @property
+    def text(self) -> dict[str, Tensor]:
+        """What there is of the instruction's tensors, by attribute."""
+        found = {name: getattr(self, name) for name in ("instruction", "instruction_mask", "instruction_ids")}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def images(self, rows: Tensor) -> Tokens:
+        """Some images of the batch, ``rows (M,)`` int64."""
+        numbers = rows.tolist()
+        return dataclasses.replace(
+            self,
+            embeds=self.embeds[rows],
+            sample_ids=tuple(self.ids[b] for b in numbers),
+            frame_scores=None if self.frame_scores is None else [self.frame_scores[b] for b in numbers],
+            **{name: value[rows] for name, value in self.text.items()},
+        )
+
 
 @dataclass
 class Selection:
     """Which visual tokens survive a stage, and what they carry.
 
     Attributes:
-        index: ``(B, K)`` int64, surviving tokens, ascending and unique; methods with a content-dependent count pad
-            rows on the right with -1.
+        index: ``(B, K)`` int64, surviving tokens, ascending and unique; methods with a content-dependent count pad rows
+            on the right with -1.
         values: ``(B, K, D)`` new embeddings of the survivors (mergers), or None: they keep their own.
         owner: ``(B, N)`` the surviving token that speaks for each token, -1 if none does; None for pure pruners.
         scores: ``(B, N)`` float, higher is more worth keeping; only for people to look at.
-        order: ``(B, M)`` what enters the decoder, in order: columns of ``index``, each once, and -1 for a separator. None:
-            ascending, with separators as the stage's policy has it. Columns beyond a row's own count are passed over.
-        resample: B functions ``(N, C) -> (K, C)``, how other features of the tokens (DeepStack levels) become those of the
-            survivors where ``values`` are mixtures; None: each survivor keeps its own.
+        order: ``(B, M)`` what enters the decoder, in order: columns of ``index``, each once, and -1 for a separator.
+            None: ascending, with separators as the stage's policy has it. Columns beyond a row's own count are passed
+            over.
+        resample: B functions ``(N, C) -> (K, C)``, how other features of the tokens (DeepStack levels) become those of
+            the survivors where ``values`` are mixtures; None: each survivor keeps its own.
         markers: survivors that only stand for dropped tokens, ``(B, N)`` bool; for people to look at.
     """
 
@@ -178,19 +206,17 @@ class Selection:
     resample: Sequence[Callable[[Tensor], Tensor]] | None = None
     markers: Tensor | None = None
 
-    def check(self, method: str, batch: int, count: int, padded: bool = True) -> None:
-        """Hold ``index`` to what is said above, for ``batch`` pictures of ``count`` tokens; ``padded``: -1 may stand there.
+    def check(self, method: str, batch: int, count: int) -> None:
+        """Hold ``index`` to what is said above, for ``batch`` pictures of ``count`` tokens.
 
         Raises:
             ParameterError: it is something else; the message names the ``method``.
         """
         index = self.index
         if index.ndim != 2 or len(index) != batch or index.dtype is not torch.int64:
-            raise ParameterError(
-                f"{method} returned an index {tuple(index.shape)} of {index.dtype}; give (B, K) int64 with B = {batch}"
-            )
-        token = (index >= 0) & (index < count)
-        rising = index[:, 1:] > index[:, :-1]
+            found = f"{tuple(index.shape)} of {index.dtype}"
+            raise ParameterError(f"{method} returned an index {found}; give (B, K) int64 with B = {batch}")
+        token, rising = (index >= 0) & (index < count), index[:, 1:] > index[:, :-1]
         if padded:
             gone = index == -1
             token, rising = token | gone, (rising & ~gone[:, :-1]) | gone[:, 1:]

@@ -27,8 +27,8 @@ def ui_graph(pixels: Tensor, layout: Layout, threshold: float = 2.0, mode: str =
         pixels: ``(B, N, 3, T, h, w)`` the pixels under each token in [0, 1], T frames each.
         threshold: neighbours in a row or column of a view are joined where ``sqrt(2 / T) * distance`` is below it. The
             released code counts a picture as two equal frames, which the root makes up for.
-        mode: weight of a component of size c: ``"log"`` is ``1 / max(1, ln(c + 1))``, ``"inverse"`` ``1 / c``, ``"sqrt"``
-            ``1 / sqrt(c)``.
+        mode: weight of a component of size c: ``"log"`` is ``1 / max(1, ln(c + 1))``, ``"inverse"`` ``1 / c``,
+            ``"sqrt"`` ``1 / sqrt(c)``.
 
     Returns:
         ``(B, N)`` float32.
@@ -80,7 +80,8 @@ def components(n: int, edges: Tensor) -> Tensor:
 
 
 def image_blocks(image: Tensor, block: int) -> tuple[Tensor, Layout]:
-    """Cut ``image (H, W, 3)`` uint8 into blocks of ``block`` pixels: ``(1, N, 3, 1, block, block)`` in [0, 1], and their layout.
+    """Cut ``image (H, W, 3)`` uint8 into blocks of ``block`` pixels: ``(1, N, 3, 1, block, block)`` in [0, 1], and
+    their layout.
 
     Raises:
         ParameterError: no RGB picture, or sides that are no multiples of ``block``.
@@ -118,9 +119,11 @@ def box_coverage(box: Sequence[float], height: int, width: int, patch: int) -> T
 def fused_label(
     coverage: Tensor, graph: Tensor, *, merge: int = 2, box_weight: float = 1.0, graph_weight: float = 0.5
 ) -> Tensor:
-    """What the scorer learns, per token: ``coverage (rows * merge, cols * merge)``, ``graph (rows, cols)`` -> ``(rows * cols,)``.
+    """What the scorer learns, per token: ``coverage (rows * merge, cols * merge)``, ``graph (rows, cols)`` ->
+    ``(rows * cols,)``.
 
-    ``clip(box_weight * coverage + graph_weight * graph, 0, 1) * 2 - 1`` of each patch, then the mean over a token's patches.
+    ``clip(box_weight * coverage + graph_weight * graph, 0, 1) * 2 - 1`` of each patch, then the mean over a token's
+    patches.
     """
     by_patch = graph.repeat_interleave(merge, dim=0).repeat_interleave(merge, dim=1)
     label = (box_weight * coverage + graph_weight * by_patch).clamp(0, 1) * 2 - 1
@@ -138,7 +141,8 @@ def supervision(
     box_weight: float = 1.0,
     graph_weight: float = 0.5,
 ) -> Tensor:
-    """Labels ``(tokens,)`` in [-1, 1] of a screenshot ``image (H, W, 3)`` uint8 whose sides are multiples of ``patch * merge``.
+    """Labels ``(tokens,)`` in [-1, 1] of a screenshot ``image (H, W, 3)`` uint8 whose sides are multiples of
+    ``patch * merge``.
 
     Args:
         box: left, top, right, bottom of the element that the instruction means, in pixels or relative; others as in

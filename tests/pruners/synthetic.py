@@ -7,26 +7,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.pruners.core import (
+from foveate.pruners import (
     AtEntry,
     AtPixels,
     BeforeLayer,
+    GlobalCom2,
+    Layout,
+    ModelInfo,
+    PosPad,
+    Pruner,
+    Selection,
+    Stage,
+    Tokens,
+    View,
+)
+from foveate.pruners.core import Newline, Signal, budget, top_k
+from foveate.pruners.core.runs import stretch_ends
+from foveate.pruners.core.selection import floor
+from foveate.pruners.core.signals import (
     ClassFeatures,
     CoreMatches,
     CrossModalAttention,
     EncoderFeatures,
     EncoderKeys,
-    Layout,
-    ModelInfo,
     PatchPixels,
-    Pruner,
-    Selection,
-    Signal,
-    Stage,
-    Tokens,
-    View,
-    budget,
-    top_k,
 )
 from foveate.registry_view import EXAMPLES
 
@@ -45,6 +49,25 @@ def anyres(thumbnail: tuple[int, int], heights: list[int], widths: list[int]) ->
             left += width
         top += height
     return Layout((View(*thumbnail, kind="thumbnail"), *crops))
+
+
+ROWS = Layout((View(3, 4),), tuple(Newline(4 + 5 * r, 4 * r, 4 * r + 4) for r in range(3)))
+STRETCHES = [Layout.grid(1, 7), Layout.grid(5, 4), Layout.video(3, 2, 3), anyres((2, 2), [2, 1], [3, 0, 2]), ROWS]
+
+
+def runs_by_hand(dropped: list[bool], layout: Layout) -> list[list[int]]:
+    """Runs of one row, token by token."""
+    view_of = {int(t): v for v, view in enumerate(layout.views) for t in view.tokens()}
+    closed = {newline.last for newline in layout.newlines}
+    found: list[list[int]] = []
+    for i, gone in enumerate(dropped):
+        if not gone:
+            continue
+        if found and found[-1][-1] == i - 1 and view_of[i] == view_of[i - 1] and i not in closed:
+            found[-1].append(i)
+        else:
+            found.append([i])
+    return found
 
 
 def make_tokens(layout: Layout, batch: int, seed: int, text: int = 3) -> Tokens:
@@ -99,29 +122,39 @@ def run(pruner: Pruner, tokens: Tokens, model: ModelInfo = CLIP, seed: int = 0) 
 
 def one(tokens: Tokens, b: int) -> Tokens:
     """Image ``b`` of a batch by itself."""
-    return Tokens(
-        embeds=tokens.embeds[b : b + 1],
-        layout=tokens.layout,
-        sample_ids=tokens.sample_ids[b : b + 1],
-        instruction=tokens.instruction[b : b + 1],
-        instruction_mask=tokens.instruction_mask[b : b + 1],
-        instruction_ids=tokens.instruction_ids[b : b + 1],
-        project=tokens.project,
-        frame_scores=tokens.frame_scores[b : b + 1],
-        entered=tokens.entered,
-    )
+    return tokens.images(torch.tensor([b]))
+
+
+def most(pruner: Pruner, layout: Layout) -> int:
+    """How many tokens a method's first selection of tokens keeps at most, as its documentation says: no more than the
+    budget, but for markers and crops; the count itself where the layout alone decides."""
+    count = pruner.count(layout)
+    if count is not None:
+        return count
+    if isinstance(pruner, PosPad):
+        kept = pruner.total(layout)
+        if pruner.count_markers:
+            return kept
+        if pruner.placement == "full":
+            return layout.size
+        return kept + min(kept + int(stretch_ends(layout).sum()), layout.size - kept)
+    if isinstance(pruner, GlobalCom2):  # all attention may lie on the largest crop
+        thumbnail, *crops = layout.sizes
+        unequal = max(crops) - sum(crops) / len(crops)
+        return max(1, int(pruner.keep * thumbnail) + min(sum(crops), floor(pruner.keep * (sum(crops) + unequal))))
+    return budget(pruner.keep, layout.size)
 
 
 @dataclass(frozen=True)
 class TopNorm(Pruner):
-    """Keeps the tokens of largest norm: ``at_input`` of them at the entry, ``at_layer[i]`` in front of layer i."""
+    """Keeps the tokens of largest norm: ``at_input`` of them at the entry, ``at_layer[i]`` before layer i."""
 
     at_input: float | int = 1.0
     at_layer: tuple[tuple[int, float | int], ...] = ()
     name = "top_norm"
 
     def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
-        stages = [AtEntry(lambda tokens: self._select(tokens, self.at_input))]
+        stages: list[Stage] = [AtEntry(lambda tokens: self._select(tokens, self.at_input))]
         for layer, keep in self.at_layer:
             stages.append(BeforeLayer(lambda tokens, keep=keep: self._select(tokens, keep), layer=layer))
         return tuple(stages)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from foveate.errors import BudgetError, ParameterError
-from foveate.pruners import CoreMatching, FastV, Hook, Layout, ModelInfo, Then
+from foveate.pruners import BeforeLayer, CoreMatching, FastV, Layout, ModelInfo, Then
 from foveate.pruners.corematching import above_knee, knee
 from tests.pruners.synthetic import CLIP, make_tokens
 
@@ -84,15 +84,15 @@ def test_bounds_and_budget() -> None:
     assert kept(CoreMatching(max_keep=1), counts) == [1]
     assert kept(CoreMatching(budget=3), counts) == [0, 1, 4]
     assert kept(CoreMatching(budget=0.5), counts) == [0, 1, 4]
-    assert CoreMatching().adaptive
-    assert not CoreMatching(budget=3).adaptive
-    assert CoreMatching(budget=64).kept(576) == 64
+    assert CoreMatching().count(Layout.grid(2, 3)) is None
+    assert CoreMatching(budget=3).count(Layout.grid(2, 3)) == 3
+    assert CoreMatching(budget=64).count(Layout.grid(1, 576)) == 64
 
 
 @pytest.mark.parametrize("without", [{"select_layer": None}, {"mode": "released"}])
 def test_no_budget_where_no_token_goes(without: dict) -> None:
     """Statement: a budget that could drop nothing is refused, not forgotten."""
-    assert CoreMatching(**without).kept(576) == 576
+    assert CoreMatching(**without).count(Layout.grid(1, 576)) == 576
     with pytest.raises(ParameterError, match=r"budget=0\.5.*keeps all tokens"):
         CoreMatching(**without, budget=0.5)
 
@@ -100,6 +100,6 @@ def test_no_budget_where_no_token_goes(without: dict) -> None:
 def test_reading_neurons_does_not_stand_in_the_way_of_composition() -> None:
     """Statement: a later method may follow core tokens although every MLP is read; one in front of them may not."""
     stages = Then(CoreMatching(), FastV(k=5)).stages(CLIP)
-    assert [s.layer for s in stages if s.hook is Hook.LLM_LAYER] == [2, 5]
+    assert [s.layer for s in stages if isinstance(s, BeforeLayer)] == [2, 5]
     with pytest.raises(ParameterError, match="not after"):
         Then(FastV(k=5), CoreMatching()).stages(CLIP)

@@ -14,8 +14,10 @@ from torch import Tensor
 import foveate
 from foveate.errors import InputError, MissingSignalError, ParameterError
 from foveate.pruners import FocusUI, Layout, ModelInfo, Tokens
-from foveate.pruners.core.method import Hook, PatchPixels, Pruner, Selection, Stage, keep_all
+from foveate.pruners.core import AtEntry, Pruner, Selection, Stage
 from foveate.pruners.core.patch_scorer import PatchScorer, save_scorer
+from foveate.pruners.core.selection import keep_all
+from foveate.pruners.core.signals import PatchPixels
 from foveate.pruners.core.ui_graph import image_blocks, ui_graph
 from foveate.pruners.focusui import SCORER_FILE, instruction_words, relevance
 from tests.models import FAMILIES, PATCH, SIDE, VIDEO_FAMILIES, inputs, picture, tiny
@@ -45,14 +47,14 @@ def make(layout: Layout, batch: int = 2, width: int = WIDTH) -> Tokens:
 
 def test_both_namings_of_the_budget() -> None:
     """Statement: ``keep`` is floored with a whisker, ``reduct`` truncates as released, and leaves ``min_keep`` tokens."""
-    assert FocusUI(keep=0.1).kept(1000) == 100
-    assert FocusUI(reduct=0.9).kept(1000) == 99  # 1 - 0.9 is a little less than a tenth
-    assert FocusUI(reduct=0.9).kept(10) == 1
-    assert FocusUI(reduct=0.9, min_keep=0).kept(10) == 0
-    assert FocusUI(reduct=0.0).kept(10) == FocusUI(reduct=-1.0).kept(10) == 10
-    assert FocusUI(keep=0.29).kept(100) == 29
-    assert FocusUI(keep=0.001).kept(100) == 1
-    assert FocusUI(keep=7).kept(100) == 7
+    assert FocusUI(keep=0.1).count(Layout.grid(1, 1000)) == 100
+    assert FocusUI(reduct=0.9).count(Layout.grid(1, 1000)) == 99  # 1 - 0.9 is a little less than a tenth
+    assert FocusUI(reduct=0.9).count(Layout.grid(1, 10)) == 1
+    assert FocusUI(reduct=0.9, min_keep=0).count(Layout.grid(1, 10)) == 0
+    assert FocusUI(reduct=0.0).count(Layout.grid(1, 10)) == FocusUI(reduct=-1.0).count(Layout.grid(1, 10)) == 10
+    assert FocusUI(keep=0.29).count(Layout.grid(1, 100)) == 29
+    assert FocusUI(keep=0.001).count(Layout.grid(1, 100)) == 1
+    assert FocusUI(keep=7).count(Layout.grid(1, 100)) == 7
     assert FocusUI(keep=0.5).budgets(Layout.video(3, 1, 3)) == (4,)
 
 
@@ -88,7 +90,7 @@ def test_the_best_scores_stay(scorer: PatchScorer) -> None:
     for b in range(2):
         assert set(chosen.index[b].tolist()) == set(expected[b].topk(6).indices.tolist())
     assert torch.equal(chosen.scores, expected)
-    flat = method.select_by_scores(tokens, torch.tensor([[0.5] * 20, [float("nan")] * 19 + [0.1]]))
+    flat = method.choose(tokens, 6, torch.tensor([[0.5] * 20, [float("nan")] * 19 + [0.1]]))
     assert flat.index.tolist() == [[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 19]]
 
 
@@ -191,7 +193,7 @@ class Probe(Pruner):
             object.__setattr__(self, "seen", pixels)
             return keep_all(tokens)
 
-        return (Stage(Hook.LLM_INPUT, select, {"pixels": PatchPixels()}),)
+        return (AtEntry(select, {"pixels": PatchPixels()}),)
 
 
 def screenshot(height: int, width: int) -> Image.Image:
@@ -262,7 +264,7 @@ def test_runs_on_every_family(scorer: PatchScorer, family: str, by: str) -> None
         with foveate.attach(model, method) as session:
             model(**scene_inputs(family, scene))
             for image in session.trace.images:
-                assert len(image.kept) == method.kept_in(image.layout) < image.layout.size
+                assert len(image.kept) == method.count(image.layout) < image.layout.size
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "llava"])

@@ -8,7 +8,7 @@ import torch
 from foveate.cuda import given_attention, received_attention
 from foveate.errors import ParameterError
 from foveate.pruners import FoPru, Layout, ModelInfo
-from foveate.pruners.core.method import GivenAttention, ReceivedAttention
+from foveate.pruners.core.signals import GivenAttention, ReceivedAttention
 from foveate.pruners.fopru import best_rows, rank, significance
 from tests.pruners.synthetic import CLIP, QWEN, anyres, first_stage, make_tokens
 
@@ -51,7 +51,7 @@ def test_rows_are_ranked_by_their_sum() -> None:
     """Statement: ``row`` keeps whole rows with the largest summed significance, not those with the largest token."""
     score = torch.tensor([[9.0, 0.0, 0.0, 4.0, 4.0, 4.0, 1.0, 1.0, 1.0]])
     assert best_rows(score, (3, 3), 1).tolist() == [[3, 4, 5]]
-    chosen = FoPru(strategy="row", keep=3, direction="received")._select_view(
+    chosen = FoPru(strategy="row", keep=3, direction="received").choose(
         make_tokens(Layout.grid(3, 3), 1, 0), 3, received=score
     )
     assert chosen.index.tolist() == [[3, 4, 5]]
@@ -70,28 +70,27 @@ def test_rows_are_ranked_by_their_sum() -> None:
 )
 def test_row_budgets(keep: float, grid: tuple[int, int], kept: int) -> None:
     """Statement: ``floor(ratio * rows)`` rows, or ``k // cols`` rows of an absolute budget, at least one."""
-    assert FoPru(strategy="row", keep=keep).kept(grid[0] * grid[1], grid) == kept
+    assert FoPru(strategy="row", keep=keep).count(Layout.grid(*grid)) == kept
 
 
 def test_a_budget_below_one_row_is_exceeded_aloud() -> None:
     """Statement: the one case where more than the budget is kept is warned about."""
     with pytest.warns(UserWarning, match="less than a row of 6"):
-        assert FoPru(strategy="row", keep=4).kept(24, (4, 6)) == 6
+        assert FoPru(strategy="row", keep=4).count(Layout.grid(4, 6)) == 6
 
 
 def test_rank_budgets_round_down() -> None:
     """Statement: a ratio keeps ``floor(N * ratio)``, free of binary representation error, at least one."""
-    assert FoPru(keep=0.29).kept(100) == 29
-    assert FoPru(keep=0.999).kept(10) == 9
-    assert FoPru(keep=0.001).kept(10) == 1
+    assert FoPru(keep=0.29).count(Layout.grid(1, 100)) == 29
+    assert FoPru(keep=0.999).count(Layout.grid(1, 10)) == 9
+    assert FoPru(keep=0.001).count(Layout.grid(1, 10)) == 1
 
 
 def test_rows_need_the_grid() -> None:
-    """Statement: a row budget cannot be known from the number of tokens, and is not guessed."""
-    with pytest.raises(ParameterError, match="grid"):
-        FoPru(strategy="row").kept(36)
-    with pytest.raises(ParameterError, match="5 x 5"):
-        FoPru(strategy="row").kept(36, (5, 5))
+    """Statement: a row budget follows from rows and columns, not from the number of tokens."""
+    for grid, kept in {(6, 6): 12, (4, 9): 9, (9, 4): 12, (36, 1): 12, (3, 12): 12}.items():
+        assert FoPru(strategy="row", keep=12).count(Layout.grid(*grid)) == kept
+    assert [FoPru(strategy="row").count(Layout.grid(*grid)) for grid in ((4, 9), (9, 4))] == [9, 8]
 
 
 def test_every_crop_is_judged_by_itself() -> None:
@@ -108,8 +107,8 @@ def test_survivors_keep_raster_order_unless_told() -> None:
     """Statement: the order of entry is ascending, or by significance with ``reorder=False``."""
     received = torch.tensor([[0.1, 0.9, 0.3, 0.8]])
     tokens = make_tokens(Layout.grid(2, 2), 1, 0)
-    assert FoPru(keep=3, direction="received").select(tokens, received).order is None
-    shuffled = FoPru(keep=3, direction="received", reorder=False).select(tokens, received)
+    assert FoPru(keep=3, direction="received").select(tokens, received=received).order is None
+    shuffled = FoPru(keep=3, direction="received", reorder=False).select(tokens, received=received)
     assert shuffled.index.gather(1, shuffled.order).tolist() == [[1, 3, 2]]
 
 

@@ -10,10 +10,11 @@ import foveate
 from foveate.adapters.families.anyres import anyres as _anyres
 from foveate.errors import FoveateError, InputError, MissingSignalError, ParameterError
 from foveate.pruners import GlobalCom2, Layout, ModelInfo, Selection
-from foveate.pruners.core.method import ClassAttention, EncoderFeatures
-from foveate.pruners.globalcom2 import apportion, canvas_of, crop_ratios, distinctness, richness, token_score
+from foveate.pruners.core.canvas import canvas_of
+from foveate.pruners.core.signals import ClassAttention, EncoderFeatures
+from foveate.pruners.globalcom2 import apportion, crop_ratios, distinctness, richness, token_score
 from tests.models import PINPOINTS, SIDE, inputs, picture, tiny
-from tests.pruners.synthetic import CLIP, QWEN, anyres, make_tokens
+from tests.pruners.synthetic import CLIP, QWEN, anyres, make_tokens, most
 from tests.test_oracles import check_against_masking
 
 SIZES = [(60, 60), (60, 40), (40, 60), (20, 90), (90, 20), (33, 100), (64, 64), (31, 64), (100, 12), (7, 200)]
@@ -61,17 +62,16 @@ def test_exact_budgets_are_met(size: tuple[int, int], keep: float | int) -> None
     layout = layout_of(*size)
     pruner = GlobalCom2(keep=keep, redistribute=True)
     asked = keep if isinstance(keep, int) else max(1, round(keep * layout.size))
-    assert not pruner.adaptive
-    assert pruner.kept_in(layout) == asked
+    assert pruner.count(layout) == asked
     for scale in (0.1, 30.0):  # even crops, and one that takes all
         assert run(pruner, layout, scale * logits(layout)).index.shape == (2, asked)
 
 
 @pytest.mark.parametrize("size", SIZES[:-1], ids=str)
 def test_published_floors_stay_below_the_stated_bound(size: tuple[int, int]) -> None:
-    """Statement: thumbnail ``int(N R)``, each crop ``int(n r)``, never more than ``kept_in`` in all; and it says so."""
+    """Statement: thumbnail ``int(N R)``, each crop ``int(n r)``, in all never more than stated; the count says so."""
     layout, pruner = layout_of(*size), GlobalCom2(keep=0.3)
-    assert pruner.adaptive
+    assert pruner.count(layout) is None
     crops = [view.size for view in layout.views[1:]]
     for seed, scale in enumerate((0.1, 1.0, 30.0)):
         attention = scale * logits(layout, seed=seed)
@@ -83,7 +83,7 @@ def test_published_floors_stay_below_the_stated_bound(size: tuple[int, int]) -> 
             assert int((mine < 36).sum()) == int(36 * 0.3)
             for tokens, n, r in zip((view.tokens() for view in canvas.crops), crops, ratios[b]):
                 assert int(torch.isin(mine, tokens).sum()) == int(n * r.item())
-            assert len(mine) <= pruner.kept_in(layout)
+            assert len(mine) <= most(pruner, layout)
 
 
 def test_apportioning_is_proportional_capped_and_exact() -> None:
@@ -206,7 +206,7 @@ def test_single_views() -> None:
     layout, attention = Layout.grid(4, 4), torch.arange(32.0).view(2, 16)
     assert run(GlobalCom2(keep=0.2), layout, attention).index.tolist() == [[13, 14, 15]] * 2
     whole = GlobalCom2(keep=0.2, compress_single=False)
-    assert whole.kept_in(layout) == 16
+    assert whole.count(layout) == 16
     assert run(whole, layout, attention).index.shape == (2, 16)
     frames = Layout.video(3, 2, 2)
     assert run(GlobalCom2(keep=0.5), frames, logits(frames)).index.shape == (2, 6)

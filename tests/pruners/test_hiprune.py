@@ -7,7 +7,8 @@ import torch
 
 from foveate.errors import MissingSignalError, ParameterError
 from foveate.pruners import HiPrune, Layout, ModelInfo
-from foveate.pruners.core.method import ClassAttention, ReceivedAttention, kept_tokens
+from foveate.pruners.core.selection import kept_tokens
+from foveate.pruners.core.signals import ClassAttention, ReceivedAttention
 from foveate.pruners.hiprune import anchor_count, anchors, anchors_and_buffers, per_view_budget, registers
 from tests.pruners.synthetic import CLIP, QWEN, anyres, first_stage, make_tokens
 
@@ -63,7 +64,11 @@ def test_exactly_k_tokens_for_every_share() -> None:
     anchor, deep = torch.rand(3, 48), torch.rand(3, 48)
     for alpha in (0.0, 0.1, 0.5, 0.9, 1.0):
         for k in (1, 4, 5, 17, 47):
-            index = HiPrune(keep=k, alpha=alpha).select(make_tokens(Layout.grid(6, 8), 3, 0), anchor, deep).index
+            index = (
+                HiPrune(keep=k, alpha=alpha)
+                .select(make_tokens(Layout.grid(6, 8), 3, 0), anchor=anchor, deep=deep)
+                .index
+            )
             assert index.shape == (3, k)
             assert (index >= 0).all()
 
@@ -73,7 +78,7 @@ def test_without_anchors_only_registers_count() -> None:
     torch.manual_seed(1)
     anchor, deep = torch.rand(1, 30), torch.rand(1, 30)
     assert anchor_count(12, 0.1) == 0
-    index = HiPrune(keep=12, alpha=0.1).select(make_tokens(Layout.grid(5, 6), 1, 0), anchor, deep).index
+    index = HiPrune(keep=12, alpha=0.1).select(make_tokens(Layout.grid(5, 6), 1, 0), anchor=anchor, deep=deep).index
     assert index[0].tolist() == sorted(deep[0].topk(12).indices.tolist())
 
 
@@ -90,8 +95,8 @@ def test_official_exclusion_counts_strong_tokens_twice() -> None:
 def test_official_exclusion_works_on_sums_where_there_is_no_class_token() -> None:
     """Statement: ``exclude="official"`` sees mean-one scores on Qwen towers and may keep fewer tokens, which is announced."""
     method = HiPrune(keep=4, alpha=1.0, buffer="none", exclude="official")
-    assert method.adaptive
-    assert not HiPrune().adaptive
+    assert method.count(Layout.grid(2, 4)) is None
+    assert HiPrune(keep=4).count(Layout.grid(2, 4)) == 4
     attention = torch.tensor([[90.0, 2, 1, 1, 1, 1, 1, 1], [8.0, 7, 6, 5, 4, 3, 2, 1]]) / 100
     tokens = make_tokens(Layout.grid(2, 4), 2, 0)
     half = HiPrune(keep=4, alpha=0.5, buffer="none", exclude="official")
@@ -115,7 +120,7 @@ def test_views_do_not_compete() -> None:
     layout = anyres((3, 3), [3], [3, 3])
     scores = torch.rand(2, 27, generator=torch.Generator().manual_seed(0))
     scores[:, layout.views[1].tokens()] += 10
-    index = HiPrune(keep=12).select(make_tokens(layout, 2, 0), scores, scores).index
+    index = HiPrune(keep=12).select(make_tokens(layout, 2, 0), anchor=scores, deep=scores).index
     assert all(int(torch.isin(row, view.tokens()).sum()) == 4 for row in index for view in layout.views)
 
 
@@ -181,13 +186,16 @@ def test_tokens_without_a_score_come_last() -> None:
         assert registers(deep / 10, core, 3, exclude)[0].tolist() == [False, False, True, False, True]
     assert registers(deep, core, 4)[0].tolist() == [False, True, True, False, True]
     unknown = torch.full((1, 8), nan)
-    chosen = HiPrune(keep=4).select(make_tokens(Layout.grid(2, 4), 1, 0), unknown, unknown)
+    chosen = HiPrune(keep=4).select(make_tokens(Layout.grid(2, 4), 1, 0), anchor=unknown, deep=unknown)
     assert chosen.index.tolist() == [[0, 1, 2, 3]]
 
 
 def test_the_strict_count_is_not_read_from_the_device() -> None:
     """Statement: with a known count nothing waits for a tensor's value: tensors that have none pass."""
     scores = torch.rand(2, 16, device="meta")
-    assert HiPrune(keep=5).select(make_tokens(Layout.grid(4, 4), 2, 0), scores, scores).index.shape == (2, 5)
+    assert HiPrune(keep=5).select(make_tokens(Layout.grid(4, 4), 2, 0), anchor=scores, deep=scores).index.shape == (
+        2,
+        5,
+    )
     with pytest.raises(RuntimeError, match="meta"):
-        HiPrune(keep=5, exclude="official").select(make_tokens(Layout.grid(4, 4), 2, 0), scores, scores)
+        HiPrune(keep=5, exclude="official").select(make_tokens(Layout.grid(4, 4), 2, 0), anchor=scores, deep=scores)

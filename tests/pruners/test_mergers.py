@@ -12,9 +12,10 @@ from torch import Tensor
 
 from foveate.cuda import similarity_energy
 from foveate.errors import FoveateError, ParameterError, UnsupportedModelError
-from foveate.pruners import PiToMe, ToMe
-from foveate.pruners.core.merging import BlockStage, BlockTokens, Groups, Merger, owners
-from foveate.pruners.core.method import Layout, ModelInfo, View, ranked
+from foveate.pruners import InTower, PiToMe, ToMe
+from foveate.pruners.core import Layout, ModelInfo, View
+from foveate.pruners.core.merging import BlockTokens, Groups, Merger, owners
+from foveate.pruners.core.selection import ranked
 from foveate.pruners.pitome import energy_matching, protected_matching
 from foveate.pruners.tome import schedule
 
@@ -41,7 +42,7 @@ def drawn(batch: int, n: int, seed: int, width: int = 6) -> Tensor:
     return torch.randn(batch, n, width, generator=torch.Generator().manual_seed(seed))
 
 
-def groups_of(stage: BlockStage, x: Tensor, prefix: int) -> Groups:
+def groups_of(stage: InTower, x: Tensor, prefix: int) -> Groups:
     signals = {name: x.float() for name in stage.signals}
     return stage.select(BlockTokens(x, prefix, stage.removes(x.shape[1])), **signals)
 
@@ -145,7 +146,7 @@ def test_the_orders_differ_in_which_half_protects() -> None:
 @pytest.mark.parametrize(("ratio", "kept"), [(0.85, 17), (0.875, 30), (0.9, 54), (0.925, 101), (0.95, 183)])
 def test_counts_on_llava_are_the_published_ones(ratio: float, kept: int) -> None:
     """Statement: of LLaVA-1.5's 576 tokens as many are left as the authors' runs had (arXiv 2405.16148, LLaVA table)."""
-    assert PiToMe(ratio=ratio, order="llava").kept(576, (24, 24)) == kept
+    assert PiToMe(ratio=ratio, order="llava").count(Layout.grid(24, 24)) == kept
 
 
 def test_counts_on_vit_are_the_published_ones() -> None:
@@ -161,9 +162,9 @@ def test_views_are_counted_whole() -> None:
         (View(4, 4, kind="thumbnail"), View(4, 2, start=16, kind="crop"), View(4, 4, start=24, kind="crop"))
     )
     model = tower(1)
-    whole = ToMe(r=2).kept_on(model, Layout.grid(4, 4))
+    whole = ToMe(r=2).count(Layout.grid(4, 4), model)
     assert whole == 8
-    assert ToMe(r=1).kept_on(model, layout) == 12 + 8 + 12
+    assert ToMe(r=1).count(layout, model) == 12 + 8 + 12
 
 
 def test_schedules_of_a_single_block() -> None:
@@ -175,7 +176,7 @@ def test_schedules_of_a_single_block() -> None:
 def test_keeping_everything_merges_nothing() -> None:
     """Statement: r = 0 and ratio = 1 take no row away."""
     for merger in (ToMe(r=0), ToMe(ratio=1.0), PiToMe(ratio=1.0), PiToMe(ratio=1.0, order="llava")):
-        assert merger.kept(196, (14, 14)) == 196
+        assert merger.count(Layout.grid(14, 14)) == 196
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 import foveate
-from foveate.cuda import gather_tokens, run_mean
 from foveate.errors import BudgetError, FoveateError, MissingSignalError, ParameterError, UnknownNameError
 from foveate.eval_suites.running.runner import parse_methods
 from foveate.pruners import (
@@ -26,74 +25,14 @@ from foveate.pruners import (
     Selection,
     Then,
     Tokens,
-    View,
     create,
 )
-from foveate.pruners.core.method import Newline
-from foveate.pruners.core.runs import runs, stretch_ends
+from foveate.pruners.core.runs import stretch_ends
 from tests.models import FAMILIES, VIDEO_FAMILIES, inputs, picture, tiny
-from tests.pruners.synthetic import CLIP, QWEN, anyres, make_signals, make_tokens
+from tests.pruners.synthetic import CLIP, QWEN, STRETCHES, make_signals, make_tokens, most, runs_by_hand
 from tests.test_oracles import dropped_places, greedy_by_masking, masked_logits, rope_positions, scene_inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:pospad. this", "ignore:focusui. this")
-ROWS = Layout((View(3, 4),), tuple(Newline(4 + 5 * r, 4 * r, 4 * r + 4) for r in range(3)))
-LAYOUTS = [Layout.grid(1, 7), Layout.grid(5, 4), Layout.video(3, 2, 3), anyres((2, 2), [2, 1], [3, 0, 2]), ROWS]
-
-
-def by_hand(dropped: list[bool], layout: Layout) -> list[list[int]]:
-    """Runs of one row, token by token."""
-    view_of = {int(t): v for v, view in enumerate(layout.views) for t in view.tokens()}
-    closed = {newline.last for newline in layout.newlines}
-    found: list[list[int]] = []
-    for i, gone in enumerate(dropped):
-        if not gone:
-            continue
-        if found and found[-1][-1] == i - 1 and view_of[i] == view_of[i - 1] and i not in closed:
-            found[-1].append(i)
-        else:
-            found.append([i])
-    return found
-
-
-# ------------------------------------------------------------------------------------------------------------- runs
-
-
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("share", [0.0, 0.2, 0.6, 1.0])
-def test_runs_are_maximal_and_stay_in_their_stretch(layout: Layout, share: float) -> None:
-    """Statement: the same runs as token by token; one mean for each; seats where the placement says."""
-    g = torch.Generator().manual_seed(0)
-    dropped = torch.rand(4, layout.size, generator=g) < share
-    x = torch.randn(4, layout.size, 3, generator=g)
-    gone = runs(dropped, layout)
-    means = run_mean(x, gone.number, max(int(gone.counts.max()), 1))
-    for b in range(4):
-        expected = by_hand(dropped[b].tolist(), layout)
-        assert int(gone.counts[b]) == len(expected)
-        assert (gone.number[b] >= 0).tolist() == dropped[b].tolist()
-        for n, run in enumerate(expected):
-            assert set(gone.number[b, run].tolist()) == {n}
-            for placement, seat in (("first", run[0]), ("end", run[-1]), ("middle", (run[0] + run[-1]) // 2)):
-                assert set(gone.seats(placement)[b, run].tolist()) == {seat}
-            assert gone.seats("full")[b, run].tolist() == run
-            torch.testing.assert_close(means[b, n], x[b, run].mean(dim=0))
-
-
-def test_a_newline_ends_a_stretch() -> None:
-    assert stretch_ends(ROWS).nonzero()[:, 0].tolist() == [3, 7, 11]
-    assert stretch_ends(Layout.grid(3, 4)).nonzero()[:, 0].tolist() == [11], "rows of a plain grid run on"
-
-
-def test_gathering_leaves_gaps_and_marks() -> None:
-    """Statement: rows bit for bit, -1 is zero, marked rows are the marker, of any dtype and rank."""
-    x = torch.arange(12).view(2, 3, 2)
-    index, marked = torch.tensor([[2, -1], [0, 1]]), torch.tensor([[False, False], [True, False]])
-    assert gather_tokens(x, index).tolist() == [[[4, 5], [0, 0]], [[6, 7], [8, 9]]]
-    assert gather_tokens(x, index, marked=marked, marker=torch.tensor([-1, -2])).tolist()[1] == [[-1, -2], [8, 9]]
-    assert gather_tokens(x[..., 0], index, marked=marked, marker=-100).tolist() == [[4, 0], [-100, 8]]
-    assert gather_tokens(x > 5, index, marked=marked, marker=False).dtype == torch.bool
-
-
 # ---------------------------------------------------------------------------------------------------------- markers
 
 
@@ -102,7 +41,7 @@ def padded(method: PosPad, tokens: Tokens, model: ModelInfo = QWEN, **signals: T
     return stage.select(tokens, **(signals or make_signals(stage, tokens, 0)))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", STRETCHES, ids=str)
 @pytest.mark.parametrize("placement", ["end", "first", "middle", "full", "none"])
 def test_markers_stand_in_their_seats(layout: Layout, placement: str) -> None:
     """Statement: survivors of the inner method with their own embeddings, and for each run the mean of what it was."""
@@ -112,7 +51,7 @@ def test_markers_stand_in_their_seats(layout: Layout, placement: str) -> None:
     for b in range(3):
         kept = set(plain.index[b].tolist())
         seats: dict[int, Tensor] = {}
-        for run in by_hand([i not in kept for i in range(layout.size)], layout):
+        for run in runs_by_hand([i not in kept for i in range(layout.size)], layout):
             mean = tokens.embeds[b, run].mean(dim=0)
             where = {"end": run[-1:], "first": run[:1], "middle": [(run[0] + run[-1]) // 2], "full": run, "none": []}
             seats |= dict.fromkeys(where[placement], mean)
@@ -173,7 +112,8 @@ def test_deepstack_features_follow_the_marker() -> None:
             kept = ~chosen.markers[b, index]
             assert torch.equal(found[kept], level[index[kept]])
             seats = {
-                run[-1]: run for run in by_hand((~torch.isin(torch.arange(10), index[kept])).tolist(), tokens.layout)
+                run[-1]: run
+                for run in runs_by_hand((~torch.isin(torch.arange(10), index[kept])).tolist(), tokens.layout)
             }
             for slot, features in zip(index[~kept].tolist(), found[~kept]):
                 expected = level[seats[slot]].mean(dim=0) if isinstance(marker, str) else torch.zeros(4)
@@ -184,7 +124,7 @@ def test_deepstack_features_follow_the_marker() -> None:
 # ---------------------------------------------------------------------------------------------------------- budgets
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", STRETCHES, ids=str)
 @pytest.mark.parametrize("keep", [0.3, 0.5, 0.8, 0.95])
 @pytest.mark.parametrize("inner", [FocusUI(scorer="uigraph"), Random(), DivPrune()], ids=["ranked", "random", "greedy"])
 def test_counted_markers_fit_the_budget_and_fill_it(layout: Layout, keep: float, inner: foveate.pruners.Pruner) -> None:
@@ -192,13 +132,14 @@ def test_counted_markers_fit_the_budget_and_fill_it(layout: Layout, keep: float,
     method, tokens = PosPad(inner, keep=keep), make_tokens(layout, 3, 5)
     (stage,) = method.stages(QWEN)
     signals = make_signals(stage, tokens, 5)
-    total = method.inner.kept_in(layout)
+    total = method.inner.count(layout)
     if int(stretch_ends(layout).sum()) > total:
         with pytest.raises(BudgetError, match="separate stretches"):
             stage.select(tokens, **signals)
         return
     chosen = stage.select(tokens, **signals)
-    assert method.kept_in(layout) == total
+    assert method.count(layout) is None
+    assert most(method, layout) == total
     counts = (chosen.index >= 0).sum(dim=1)
     assert (counts <= total).all()
     if isinstance(inner, Random) and len(layout.views) > 1:
@@ -214,14 +155,15 @@ def test_counted_markers_fit_the_budget_and_fill_it(layout: Layout, keep: float,
 
 def test_published_budgets_put_markers_on_top() -> None:
     """Statement: with ``count_markers=False`` the inner method keeps its number, and the stated bound holds."""
-    for layout in LAYOUTS:
+    for layout in STRETCHES:
         tokens = make_tokens(layout, 3, 2)
         method = PosPad(Random(keep=0.4, seed=2), count_markers=False)
         chosen = padded(method, tokens)
         kept = (chosen.index >= 0).sum(dim=1) - chosen.markers.sum(dim=1)
-        assert (kept == Random(keep=0.4).kept_in(layout)).all()
-        assert ((chosen.index >= 0).sum(dim=1) <= method.kept_in(layout)).all()
-    assert PosPad(Random(keep=0.4), count_markers=False, placement="full").kept(10) == 10
+        assert (kept == Random(keep=0.4).count(layout)).all()
+        assert ((chosen.index >= 0).sum(dim=1) <= most(method, layout)).all()
+    assert PosPad(Random(keep=0.4), count_markers=False, placement="full").total(Layout.grid(1, 10)) == 4
+    assert most(PosPad(Random(keep=0.4), count_markers=False, placement="full"), Layout.grid(1, 10)) == 10
 
 
 def test_a_full_budget_passes_through() -> None:
@@ -388,7 +330,7 @@ def test_padded_equals_the_unpruned_model_with_markers_in_it(family: str, scene:
             start[b] += layout.length
             marks = set(image.markers.tolist())
             dropped = [i not in set(image.kept.tolist()) - marks for i in range(layout.size)]
-            for run in by_hand(dropped, layout):
+            for run in runs_by_hand(dropped, layout):
                 assert run[-1] in marks
                 samples.append(b)
                 places.append(int(mine[run[-1]]))

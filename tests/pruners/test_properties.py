@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from foveate.errors import BudgetError, FoveateError
 from foveate.pruners import PRUNERS, Layout, Pruner, Selection, Tokens, create
+from foveate.pruners.core import Keep
+from foveate.pruners.core.canvas import canvas_of
 from foveate.pruners.core.merging import Merger
-from foveate.pruners.core.method import Keep
 from foveate.pruners.core.runs import stretch_ends
-from foveate.pruners.globalcom2 import canvas_of
-from tests.pruners.synthetic import CLIP, QWEN, anyres, first_stage, make_signals, make_tokens, one, run
+from tests.pruners.synthetic import CLIP, QWEN, anyres, first_stage, make_signals, make_tokens, most, one, run
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*tokens")
 
@@ -75,8 +75,7 @@ def drawn(variant: Pruner, layout: Layout, batch: int, seed: int) -> Tokens:
     """Tokens for the variant; a smaller picture's features come first, zeros behind them."""
     tokens = make_tokens(layout, batch, seed)
     if variant.name == "downsample":
-        kept = variant.kept_in(layout)
-        tokens.embeds[:, kept:] = 0
+        tokens.embeds[:, variant.count(layout) :] = 0
     return tokens
 
 
@@ -84,7 +83,7 @@ def supported(variant: Pruner, layout: Layout) -> bool:
     if getattr(variant, "dominant", None) is not None:  # as many tokens of every view, also without class token
         return all(view.size >= variant.dominant + variant.contextual for view in layout.views if view.size)
     if variant.name.startswith("pospad"):  # a marker for each stretch fits
-        return not variant.count_markers or variant.kept_in(layout) >= stretch_ends(layout).sum()
+        return not variant.count_markers or variant.total(layout) >= stretch_ends(layout).sum()
     if variant.name == "globalcom2" and (canvas := canvas_of(layout)):  # of a canvas that fits its crops
         rows, cols = canvas.thumbnail.grid
         fits = all(crop.rows <= rows and crop.cols <= cols for crop in canvas.crops)
@@ -92,9 +91,12 @@ def supported(variant: Pruner, layout: Layout) -> bool:
     return variant.name != "downsample" or len(layout.views) == 1
 
 
-def may_stay_below(pruner: Pruner) -> bool:
-    """Methods whose first stage takes the budget as an upper bound; they pad."""
-    return pruner.adaptive and pruner.name.partition(":")[0] in ("quota", "globalcom2", "pospad")
+CONTENT_DECIDES = ("quota", "globalcom2", "pospad", "todre")
+
+
+def may_stay_below(pruner: Pruner, layout: Layout) -> bool:
+    """Methods whose first selection takes the budget as an upper bound; they pad. ToDRE's second one decides."""
+    return pruner.count(layout) is None and pruner.name != "todre"
 
 
 def check_bounded(selection: Selection, tokens: Tokens, most: int) -> None:
@@ -112,8 +114,10 @@ def without_padding(selection: Selection, b: int) -> Selection:
     kept = int((selection.index[b] >= 0).sum())
     cut = {
         name: None if value is None else value[b : b + 1, :kept]
-        for name, value in (("index", selection.index), ("values", selection.values), ("order", selection.order))
+        for name, value in (("index", selection.index), ("values", selection.values))
     }
+    if selection.order is not None:  # separators, -1, count
+        cut["order"] = selection.order[b : b + 1, selection.order[b] < kept]
     whole = {
         name: None if value is None else value[b : b + 1]
         for name, value in (("owner", selection.owner), ("scores", selection.scores))
@@ -136,7 +140,8 @@ def check(selection: Selection, tokens: Tokens, kept: int) -> None:
     if selection.scores is not None:
         assert selection.scores.shape == (batch, n)
     if selection.order is not None:
-        assert torch.equal(selection.order.sort(dim=1).values, torch.arange(kept).expand(batch, -1)), "a permutation"
+        columns = [row[row >= 0].sort().values for row in selection.order]  # the others are separators
+        assert all(torch.equal(row, torch.arange(kept)) for row in columns), "a permutation"
     if selection.owner is not None:
         assert selection.owner.shape == (batch, n)
         assert torch.equal(selection.owner.gather(1, index), index), "survivors speak for themselves"
@@ -150,7 +155,8 @@ def check(selection: Selection, tokens: Tokens, kept: int) -> None:
 def test_selections_have_the_promised_size_and_form(
     variant: Pruner, layout: Layout, keep: Keep, batch: int, seed: int
 ) -> None:
-    """Statement: exactly ``kept_in(layout)`` tokens survive, and the selection is well-formed, on both kinds of tower."""
+    """Statement: exactly ``count(layout)`` tokens survive, at most the stated bound where content decides, and the selection
+    is well-formed, on both kinds of tower."""
     pruner = at(variant, keep)
     if not supported(pruner, layout):
         return
@@ -162,8 +168,8 @@ def test_selections_have_the_promised_size_and_form(
             assert not model.class_token, "only the missing class token excuses a method"
             continue
         if pruner.stages(model):
-            fits = check_bounded if may_stay_below(pruner) else check
-            fits(run(pruner, tokens, model, seed), tokens, pruner.kept_in(layout))
+            fits = check_bounded if may_stay_below(pruner, layout) else check
+            fits(run(pruner, tokens, model, seed), tokens, most(pruner, layout))
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
@@ -186,7 +192,7 @@ def test_a_batch_selects_as_its_images_do_alone(
         mine = without_padding(together, b)
         assert torch.equal(alone.index, mine.index)
         if together.order is not None:
-            assert torch.equal(alone.order, mine.order)
+            assert torch.equal(without_padding(alone, 0).order, mine.order)
         if together.values is not None:
             torch.testing.assert_close(alone.values, mine.values)
         if together.owner is not None:
@@ -197,13 +203,14 @@ def test_a_batch_selects_as_its_images_do_alone(
 @settings(max_examples=10, deadline=None)
 @given(grid=GRIDS, keep=KEEPS)
 def test_counts_are_known_from_the_layout_alone(variant: Pruner, grid: tuple[int, int], keep: Keep) -> None:
-    """Statement: ``kept(n, grid)`` agrees with the layout's count, lies in 1 .. n, and never exceeds an integer budget."""
-    pruner, n = at(variant, keep), grid[0] * grid[1]
-    if not supported(pruner, Layout.grid(*grid)):
+    """Statement: the layout tells the count, or a bound where content decides, which few methods leave to it; both lie in
+    1 .. n, and never exceed an integer budget."""
+    pruner, layout = at(variant, keep), Layout.grid(*grid)
+    if not supported(pruner, layout):
         return
-    kept = pruner.kept(n, grid)
-    assert kept == pruner.kept_in(Layout.grid(*grid))
-    assert int(variant.name != "transprune") <= kept <= n  # which rounds down
+    kept = most(pruner, layout)
+    assert pruner.count(layout) is not None or variant.name.partition(":")[0] in CONTENT_DECIDES
+    assert int(variant.name != "transprune") <= kept <= layout.size  # which rounds down
     if (
         isinstance(keep, int)
         and hasattr(variant, "keep")
@@ -242,10 +249,10 @@ def test_impossible_budgets_are_refused(name: str, keep: object) -> None:
 def test_budgets_above_the_image_are_said(name: str) -> None:
     """Statement: an integer budget larger than the image is capped with a warning, a fitting one says nothing."""
     with pytest.warns(UserWarning, match="exceeds the 12"):
-        assert create(name, keep=13).kept(12, (3, 4)) == 12
+        assert most(create(name, keep=13), Layout.grid(3, 4)) == 12
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        create(name, keep=8).kept(12, (3, 4))
+        most(create(name, keep=8), Layout.grid(3, 4))
 
 
 @pytest.mark.parametrize("name", BUDGETED)

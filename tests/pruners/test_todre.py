@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from foveate.errors import MissingSignalError, ParameterError
-from foveate.pruners import Hook, Layout, ModelInfo, ToDRE, Tokens
-from foveate.pruners.core.method import ClassAttention, CrossModalAttention
+from foveate.pruners import AtEntry, BeforeLayer, Layout, ModelInfo, ToDRE, Tokens
+from foveate.pruners.core.signals import ClassAttention, CrossModalAttention
 from foveate.pruners.todre import attended_pivot, closeness_to_mean, diversification, irrelevant
 from tests.pruners.synthetic import CLIP, QWEN, anyres, first_stage, make_tokens
 
@@ -116,7 +116,7 @@ def test_an_explicit_class_pivot_is_not_replaced() -> None:
 def test_stage_2_acts_at_seven_eighths(layers: int, n: int) -> None:
     """Statement: ``n = floor(7 L / 8)`` layers see the picture, the test reads layer n - 1, positions stay."""
     stage = ToDRE(stage1=False).stages(ModelInfo(decoder_layers=layers))[0]
-    assert (stage.hook, stage.layer, stage.positions) == (Hook.LLM_LAYER, n, "keep")
+    assert (type(stage), stage.layer, stage.positions) == (BeforeLayer, n, "keep")
     assert dict(stage.signals) == {"shares": CrossModalAttention(n - 1)}
 
 
@@ -151,19 +151,19 @@ def test_every_image_is_decided_by_itself() -> None:
 
 def test_switches() -> None:
     """Statement: each stage can be left out, the count is known exactly without stage 2, and not both may be off."""
-    assert [s.hook for s in ToDRE(stage2=False).stages(CLIP)] == [Hook.LLM_INPUT]
-    assert [s.hook for s in ToDRE(stage1=False).stages(CLIP)] == [Hook.LLM_LAYER]
-    assert ToDRE().adaptive
-    assert not ToDRE(stage2=False).adaptive
-    assert ToDRE(stage1=False).kept(100) == 100
+    assert [type(s) for s in ToDRE(stage2=False).stages(CLIP)] == [AtEntry]
+    assert [type(s) for s in ToDRE(stage1=False).stages(CLIP)] == [BeforeLayer]
+    picture = Layout.grid(10, 10)
+    assert ToDRE().count(picture) is ToDRE(stage1=False).count(picture) is None
+    assert ToDRE(stage2=False).count(picture) == 10
     with pytest.raises(ParameterError, match="both off"):
         ToDRE(stage1=False, stage2=False)
 
 
 def test_budget_rounds_half_to_even() -> None:
     """Statement: ``k = max(1, round_half_even(ratio * n))``: 288 and 720 of 2880."""
-    assert [ToDRE(keep=r).kept(2880) for r in (0.1, 0.25)] == [288, 720]
-    assert [ToDRE(keep=0.5).kept(n) for n in (5, 7, 1)] == [2, 4, 1]
+    assert [ToDRE(keep=r, stage2=False).count(Layout.grid(1, 2880)) for r in (0.1, 0.25)] == [288, 720]
+    assert [ToDRE(keep=0.5, stage2=False).count(Layout.grid(1, n)) for n in (5, 7, 1)] == [2, 4, 1]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 
 from foveate.errors import BudgetError, ParameterError
 from foveate.pruners import HiPrune, Layout, ModelInfo, Then, TransPrune, VisionZip
-from foveate.pruners.core.method import InstructionAttention, TransitionVariation
+from foveate.pruners.core.signals import InstructionAttention, TransitionVariation
 from foveate.pruners.transprune import combined_score
 from tests.pruners.synthetic import CLIP, make_tokens
 
@@ -49,7 +49,7 @@ def test_the_published_schedule() -> None:
     assert read == [[6], [6, 7, 8], [6, 7, 8, 9, 10, 11]]
     ahead = [[s.layer for s in stage.signals.values() if isinstance(s, InstructionAttention)] for stage in stages]
     assert ahead == [[7], [9], [12]]
-    assert [TransPrune().kept(n) for n in (576, 2880)] == [72, 360]
+    assert [TransPrune().count(Layout.grid(1, n)) for n in (576, 2880)] == [72, 360]
 
 
 @pytest.mark.parametrize("depth", [2, 4, 8, 28, 40])
@@ -66,7 +66,7 @@ def test_other_depths_are_scaled(depth: int) -> None:
 
 def test_counts_follow_the_float_product() -> None:
     """Statement: 90 tokens at 0.7 leave 62, as the published code counts."""
-    assert TransPrune(ratios=(0.7,), prune_layers=(3,)).kept(90) == 62
+    assert TransPrune(ratios=(0.7,), prune_layers=(3,)).count(Layout.grid(1, 90)) == 62
     assert int(90 * 0.7) == 62
 
 
@@ -90,7 +90,7 @@ def test_scores_are_normalised_before_they_are_added() -> None:
 
 def test_composition_counts_what_entered() -> None:
     """Statement: behind another method the ratios count the tokens that it left: 192 -> 24 and 288 -> 36."""
-    assert Then(VisionZip(keep=192), TransPrune.combined()).kept(576, (24, 24)) == 24
-    assert Then(HiPrune(keep=288), TransPrune.combined()).kept(576, (24, 24)) == 36
+    assert Then(VisionZip(keep=192), TransPrune.combined()).count(Layout.grid(24, 24)) == 24
+    assert Then(HiPrune(keep=288), TransPrune.combined()).count(Layout.grid(24, 24)) == 36
     assert TransPrune.high() == TransPrune()
     assert replace(TransPrune.combined(), ratios=TransPrune().ratios) == TransPrune()

@@ -1,4 +1,4 @@
-"""Budgets, views and their joint selections."""
+"""Budgets, rankings, views and their joint selections."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foveate.errors import MissingSignalError, ParameterError
-from foveate.pruners import Layout, ModelInfo, Selection, Tokens
-from foveate.pruners.core.method import budget, floor, per_view, ranked, split_budget, top_k, view_id
-from tests.pruners.synthetic import QWEN, anyres, make_tokens
+from foveate.pruners import Layout, Selection, Tokens
+from foveate.pruners.core.selection import budget, floor, per_view, ranked, split_budget, top_k, view_id
+from tests.pruners.synthetic import anyres, make_tokens
 
 
 @given(st.lists(st.integers(0, 600), min_size=1, max_size=6), st.floats(0, 1))
@@ -92,7 +91,7 @@ def test_views_of_one_shape_share_a_batch() -> None:
 
 
 def test_per_view_signals_reach_their_view() -> None:
-    """Statement: a signal with one row per view is handed out by view."""
+    """Statement: a signal that is named as one with a row per view is handed out by view, whatever its shape."""
     seen = []
 
     def select(tokens: Tokens, k: int, name: torch.Tensor) -> Selection:
@@ -100,7 +99,7 @@ def test_per_view_signals_reach_their_view() -> None:
         return Selection(torch.arange(k).expand(len(tokens.embeds), -1))
 
     names = torch.tensor([[[0.0], [1.0], [2.0]], [[10.0], [11.0], [12.0]]])
-    per_view(make_tokens(Layout.video(3, 2, 2), 2, 0), (1, 2, 1), select, name=names)
+    per_view(make_tokens(Layout.video(3, 2, 2), 2, 0), (1, 2, 1), select, ("name",), name=names)
     assert seen == [[0.0, 2.0, 10.0, 12.0], [1.0, 11.0]]
 
 
@@ -144,16 +143,15 @@ def test_padded_views_pad_the_joint_index() -> None:
     assert joined.index.tolist() == [[1, 3, 4, -1], [0, 2, 5, -1]]
 
 
-def test_encoder_blocks() -> None:
-    """Statement: None is the feature layer, negative numbers count from the end, other blocks are refused."""
-    model = ModelInfo(encoder_layers=24, feature_layer=22)
-    assert [model.block("layer", i) for i in (None, 0, 23, -1, -24)] == [22, 0, 23, 23, 0]
-    for wrong in (24, -25):
-        with pytest.raises(ParameterError, match=f"layer={wrong}"):
-            model.block("layer", wrong)
+def test_as_many_views_as_tokens_are_no_riddle() -> None:
+    """Statement: what has one row per view is told by its name, also where there are as many views as tokens."""
+    layout = anyres((1, 2), [0], [1])  # a crop that is all padding
 
+    def select(tokens: Tokens, k: int, mine: torch.Tensor, name: torch.Tensor) -> Selection:
+        assert mine.tolist() == [[5.0, 6.0]]
+        assert name.tolist() == [[7.0]]
+        return Selection(torch.tensor([[1]]))
 
-def test_missing_class_token() -> None:
-    """Statement: the error names what was asked, the tower and what to use."""
-    with pytest.raises(MissingSignalError, match=r"this.*Qwen2_5_VisionTransformer.*qwen2_5_vl.*that"):
-        QWEN.require_class_token("this", "that")
+    mine, names = torch.tensor([[5.0, 6.0]]), torch.tensor([[[7.0], [8.0]]])
+    joined = per_view(make_tokens(layout, 1, 0), (1, 0), select, ("name",), mine=mine, name=names)
+    assert joined.index.tolist() == [[1]]
