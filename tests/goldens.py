@@ -84,9 +84,10 @@ from foveate.pruners.transprune import combined_score
 
 # what adapters do, of which some cases recorded the result
 from foveate.adapters import MergeTrace, attach, compat  # isort: skip
-from foveate.adapters.engine.decoder import deepstack_levels, zero_rows  # isort: skip
+from foveate.adapters.engine.cache import zero_rows  # isort: skip
+from foveate.adapters.engine.prefill import deepstack_levels  # isort: skip
 from foveate.adapters.engine.mlp import SparseMLP  # isort: skip
-from foveate.adapters.families.llava_next import _anyres  # isort: skip
+from foveate.adapters.families.anyres import anyres as _anyres  # isort: skip
 
 Case = Mapping[str, Any]
 Tensors = dict[str, Tensor]

@@ -216,10 +216,9 @@ class Selection:
         if index.ndim != 2 or len(index) != batch or index.dtype is not torch.int64:
             found = f"{tuple(index.shape)} of {index.dtype}"
             raise ParameterError(f"{method} returned an index {found}; give (B, K) int64 with B = {batch}")
-        token, rising = (index >= 0) & (index < count), index[:, 1:] > index[:, :-1]
-        if padded:
-            gone = index == -1
-            token, rising = token | gone, (rising & ~gone[:, :-1]) | gone[:, 1:]
+        gone = index == -1
+        token = (index >= 0) & (index < count) | gone
+        rising = (index[:, 1:] > index[:, :-1]) & ~gone[:, :-1] | gone[:, 1:]
         if not bool(token.all() & rising.all()):
             wrong = (~token.all(dim=1) | ~rising.all(dim=1)).nonzero()[0, 0]
             raise ParameterError(
