@@ -43,8 +43,8 @@ OTHERS = {
     "pruners/cdpruner.py": "a user's CLIP; pruners stand below the adapters",
     "eval_suites/vision/subjects.py": "public methods of CLIP and SigLIP models",
     **{
-        f"eval_suites/{suite}/train.py": "a training recipe, which runs by itself"
-        for suite in ("screens", "shapes", "vision")
+        f"eval_suites/training/{model}.py": "a training recipe, which runs by itself"
+        for model in ("shapes_clip", "shapes_llava", "shapes_qwen")
     },
 }
 

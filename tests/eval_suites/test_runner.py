@@ -624,6 +624,6 @@ def test_a_model_that_no_adapter_knows_is_refused(loaded):
 
 
 def test_a_missing_embedded_model_says_how_to_get_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "__file__", str(tmp_path / "models.py"))
+    monkeypatch.setattr(models.suites, "__file__", str(tmp_path / "__init__.py"))
     with pytest.raises(FoveateError, match="install foveate again, or train it"):
         models.load("shapes-llava")
