@@ -304,12 +304,7 @@ class App:
             # made here, so that the tabs can refer to it; drawn where it belongs
             names = self.engines.names
             model = gr.Dropdown(
-                list(names),
-                value=names[0],
-                label="Model",
-                visible=len(names) > 1,
-                elem_id="fv-model",
-                render=False,
+                list(names), value=names[0], label="Model", visible=len(names) > 1, elem_id="fv-model", render=False
             )
             compared = gr.Dropdown(
                 offer_whole(self.engine),

@@ -34,7 +34,8 @@ class Answer:
     """What the model said.
 
     Attributes:
-        text: the answer; seconds: of ``generate``, and of scoring the frames where the method reads such scores.
+        text: the answer.
+        seconds: of ``generate``, and of scoring the frames where the method reads such scores.
         tokens: visual tokens that each decoder layer saw.
         trace: what the method did, on the CPU; None for the unpruned model.
         scoring: seconds that the frames' scores took.
@@ -59,7 +60,8 @@ class Engine:
     user's method.
 
     Attributes:
-        name: the model's name; methods: names of the methods that run on it at their defaults.
+        name: the model's name.
+        methods: names of the methods that run on it at their defaults.
         inner: for each of ``AROUND``, the methods that can be inside; only what has any is there.
         refused: name -> why the model cannot serve the method.
         positions: policy for tokens' positions that suits the model.

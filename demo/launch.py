@@ -91,8 +91,8 @@ def create(
 def _no_stub_files() -> Iterator[None]:
     """Here Gradio cannot find the sources of its components.
 
-    While it is imported it parses them all and writes type stubs beside them: a fifth of the time that the demo takes to
-    start, and a write into the installation. Without sources it leaves that out.
+    While it is imported it parses them all and writes type stubs beside them: a fifth of the time that the demo takes
+    to start, and a write into the installation. Without sources it leaves that out.
     """
     find = inspect.getfile
 

@@ -85,11 +85,12 @@ def key(media: Media) -> tuple[Any, ...]:
 def open_media(path: str | os.PathLike[str] | None) -> Media:
     """The picture in a file, RGB and upright; of an animated one and of a video file a :class:`Clip`.
 
-    A clip has up to ``FRAMES`` frames, evenly from the first to the last, made smaller where they are longer than ``SIDE``.
+    A clip has up to ``FRAMES`` frames, evenly from the first to the last, made smaller where they are longer than
+    ``SIDE``.
 
     Raises:
-        InputError: none, too many bytes, pixels, frames or seconds, or nothing that can be read; nothing is decoded before that
-            is known.
+        InputError: none, too many bytes, pixels, frames or seconds, or nothing that can be read; nothing is decoded
+            before that is known.
         FoveateError: a video file, and PyAV is not installed.
     """
     if not path:

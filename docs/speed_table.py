@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from foveate.eval_suites.speed.decoder import COLUMNS, Timing, cells
+from foveate.eval_suites.speed.decoder import COLUMNS, DecoderTimes, cells
 from foveate.eval_suites.terminal import versions
 
 
 def table(run: dict[str, Any]) -> None:
-    facts, timings = run["environment"], [Timing(**row) for row in run["rows"]]
+    facts, timings = run["environment"], [DecoderTimes(**row) for row in run["rows"]]
     whole, shape = timings[0], facts["geometry"]
     print(
         f"{shape['layers']} layers × {shape['width']}, MLP {shape['intermediate']}, {shape['visual']} visual and {shape['text']} text "

@@ -4,9 +4,9 @@
         --positions keep --out splits.db
     python docs/tune_splits.py splits.db [MORE] --out tune_splits.json
 
-``MORE`` are files of the same questions under other settings: ``--positions compact``, say, or other budgets. For every split
-the settings are searched on one half as `foveate tune --by tokens` does it, and the chosen one is held against the target on
-the other half.
+``MORE`` are files of the same questions under other settings: ``--positions compact``, say, or other budgets. For every
+split the settings are searched on one half as `foveate tune --by tokens` does it, and the chosen one is held against
+the target on the other half.
 """
 
 from __future__ import annotations

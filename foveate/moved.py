@@ -26,6 +26,9 @@ MOVED = {
     "foveate.adapters.overlay": "foveate.adapters.drawing",
     "foveate.adapters.frame_scorer": "foveate.adapters.video.frame_scorer",
     "foveate.cuda.bench": "foveate.eval_suites.speed.kernels",
+    "foveate.eval_suites.clock": "foveate.eval_suites.speed.harness",
+    "foveate.eval_suites.speed_serving": "foveate.eval_suites.speed.serving",
+    "foveate.eval_suites.speed_vit": "foveate.eval_suites.speed.vit",
 }
 """Old name -> new name."""
 

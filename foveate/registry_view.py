@@ -59,7 +59,8 @@ class Card:
     """Everything that can be said about a method without a model.
 
     Attributes:
-        stages: by model (the keys of :data:`EXAMPLES`): the stages with default parameters, or the reason why there are none.
+        stages: by model (the keys of :data:`EXAMPLES`): the stages with default parameters, or the reason why there are
+            none.
     """
 
     name: str

@@ -31,7 +31,10 @@ OTHERS = (
     "docs/results.md",
     "docs/pospad.md",
     "docs/corematching.md",
-    *(f"eval_suites/suites/{card}/README.md" for card in ("shapes/shapes-llava", "shapes/shapes-next", "screens/shapes-qwen")),
+    *(
+        f"eval_suites/suites/{card}/README.md"
+        for card in ("shapes/shapes-llava", "shapes/shapes-next", "screens/shapes-qwen")
+    ),
 )
 """Pages with figures that were not kept in a result file."""
 NAMED = {name: re.compile(rf"\b{name} (\d+\.\d+\.\d+)") for name in ("torch", "transformers")}

@@ -19,7 +19,7 @@ FACADE = {"cli", "registry_view", "attach", "__version__"}
 # what may reach up, late (inside a function), and why
 EXCEPTIONS = {
     ("eval_suites/results/page.py", "registry_view"),  # the method cards of the web page are those of `foveate show`
-    ("eval_suites/speed/decoder.py", "cli"),  # `python -m foveate.eval_suites.speed.decoder` is `foveate speed`
+    ("eval_suites/speed/__main__.py", "cli"),  # `python -m foveate.eval_suites.speed` is `foveate speed`
 }
 
 

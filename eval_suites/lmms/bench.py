@@ -1,7 +1,8 @@
 """``foveate bench --suite lmms:pope,gqa,…``: public benchmarks through lmms-eval, with their answers in our result store.
 
-lmms-eval runs in this process, on one model that stays loaded while methods change: what goes wrong is an exception here,
-and not a line in the log of a program that ends with exit code 0. Its answer cache is not used; the store knows what is done.
+lmms-eval runs in this process, on one model that stays loaded while methods change: what goes wrong is an exception
+here, and not a line in the log of a program that ends with exit code 0. Its answer cache is not used; the store knows
+what is done.
 """
 
 from __future__ import annotations
@@ -302,7 +303,9 @@ class Kept:
     """Answers of a run in the result file as soon as they are given; lmms-eval scores them when it has all of them.
 
     Attributes:
-        run: its number in the store; task: of lmms-eval; label: what the progress bar says.
+        run: its number in the store.
+        task: of lmms-eval.
+        label: what the progress bar says.
     """
 
     store: Store
@@ -343,8 +346,8 @@ def run(lm: Any, run: Run, benchmark: Benchmark, manager: Any, positions: str, l
     """One method over one benchmark.
 
     Raises:
-        BudgetMismatch: it kept another number of tokens than it should. FoveateError: lmms-eval does not give the number
-            that papers quote, although all documents were asked.
+        BudgetMismatch: it kept another number of tokens than it should. FoveateError: lmms-eval does not give the
+            number that papers quote, although all documents were asked.
     """
     from lmms_eval.evaluator import simple_evaluate
 
@@ -382,7 +385,8 @@ def answers(samples: Sequence[Mapping[str, Any]], benchmark: Benchmark, layers: 
     """Samples as lmms-eval logs them, from its results or its ``_samples_….jsonl``.
 
     Raises:
-        FoveateError: they were not counted by foveate's models (answers out of lmms-eval's cache never are), or not scored.
+        FoveateError: they were not counted by foveate's models (answers out of lmms-eval's cache never are), or not
+            scored.
     """
     read = []
     for number, sample in enumerate(sorted(samples, key=lambda sample: sample["doc_id"])):

@@ -18,10 +18,12 @@ class Benchmark:
     """A task of lmms-eval.
 
     Attributes:
-        task: its name there; title: what it asks, in a line.
+        task: its name there.
+        title: what it asks, in a line.
         metric: the entry of a logged sample that holds its score; several where a sample has one of them.
         score: reads the score in [0, 1] from that entry.
-        headline: aggregated metrics whose sum papers quote; scale: what lmms-eval's number is multiplied by for that.
+        headline: aggregated metrics whose sum papers quote.
+        scale: what lmms-eval's number is multiplied by for that.
     """
 
     task: str
@@ -108,12 +110,7 @@ BENCHMARKS = {
     "docvqa": Benchmark("docvqa_val", "questions about scanned documents", ("anls",), float, ("anls",)),
     "chartqa": Benchmark("chartqa", "questions about charts", ("relaxed_overall",), float, ("relaxed_overall",)),
     "ocrbench": Benchmark(
-        "ocrbench",
-        "reading, up to 1000",
-        ("ocrbench_accuracy",),
-        _field("score"),
-        ("ocrbench_accuracy",),
-        1000.0,
+        "ocrbench", "reading, up to 1000", ("ocrbench_accuracy",), _field("score"), ("ocrbench_accuracy",), 1000.0
     ),
     "seedbench": Benchmark(
         "seedbench",

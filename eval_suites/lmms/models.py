@@ -68,8 +68,8 @@ class Pruned:
     """Mixed into a model of lmms-eval, in front of its class.
 
     Args:
-        pruner: name of a method (``random@METHOD``: the control of one; ``no-image``: grey pictures); its parameters stand
-            beside it. None: nothing is pruned.
+        pruner: name of a method (``random@METHOD``: the control of one; ``no-image``: grey pictures); its parameters
+            stand beside it. None: nothing is pruned.
         positions: as for :func:`foveate.attach`.
         foveate_version: the installed version, see :func:`foveate.eval_suites.lmms.arguments.check_version`.
 

@@ -1,7 +1,7 @@
 """Our suites as tasks of lmms-eval, written to a folder for ``--include_path``.
 
-A document is a sample's number: suites draw the same samples on every machine, so pictures and videos are made anew where
-they are needed, and scored by the suite's own rule. Nothing is downloaded.
+A document is a sample's number: suites draw the same samples on every machine, so pictures and videos are made anew
+where they are needed, and scored by the suite's own rule. Nothing is downloaded.
 """
 
 from __future__ import annotations

@@ -43,7 +43,8 @@ class Watch:
     Every prompt that goes through the model adds to :attr:`prompts`, in the order of the rows of its batch.
 
     Raises:
-        UnsupportedModelError: the method cannot work on this model, or works in front of the processor, which is not ours here.
+        UnsupportedModelError: the method cannot work on this model, or works in front of the processor, which is not
+            ours here.
     """
 
     def __init__(self, model: torch.nn.Module, pruner: Pruner | None, positions: str = "auto") -> None:

@@ -1,7 +1,7 @@
 """``foveate reproduce``: settings that papers published, run with our code, and both numbers side by side.
 
-A recipe is an entry of a YAML file in this folder: method and parameters, model, the geometry it was published for, and the
-scores with their source. Scores are only what the source prints; nothing is filled in.
+A recipe is an entry of a YAML file in this folder: method and parameters, model, the geometry it was published for, and
+the scores with their source. Scores are only what the source prints; nothing is filled in.
 """
 
 from __future__ import annotations
@@ -43,12 +43,16 @@ class Recipe:
     """A published setting.
 
     Attributes:
-        name: ``hiprune-llava15-192``; method, parameters: ours; model: on the hub (no source names a
-            revision).
-        paper: where the method is from; source: where the scores are from; note: what to know when comparing.
+        name: ``hiprune-llava15-192``.
+        method, parameters: ours.
+        model: on the hub (no source names a revision).
+        paper: where the method is from.
+        source: where the scores are from.
+        note: what to know when comparing.
         unpruned, published: scores by benchmark, in the paper's units; {} where none could be read.
-        layout: grids of the published geometry, ``[[24, 24]]``, or ``{video: [frames, rows, columns]}``; kept: visual tokens
-            that the source names for it. share: the fraction it names where the geometry depends on the picture.
+        layout: grids of the published geometry, ``[[24, 24]]``, or ``{video: [frames, rows, columns]}``.
+        kept: visual tokens that the source names for it. share: the fraction it names where the geometry depends on the
+            picture.
         benchmarks: what is run where it is not what was published. needs: what keeps us from running it at all.
     """
 

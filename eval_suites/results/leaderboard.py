@@ -106,7 +106,9 @@ class Column:
     """A column of the tables.
 
     Attributes:
-        head: its title; text: what it shows of a line; note: what a reader has to know.
+        head: its title.
+        text: what it shows of a line.
+        note: what a reader has to know.
         rank: which columns go first where there is little room (the highest), None: never.
         value: the number that it is sorted by, None where there is none.
         markdown: whether Markdown shows it.
@@ -262,7 +264,8 @@ class Leaderboard:
     """All rows in the order in which they ran, and what is needed to repeat them.
 
     Attributes:
-        rows: one per method, budget and seed; environment: versions, hardware, model, suite and seed.
+        rows: one per method, budget and seed.
+        environment: versions, hardware, model, suite and seed.
         tasks: names of the suite's tasks.
     """
 
@@ -480,12 +483,7 @@ def _rank(line: Line) -> tuple[Any, ...]:
     return (0, -line.mean("accuracy"), line.mean("tokens_mean"), line.name)
 
 
-_HEAD_OF = {
-    Status.OK: "ERRORS",
-    Status.NOT_APPLICABLE: "n/a",
-    Status.UNFINISHED: "unfinished",
-    Status.FAILED: "FAILED",
-}
+_HEAD_OF = {Status.OK: "ERRORS", Status.NOT_APPLICABLE: "n/a", Status.UNFINISHED: "unfinished", Status.FAILED: "FAILED"}
 
 
 def _status(line: Line) -> Status:

@@ -195,13 +195,14 @@ class Store:
         Args:
             facts: settings and environment: ``model``, ``suite``, ``limit`` and those of :data:`MUST_AGREE`.
             tasks: names of the suite's tasks.
-            fresh: ``"always"`` drops what there is of this model and suite first, ``"changed"`` where it does not agree.
+            fresh: ``"always"`` drops what there is of this model and suite first, ``"changed"`` where it does not
+                agree.
 
         Raises:
             StoreError: what is there was made with other settings or versions.
 
-        Facts that need not agree stay those of the first opening: ``commit`` may be older than a later run's, but the code
-        behind results is the same, for ``source_sha256`` must agree.
+        Facts that need not agree stay those of the first opening: ``commit`` may be older than a later run's, but the
+        code behind results is the same, for ``source_sha256`` must agree.
         """
         model, suite = str(facts["model"]), str(facts["suite"])
         with self._transaction():
@@ -256,8 +257,8 @@ class Store:
     ) -> None:
         """Add the answers of a batch, all or none of them; answers that are there already stay as they are.
 
-        An answer without a score waits for it, and counts as missing; the same with a score gives it, with the text that
-        was scored.
+        An answer without a score waits for it, and counts as missing; the same with a score gives it, with the text
+        that was scored.
         """
         with self._transaction():
             self._db.executemany(_INSERT, [(run, *_values(answer)) for answer in answers])

@@ -23,7 +23,8 @@ class Difference:
     """Mean difference of two rows' scores on the same samples.
 
     Attributes:
-        mean: of the differences; low, high: 95 % interval of the paired bootstrap.
+        mean: of the differences.
+        low, high: 95 % interval of the paired bootstrap.
         p: two-sided, of a sign-flip permutation test; :func:`compare` corrects it for the number of methods.
     """
 
@@ -36,8 +37,8 @@ class Difference:
 def paired(a: Sequence[float], b: Sequence[float], seed: int = 0) -> Difference:
     """``a`` minus ``b``, which are scores of the same samples in the same order.
 
-    The bootstrap draws samples with replacement (percentile interval); the test flips the signs of the differences, which
-    are as likely either way if the two do not differ.
+    The bootstrap draws samples with replacement (percentile interval); the test flips the signs of the differences,
+    which are as likely either way if the two do not differ.
     """
     import numpy as np
 

@@ -59,7 +59,8 @@ class DecoderShape:
     def prefill_flops(self, lengths: Sequence[float]) -> float:
         """Multiplications and additions of a prefill whose layer i works on ``lengths[i]`` tokens, text included.
 
-        Matrix products and attention (all pairs, as SDPA computes them without a causal kernel), and the last token's logits.
+        Matrix products and attention (all pairs, as SDPA computes them without a causal kernel), and the last token's
+        logits.
         """
         inner, outer = self.heads * self.head_dim, self.kv_heads * self.head_dim
         per_token = 2 * self.hidden * (2 * inner + 2 * outer + 3 * self.intermediate)

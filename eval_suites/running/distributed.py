@@ -62,7 +62,8 @@ def world(environment: Mapping[str, str] = os.environ) -> World:
     """The processes that the launcher started, by its environment variables.
 
     Raises:
-        ParameterError: `accelerate launch` was asked for several processes and started one, which would do all the work.
+        ParameterError: `accelerate launch` was asked for several processes and started one, which would do all the
+            work.
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK")

@@ -50,7 +50,8 @@ class Run:
 
     Attributes:
         label: how tables call it; ``"no-image"`` hides the pictures.
-        seed: of the random choice; baseline: reads no content.
+        seed: of the random choice.
+        baseline: reads no content.
     """
 
     label: str
@@ -117,7 +118,8 @@ class Meter:
         A sample that fails has its error for an answer.
 
         Raises:
-            UnsupportedModelError, BudgetError, ParameterError: the method does not work on this model, or not with this budget.
+            UnsupportedModelError, BudgetError, ParameterError: the method does not work on this model, or not with this
+                budget.
             BudgetMismatch: it kept another number of tokens than it should.
         """
         with self.attached(run) as session, _widths(self.adapter) as widths:  # hooks run in order
@@ -306,7 +308,8 @@ def seen_pruned(
 ) -> tuple[list[list[int]], list[list[int]], list[int]]:
     """Visual tokens that each decoder layer saw of each prompt, those in its KV cache behind it, and the number asked for.
 
-    A method that works in front of the processor (it has no stages) changes the pictures: then nothing is asked of these.
+    A method that works in front of the processor (it has no stages) changes the pictures: then nothing is asked of
+    these.
 
     Args:
         trace: what the session says of this call; ids, widths: see :func:`seen_unpruned`.
@@ -388,8 +391,8 @@ def check_image(pruner: Pruner, stages: Sequence[Stage], image: ImageTrace, aske
     """Hold what happened to a picture against the budget.
 
     Raises:
-        BudgetMismatch: tokens counted twice, other tokens in a layer than the trace's, or not ``asked`` at the end (where
-            the content decides how many: more than ``asked``).
+        BudgetMismatch: tokens counted twice, other tokens in a layer than the trace's, or not ``asked`` at the end
+            (where the content decides how many: more than ``asked``).
     """
     layout, keep = image.layout, getattr(pruner, pruner.budget_parameter, None)
     acts = [stage for stage in stages if stage.hook not in (Hook.LLM_MLP, Hook.LLM_CACHE)]  # these drop no token

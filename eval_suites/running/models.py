@@ -33,7 +33,8 @@ class Loaded:
 
     Attributes:
         name: as the user gave it.
-        weights_sha256: of the weights file (of all, one after the other, where there are several); None if not read from files.
+        weights_sha256: of the weights file (of all, one after the other, where there are several); None if not read
+            from files.
     """
 
     model: Any

@@ -264,22 +264,23 @@ def bench(
     """Measure methods on a suite, beside the unpruned model, a blind one and the baselines.
 
     Args:
-        model: the name of an embedded model, a folder, a name on the hub, or what :func:`foveate.eval_suites.running.models.load` returned.
+        model: the name of an embedded model, a folder, a name on the hub, or what
+            :func:`foveate.eval_suites.running.models.load` returned.
         suite: a name, or a suite.
         pruners: ``"all"``, or methods by name, class or instance, separated by commas in a string. Names may carry
-            parameters: ``"fastv(k=3)"``; ``"random@fastv"`` is the control that keeps as many tokens as FastV in every layer.
-            Whatever has a parameter ``keep`` runs at every budget; instances, and methods
-            whose ``keep`` is given in parentheses, run once as they are.
+            parameters: ``"fastv(k=3)"``; ``"random@fastv"`` is the control that keeps as many tokens as FastV in every
+            layer. Whatever has a parameter ``keep`` runs at every budget; instances, and methods whose ``keep`` is
+            given in parentheses, run once as they are.
         keep: budgets, fractions in (0, 1] or whole numbers of tokens per picture.
         limit: number of samples; seed: which ones (None: the suite's own choice).
         seeds: how often the random choice is repeated.
         batch_size: samples per call of the model.
         device, dtype: see :func:`foveate.eval_suites.running.models.load`; not for a loaded model.
         positions: as for :func:`foveate.attach`.
-        out: a result file (see :class:`foveate.eval_suites.results.store.Store`). What it holds of this bench is not done again,
-            and every batch is in it before the next one starts. None: nothing is kept.
-        fresh: ``"always"`` drops what ``out`` holds of this model and suite, ``"changed"`` only where it was made with other
-            settings or versions, which is refused otherwise.
+        out: a result file (see :class:`foveate.eval_suites.results.store.Store`). What it holds of this bench is not
+            done again, and every batch is in it before the next one starts. None: nothing is kept.
+        fresh: ``"always"`` drops what ``out`` holds of this model and suite, ``"changed"`` only where it was made with
+            other settings or versions, which is refused otherwise.
         retry: do the samples and methods again that failed.
         timing: measure prefill, decode, selection and memory of every row when all answers are there, see
             :func:`foveate.eval_suites.running.timing.measure`; a random choice is timed with its first seed only.
@@ -288,12 +289,14 @@ def bench(
     Under ``torchrun`` or ``accelerate launch`` the processes share the batches, and each returns the whole table.
 
     Returns:
-        A :class:`Leaderboard` of all rows of this model and suite in ``out``. A method that the model cannot serve, or that
+        A :class:`Leaderboard` of all rows of this model and suite in ``out``. A method that the model cannot serve, or
+            that
         failed, has a row that says why.
 
     Raises:
         StoreError: ``out`` cannot be used, or its rows would not compare with these.
-        FoveateError: bad input, or a model that cannot answer at all. Everything that can be is checked before the model loads.
+        FoveateError: bad input, or a model that cannot answer at all. Everything that can be is checked before the
+            model loads.
     """
     budgets = _distinct([check_keep(k) for k in (keep if isinstance(keep, Sequence) else [keep])])
     if not budgets:

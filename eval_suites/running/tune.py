@@ -1,7 +1,8 @@
 """``foveate tune``: how far can a model be pruned before it loses more accuracy than it may? The statistics are in ``certify``.
 
-Half of the questions calibrate: every method under every position policy is a chain of budgets from gentle to aggressive,
-tested in that order until one fails. Of all settings that hold the target the fastest is chosen, and checked once on the other half.
+Half of the questions calibrate: every method under every position policy is a chain of budgets from gentle to
+aggressive, tested in that order until one fails. Of all settings that hold the target the fastest is chosen, and
+checked once on the other half.
 """
 
 from __future__ import annotations
@@ -136,9 +137,11 @@ class Setting:
     """A method at a budget under a position policy, and what the calibration half says of it.
 
     Attributes:
-        p: of the hypothesis that it loses too much; certified: whether its chain was tested up to it, and all held.
+        p: of the hypothesis that it loses too much.
+        certified: whether its chain was tested up to it, and all held.
         relative, bound: its relative accuracy, and the one-sided lower bound at the chain's level.
-        tokens: mean tokens over the decoder's layers; timing: of one sample a call, of certified settings only.
+        tokens: mean tokens over the decoder's layers.
+        timing: of one sample a call, of certified settings only.
         speedup: the unpruned model's time of an answer divided by this one's.
     """
 
@@ -181,8 +184,11 @@ class Tuned:
     """What was found.
 
     Attributes:
-        chains: all that was searched; level: of each chain's tests; chosen: the fastest that holds the target, or None.
-        checked: its relative accuracy on the other half; checked_bound: the one-sided lower bound of it.
+        chains: all that was searched.
+        level: of each chain's tests.
+        chosen: the fastest that holds the target, or None.
+        checked: its relative accuracy on the other half.
+        checked_bound: the one-sided lower bound of it.
         facts: model, suite, target, confidence, numbers of samples, versions.
     """
 
@@ -329,8 +335,8 @@ def search(
     chains there are, and in which order their settings stand, must not depend on these scores.
 
     Args:
-        scores: gives a setting's scores on the calibrating samples, of which ``unpruned`` are the unpruned model's. What it
-            raises of :class:`FoveateError` ends the chain and is its reason.
+        scores: gives a setting's scores on the calibrating samples, of which ``unpruned`` are the unpruned model's.
+            What it raises of :class:`FoveateError` ends the chain and is its reason.
     """
     level = alpha / max(1, len(chains))
     for chain in chains:
@@ -369,8 +375,8 @@ def tune(
     """Find the fastest setting that keeps ``target`` of the unpruned accuracy.
 
     Args:
-        model, suite, pruners, keep, batch_size, device, dtype: as for :func:`foveate.eval_suites.running.runner.bench`; ``suite`` may
-            be a JSONL file.
+        model, suite, pruners, keep, batch_size, device, dtype: as for :func:`foveate.eval_suites.running.runner.bench`;
+            ``suite`` may be a JSONL file.
         target: relative accuracy in (0, 1); confidence: that no certified setting has less.
         positions: policies to search; limit: questions in all; seed: which ones, and how they are halved.
         by: ``"time"`` measures certified settings, ``"tokens"`` counts what the decoder sees.

@@ -1,8 +1,8 @@
 """What the recipes of the embedded models share: stages with checkpoints, a log and held-out figures; batches of questions.
 
 A recipe subclasses :class:`Run`, says what each stage trains (`trained`), how a batch is drawn (`batch`) and what the
-loss is (`loss`); its `main` is :meth:`Run.main`. Every batch is a pure function of (seed, stage, step), so that a run can be
-resumed and repeated.
+loss is (`loss`); its `main` is :meth:`Run.main`. Every batch is a pure function of (seed, stage, step), so that a run
+can be resumed and repeated.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class Stage:
 
     Attributes:
         steps, batch, lr: number of steps, pictures a step, peak learning rate.
-        warmup: steps over which the rate rises; decay: share of the steps, the last ones, over which it falls to zero.
+        warmup: steps over which the rate rises.
+        decay: share of the steps, the last ones, over which it falls to zero.
     """
 
     name: str
@@ -54,7 +55,8 @@ class Run(ABC):
     """Modules, files and the loop of one run.
 
     Attributes:
-        model: what is trained and exported; modules: what checkpoints hold, by name.
+        model: what is trained and exported.
+        modules: what checkpoints hold, by name.
         stages: in the order in which they run.
     """
 

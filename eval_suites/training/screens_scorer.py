@@ -3,8 +3,8 @@
     python -m foveate.eval_suites.training.screens_scorer --model shapes-qwen --out patch_scorer.safetensors
 
 Labels are the paper's: how much of a token the box of the element asked for covers, and the UI graph, fused. The scorer
-reads visual tokens as they enter the decoder and the embeddings of the instruction's words. Pictures are drawn on line and
-looked at once each; every step asks for one element of each.
+reads visual tokens as they enter the decoder and the embeddings of the instruction's words. Pictures are drawn on line
+and looked at once each; every step asks for one element of each.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class Pictures:
         """One instruction on each of the chosen screens.
 
         Returns:
-            What the scorer reads: tokens (B, M, D), words (B, 9, D) and which of these are there (B, 9); labels (B, M); the
+            What the scorer reads: tokens (B, M, D), words (B, 9, D) and which of these are there (B, 9); labels (B, M);
+                the
             tokens whose middle is in the element (B, M) bool.
         """
         ids, labels, inside = torch.zeros(len(chosen), WORDS, dtype=torch.long), [], []

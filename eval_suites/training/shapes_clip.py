@@ -2,10 +2,10 @@
 
     python -m foveate.eval_suites.training.shapes_clip --out shapes-clip
 
-The tower knows already what every patch shows; all of its blocks but the last stay as they are, so pictures are looked at
-once, before training. The last block, both projections and the text encoder learn to bring a picture and its caption
-together and everything else apart (InfoNCE over the batch). Captions name colour and shape of one to three objects, half
-of them also the places.
+The tower knows already what every patch shows; all of its blocks but the last stay as they are, so pictures are looked
+at once, before training. The last block, both projections and the text encoder learn to bring a picture and its caption
+together and everything else apart (InfoNCE over the batch). Captions name colour and shape of one to three objects,
+half of them also the places.
 """
 
 from __future__ import annotations

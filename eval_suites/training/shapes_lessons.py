@@ -48,7 +48,8 @@ def question_blocks(questions: list[scenes.Question]) -> dict[str, np.ndarray]:
     """Questions in a row.
 
     Returns:
-        ids, targets (-100 where none), block (number of the question, -1 padding) and offset (place in the block), (72,)
+        ids, targets (-100 where none), block (number of the question, -1 padding) and offset (place in the block),
+            (72,)
         int64; tasks (8,) numbers in `scenes.TASKS`, -1 where none.
     """
     ids = np.zeros(BLOCK_LENGTH, np.int64)

@@ -4,7 +4,8 @@
 
 The tower and the projector stay those of shapes-llava. The processor cuts a wide picture into two crops of 96 x 96, in
 which objects have the size that the tower knows, and adds a thumbnail, in which they are squeezed. The decoder and the
-embedding that ends the crops' rows learn to read 444 tokens instead of 144. Pictures are looked at once, before training.
+embedding that ends the crops' rows learn to read 444 tokens instead of 144. Pictures are looked at once, before
+training.
 """
 
 from __future__ import annotations

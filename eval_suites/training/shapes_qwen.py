@@ -222,7 +222,8 @@ def answer_loss(
         where: ascending places (B, K) of those that stay, None for all.
 
     Returns:
-        The loss; whether each question was answered rightly, (B, Q) float32, NaN where there is none or where nothing is
+        The loss; whether each question was answered rightly, (B, Q) float32, NaN where there is none or where nothing
+            is
         left of what it is about; the logits at the answers, (B, Q, V).
     """
     device, size, count = tokens.device, *tokens.shape[:2]

@@ -1,9 +1,9 @@
 """How much merging changes what a vision model says of a picture.
 
-*Fidelity* needs no labels: the cosine of every picture's final features (or logits) with those of the unmerged model, of its
-patch features after unmerging, and how often the first choice stays. With labels comes accuracy, zero-shot where the model
-has a text encoder; with captions recall@1 both ways. All methods look at a batch one after the other, in rotating order,
-so that times compare.
+*Fidelity* needs no labels: the cosine of every picture's final features (or logits) with those of the unmerged model,
+of its patch features after unmerging, and how often the first choice stays. With labels comes accuracy, zero-shot where
+the model has a text encoder; with captions recall@1 both ways. All methods look at a batch one after the other, in
+rotating order, so that times compare.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from foveate.adapters import attach
 from foveate.adapters.towers.base import tower_for
 from foveate.errors import BudgetError, UnsupportedModelError
-from foveate.eval_suites.speed.clock import now
+from foveate.eval_suites.speed.harness import now
 from foveate.eval_suites.vision.pictures import Pictures
 from foveate.eval_suites.vision.subjects import Subject
 from foveate.pruners.core.control import RandomLike
@@ -41,12 +41,15 @@ class Line:
     """One method. What the model or the pictures do not allow is None.
 
     Attributes:
-        method, keep: as asked for; draws: random choices averaged over.
+        method, keep: as asked for.
+        draws: random choices averaged over.
         rows: that enter each block, and that leave the last one; class, distillation and register rows count.
-        cosine: of final features with the unmerged model's; patch_cosine: of the tower's rows, unmerged to every patch.
+        cosine: of final features with the unmerged model's.
+        patch_cosine: of the tower's rows, unmerged to every patch.
         agreement: share of pictures whose first choice stays: of the classes, or without classes of the other pictures,
             by their unmerged features.
-        accuracy: share whose first choice is right; image_to_text, text_to_image: recall@1, equal captions being one.
+        accuracy: share whose first choice is right.
+        image_to_text, text_to_image: recall@1, equal captions being one.
         factor: pictures per second over the unmerged model's, the same batch measured back to back.
     """
 

@@ -25,9 +25,12 @@ class Pictures:
     """Pictures and what is known of them.
 
     Attributes:
-        source: what they are, in words; open: one function per picture that loads it, RGB.
-        classes: names to choose from, empty if there are none; labels: for every picture the classes that are right.
-        prompt: what a class is called to a text encoder, with ``{}``; captions: one per picture, or None.
+        source: what they are, in words.
+        open: one function per picture that loads it, RGB.
+        classes: names to choose from, empty if there are none.
+        labels: for every picture the classes that are right.
+        prompt: what a class is called to a text encoder, with ``{}``.
+        captions: one per picture, or None.
     """
 
     source: str

@@ -21,7 +21,8 @@ class Subject:
     """A vision model.
 
     Attributes:
-        name: as the user gave it; model: what a method is attached to.
+        name: as the user gave it.
+        model: what a method is attached to.
         prepare: pictures to pixels ``(B, 3, H, W)``, as the model was trained to see them.
         final: pixels to what a user reads of a picture, ``(B, C)``: features, or logits where ``classifies``.
         rows: the module whose output are the tower's last rows ``(B, N, C)``.
@@ -43,9 +44,9 @@ def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32) ->
     """Load a model by name.
 
     Args:
-        name: one of :data:`EMBEDDED`, ``timm/NAME[:WEIGHTS]``, ``open_clip/NAME:WEIGHTS``, ``hf/OWNER/NAME`` or a folder in the
-            ``transformers`` format. WEIGHTS is a tag that the library knows, a checkpoint file, or ``random``; timm's
-            own pre-trained weights are the default.
+        name: one of :data:`EMBEDDED`, ``timm/NAME[:WEIGHTS]``, ``open_clip/NAME:WEIGHTS``, ``hf/OWNER/NAME`` or a
+            folder in the ``transformers`` format. WEIGHTS is a tag that the library knows, a checkpoint file, or
+            ``random``; timm's own pre-trained weights are the default.
 
     Raises:
         FoveateError: the library is not installed, or knows no such model or weights.

@@ -171,7 +171,8 @@ def test_eight_visitors_at_once_do_not_meet(browser, address, app):
     """Each asks with another method or about another picture, and all have asked before any answer is read."""
     names = ("random", "divprune", "hiprune", "grid", "fopru", "visionzip", "random", "divprune")
     wanted = list(zip(names, (0, 1, 2, 3, 1, 2, 3, 0)))
-    # a page keeps a connection open and a browser opens six to a server, so four share a window (and what it has loaded)
+    # a page keeps a connection open and a browser opens six to a server, so four share a window (and what it has
+    # loaded)
     pages = [visit(context, address) for context in (window(browser), window(browser)) for _ in range(4)]
     for page, (_, index) in zip(pages, wanted):
         if index:  # the first one is there already

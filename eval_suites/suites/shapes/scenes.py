@@ -243,7 +243,8 @@ def stretch(cells: int, length: int) -> np.ndarray:
 def render(scene: Scene, rng: np.random.Generator, width: int = IMAGE_SIZE) -> Picture:
     """Draw a scene: textured background, objects with jittered size, place, turn and colour, the code, pixel noise.
 
-    A picture of more than 96 pixels' `width` has wider cells; what is in them keeps its size, anywhere from side to side.
+    A picture of more than 96 pixels' `width` has wider cells; what is in them keeps its size, anywhere from side to
+    side.
     """
     canvas = np.empty((IMAGE_SIZE, width, 3), np.float32)
     canvas[:] = rng.uniform(60, 130) + rng.uniform(-15, 15, 3)
