@@ -17,7 +17,7 @@ from typing import Any
 from xml.sax.saxutils import escape
 
 from foveate.eval_suites.results.export import opened
-from foveate.eval_suites.results.leaderboard import ALPHA, Leaderboard, Line
+from foveate.eval_suites.results.leaderboard import ALPHA, Leaderboard, MethodRows
 from foveate.eval_suites.results.rows import mean_sd
 from foveate.eval_suites.terminal import versions
 from foveate.pruners import PRUNERS
@@ -61,7 +61,7 @@ def bench(board: Leaderboard) -> dict[str, Any]:
     }
 
 
-def _point(line: Line, tasks: Sequence[str]) -> dict[str, Any]:
+def _point(line: MethodRows, tasks: Sequence[str]) -> dict[str, Any]:
     first, mean = line.first, line.mean("accuracy")
     low, high = first.interval
     if len(line.rows) > 1:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from foveate.eval_suites.results.leaderboard import Leaderboard, Line
+from foveate.eval_suites.results.leaderboard import Leaderboard, MethodRows
 from foveate.eval_suites.results.store import Store
 from foveate.eval_suites.terminal import versions
 
@@ -19,7 +19,7 @@ def read(path: str) -> Leaderboard:
     return board
 
 
-def lines(board: Leaderboard) -> dict[tuple[str, str], Line]:
+def lines(board: Leaderboard) -> dict[tuple[str, str], MethodRows]:
     """All measured lines, by budget and method."""
     return {(s.title, line.first.label): line for s in board.sections for line in s.lines if line.measured}
 

@@ -34,7 +34,7 @@ from foveate.eval_suites.running import models, runner
 from foveate.eval_suites.running.cost import DecoderShape
 from foveate.eval_suites.running.distributed import world
 from foveate.eval_suites.running.environment import environment
-from foveate.eval_suites.running.meter import BudgetMismatch, Run
+from foveate.eval_suites.running.meter import BudgetMismatch, MethodRun
 from foveate.pruners.core.method import Keep
 
 __all__ = ["PREFIX", "Kept", "Outcome", "answers", "bench", "check_installed", "run"]
@@ -82,7 +82,7 @@ def bench(
     out: str | os.PathLike[str] | None = None,
     fresh: str = "",
     retry: bool = False,
-    runs: Sequence[Run] | None = None,
+    runs: Sequence[MethodRun] | None = None,
 ) -> list[Leaderboard]:
     """Run methods over public benchmarks, beside the unpruned model, a blind one and the baselines.
 
@@ -248,7 +248,7 @@ def _measure(
     name: str,
     benchmark: Benchmark,
     manager: Any,
-    runs: Sequence[Run],
+    runs: Sequence[MethodRun],
     positions: str,
     limit: int | None,
     documents: int,
@@ -335,14 +335,14 @@ def _sample(task: str, document: Any) -> str:
     return f"{task}-{document}"
 
 
-def _called(run: Run) -> str:
+def _called(run: MethodRun) -> str:
     parts = [run.label]
     parts += [] if run.keep is None else [f"keep {run.keep:.4g}"]
     parts += [] if run.seed is None else [f"seed {run.seed}"]
     return ", ".join(parts)
 
 
-def run(lm: Any, run: Run, benchmark: Benchmark, manager: Any, positions: str, limit: int | None) -> Outcome:
+def run(lm: Any, run: MethodRun, benchmark: Benchmark, manager: Any, positions: str, limit: int | None) -> Outcome:
     """One method over one benchmark.
 
     Raises:

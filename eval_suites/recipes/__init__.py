@@ -204,7 +204,7 @@ def _announce(recipe: Recipe, model: str, chosen: list[str]) -> None:
 
 def _run(recipe: Recipe, model: str, chosen: list[str], args: argparse.Namespace) -> int:
     from foveate.eval_suites.lmms import bench as through
-    from foveate.eval_suites.running.meter import Run
+    from foveate.eval_suites.running.meter import MethodRun
 
     if recipe.needs:
         _compare(recipe, {})
@@ -212,7 +212,7 @@ def _run(recipe: Recipe, model: str, chosen: list[str], args: argparse.Namespace
     if not chosen:
         _compare(recipe, {})
         raise FoveateError(f"{recipe.name} cannot be run here: none of its benchmarks can (see the table)")
-    runs = [Run("unpruned", None), Run(recipe.method, recipe.pruner)]
+    runs = [MethodRun("unpruned", None), MethodRun(recipe.method, recipe.pruner)]
     boards = through.bench(
         model,
         ",".join(chosen),

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
     from foveate.pruners.core.method import Keep
 
-__all__ = ["COLUMNS", "Column", "Leaderboard", "Line", "Section"]
+__all__ = ["COLUMNS", "Column", "Leaderboard", "MethodRows", "Section"]
 
 
 @dataclass
-class Line:
+class MethodRows:
     """What a table shows in one line: a row, or the rows of one method at one budget that differ in their seed."""
 
     rows: list[Row]
@@ -95,7 +95,7 @@ class Section:
     """Lines of equal budget: the best accuracy first, then what could not be measured."""
 
     title: str
-    lines: list[Line]
+    lines: list[MethodRows]
 
 
 # ------------------------------------------------------------------------------------------------------------ columns
@@ -115,8 +115,8 @@ class Column:
     """
 
     head: str
-    text: Callable[[Line], str]
-    value: Callable[[Line], float | None]
+    text: Callable[[MethodRows], str]
+    value: Callable[[MethodRows], float | None]
     note: str = ""
     rank: int | None = None
     markdown: bool = True
@@ -128,10 +128,10 @@ def _column(
     """Of an attribute of the rows; of ``name/8``, of their timing in batches of 8."""
     name, _, batch = name.partition("/")
 
-    def value(line: Line) -> float | None:
+    def value(line: MethodRows) -> float | None:
         return line.timing(int(batch), name) if batch else line.mean(name)
 
-    def text(line: Line) -> str:
+    def text(line: MethodRows) -> str:
         found = value(line)
         mark = "~" if line.first.adaptive and name.startswith("tokens") else ""
         return "" if found is None else mark + shown(found)
@@ -166,11 +166,11 @@ def _size(unit: str) -> Callable[[float], str]:
     return shown
 
 
-def _difference(line: Line) -> float | None:
+def _difference(line: MethodRows) -> float | None:
     return None if line.first.versus_random is None else line.first.versus_random.mean
 
 
-def _quoted(line: Line) -> str:
+def _quoted(line: MethodRows) -> str:
     found = line.mean("quoted")
     return f"{found:.1f}" if found is not None else "?" if line.measured else ""
 
@@ -281,10 +281,10 @@ class Leaderboard:
     @property
     def sections(self) -> list[Section]:
         """Unpruned and no-image, then one section per budget in the order in which they ran."""
-        groups: dict[Any, dict[str, Line]] = {}
+        groups: dict[Any, dict[str, MethodRows]] = {}
         for row in self.rows:
             key = "whole" if row.method in ("unpruned", "no-image") else (type(row.keep), row.keep)
-            groups.setdefault(key, {}).setdefault(row.label, Line([])).rows.append(row)
+            groups.setdefault(key, {}).setdefault(row.label, MethodRows([])).rows.append(row)
         sections = []
         for key, group in groups.items():
             lines = list(group.values())
@@ -477,7 +477,7 @@ def _same(a: Keep, b: Keep) -> bool:
     return type(a) is type(b) and abs(a - b) < 1e-9
 
 
-def _rank(line: Line) -> tuple[Any, ...]:
+def _rank(line: MethodRows) -> tuple[Any, ...]:
     if not line.measured:
         return (1, 0.0, 0.0, line.name)
     return (0, -line.mean("accuracy"), line.mean("tokens_mean"), line.name)
@@ -486,12 +486,12 @@ def _rank(line: Line) -> tuple[Any, ...]:
 _HEAD_OF = {Status.OK: "ERRORS", Status.NOT_APPLICABLE: "n/a", Status.UNFINISHED: "unfinished", Status.FAILED: "FAILED"}
 
 
-def _status(line: Line) -> Status:
+def _status(line: MethodRows) -> Status:
     """The worst of its rows'."""
     return max((row.status for row in line.rows), key=list(_HEAD_OF).index)
 
 
-def _budget_title(lines: list[Line]) -> str:
+def _budget_title(lines: list[MethodRows]) -> str:
     keep = lines[0].first.keep
     if keep is None:
         return "fixed budget"

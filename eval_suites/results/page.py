@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 
 from foveate.errors import UnknownNameError
-from foveate.eval_suites.results.leaderboard import Column, Leaderboard, Line, Section
+from foveate.eval_suites.results.leaderboard import Column, Leaderboard, MethodRows, Section
 from foveate.eval_suites.results.rows import mean_sd
 
 __all__ = ["page", "pareto", "plot"]
@@ -106,7 +106,7 @@ def _table(board: Leaderboard) -> str:
     return f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
-def _cell(line: Line, column: Column) -> str:
+def _cell(line: MethodRows, column: Column) -> str:
     """A number with the value that it is sorted by."""
     value, shown, found = column.value(line), escape(column.text(line).strip()), line.first.versus_random
     if column.head == "vs random" and found:
@@ -154,7 +154,7 @@ class _Dot:
     y: float
     low: float
     high: float
-    line: Line
+    line: MethodRows
     budget: str
 
 
@@ -168,20 +168,20 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     return front
 
 
-def _tokens(line: Line) -> float | None:
+def _tokens(line: MethodRows) -> float | None:
     return line.mean("tokens_mean")
 
 
-def _prefill(line: Line) -> float | None:
+def _prefill(line: MethodRows) -> float | None:
     seconds = line.timing(1, "prefill")
     return None if seconds is None else 1000 * seconds
 
 
-def _milliseconds(line: Line) -> float | None:
+def _milliseconds(line: MethodRows) -> float | None:
     return 1000 * line.mean("seconds_per_sample")
 
 
-def plot(board: Leaderboard, cost: Callable[[Line], float | None], unit: str, colours: dict[str, str]) -> str:
+def plot(board: Leaderboard, cost: Callable[[MethodRows], float | None], unit: str, colours: dict[str, str]) -> str:
     """Accuracy over the ``cost`` of a line, as SVG: a dot per line that has one, its interval, and the front of what is best."""
     dots = [
         _Dot(x, line.mean("accuracy"), *_interval(line), line, section.title)
@@ -228,7 +228,7 @@ def plot(board: Leaderboard, cost: Callable[[Line], float | None], unit: str, co
     return "".join([*parts, "</svg>"])
 
 
-def _interval(line: Line) -> tuple[float, float]:
+def _interval(line: MethodRows) -> tuple[float, float]:
     if len(line.rows) > 1:
         mean, sd = mean_sd([row.accuracy for row in line.rows])
         return max(0.0, mean - sd), min(1.0, mean + sd)

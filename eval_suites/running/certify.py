@@ -36,8 +36,7 @@ def p_value(pruned: Sequence[float], unpruned: Sequence[float], target: float) -
 
     Returns:
         A valid p-value for any sample size: under the hypothesis it is at most ``a`` with probability at most ``a``.
-            The
-        order of the samples does not matter; they may be drawn with or without replacement.
+        The order of the samples does not matter; they may be drawn with or without replacement.
     """
     d = np.asarray(pruned, float) - target * np.asarray(unpruned, float)
     if not len(d):

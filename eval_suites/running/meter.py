@@ -30,7 +30,7 @@ __all__ = [
     "BudgetMismatch",
     "Measured",
     "Meter",
-    "Run",
+    "MethodRun",
     "check_image",
     "check_resized",
     "placeholders",
@@ -45,7 +45,7 @@ GREY = (128, 128, 128)
 
 
 @dataclass(frozen=True)
-class Run:
+class MethodRun:
     """One run over all samples: a method, ready to attach (None: the bare model).
 
     Attributes:
@@ -112,7 +112,7 @@ class Meter:
         """How many samples there are in the batches that begin at ``firsts``."""
         return sum(len(self.numbers(first)) for first in firsts)
 
-    def measure(self, run: Run, firsts: Iterable[int]) -> Iterator[Measured]:
+    def measure(self, run: MethodRun, firsts: Iterable[int]) -> Iterator[Measured]:
         """Answer one batch after the other; ``firsts`` are the numbers of their first samples.
 
         A sample that fails has its error for an answer.
@@ -131,7 +131,7 @@ class Meter:
                 yield Measured(answers, dict(trace.positions) if trace else {}, resized)
 
     def _answers(
-        self, run: Run, session: Session | None, widths: list[int], first: int, batch: Sequence[Sample]
+        self, run: MethodRun, session: Session | None, widths: list[int], first: int, batch: Sequence[Sample]
     ) -> list[Answer]:
         """The answers to a batch; if it fails, to its samples one by one."""
         try:
@@ -149,7 +149,7 @@ class Meter:
             return [Answer(first, batch[0].id, batch[0].task, error=f"{type(error).__name__}: {error}")]
 
     def _ask(
-        self, run: Run, session: Session | None, widths: list[int], first: int, batch: Sequence[Sample]
+        self, run: MethodRun, session: Session | None, widths: list[int], first: int, batch: Sequence[Sample]
     ) -> list[Answer]:
         if session is not None:
             session.trace, session.sample_ids = None, range(first, first + len(batch))
@@ -184,7 +184,7 @@ class Meter:
         ]
 
     @contextmanager
-    def attached(self, run: Run) -> Iterator[Session | None]:
+    def attached(self, run: MethodRun) -> Iterator[Session | None]:
         """The run's method on the model, for the block; None if it has none."""
         if run.pruner is None:
             yield None
@@ -192,7 +192,7 @@ class Meter:
             with attach(self.model, run.pruner, positions=self.positions) as session:
                 yield session
 
-    def _answer(self, run: Run, batch: Sequence[Sample]) -> tuple[list[str], Tensor, list[int]]:
+    def _answer(self, run: MethodRun, batch: Sequence[Sample]) -> tuple[list[str], Tensor, list[int]]:
         """The answers, the prompts' token ids ``(B, L)``, and their lengths."""
         inputs = self.inputs(run, batch)
         output = self.generate(inputs, max_new_tokens=self.suite.max_new_tokens)
@@ -200,7 +200,7 @@ class Meter:
         new = self.processor.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
         return [text.strip() for text in new], ids, inputs["attention_mask"].sum(dim=1).tolist()
 
-    def inputs(self, run: Run, batch: Sequence[Sample]) -> Any:
+    def inputs(self, run: MethodRun, batch: Sequence[Sample]) -> Any:
         """What the model gets for a batch, on its device; pictures are prepared as the method wants them."""
         media = [_media(sample) for sample in batch]
         if run.method == "no-image":
@@ -240,7 +240,7 @@ class Meter:
             )
         return self._frame_scorer
 
-    def score_frames(self, session: Session, run: Run, batch: Sequence[Sample]) -> bool:
+    def score_frames(self, session: Session, run: MethodRun, batch: Sequence[Sample]) -> bool:
         """Give the session the frame scores that the method reads; whether it reads any."""
         stages = run.pruner.stages(self.adapter.info)
         reads = _is_video(batch[0]) and any(stage.reads_frame_scores for stage in stages)

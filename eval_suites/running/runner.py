@@ -37,7 +37,7 @@ from foveate.eval_suites.running.budgets import parse_keep
 from foveate.eval_suites.running.cost import DecoderShape
 from foveate.eval_suites.running.distributed import World, world
 from foveate.eval_suites.running.environment import environment
-from foveate.eval_suites.running.meter import BudgetMismatch, Meter, Run
+from foveate.eval_suites.running.meter import BudgetMismatch, Meter, MethodRun
 from foveate.eval_suites.running.timing import BATCHES, measure
 from foveate.eval_suites.suites import Sample, Suite
 from foveate.pruners.core.control import RandomLike
@@ -290,8 +290,7 @@ def bench(
 
     Returns:
         A :class:`Leaderboard` of all rows of this model and suite in ``out``. A method that the model cannot serve, or
-            that
-        failed, has a row that says why.
+        that failed, has a row that says why.
 
     Raises:
         StoreError: ``out`` cannot be used, or its rows would not compare with these.
@@ -353,7 +352,7 @@ def _open(store: Store, facts: dict[str, Any], suite: Suite, others: World, fres
     return store.open_bench(facts, suite.tasks)
 
 
-def _measure(store: Store, bench: int, meter: Meter, runs: Sequence[Run], others: World, progress: bool) -> None:
+def _measure(store: Store, bench: int, meter: Meter, runs: Sequence[MethodRun], others: World, progress: bool) -> None:
     """Do what the store does not hold yet.
 
     Batches are always the same ones, whoever does them and whenever, so that a bench which was interrupted or shared
@@ -376,7 +375,7 @@ def _measure(store: Store, bench: int, meter: Meter, runs: Sequence[Run], others
 
 
 def _finish(
-    store: Store, number: int, meter: Meter, run: Run, firsts: Sequence[int], step: Callable[..., None]
+    store: Store, number: int, meter: Meter, run: MethodRun, firsts: Sequence[int], step: Callable[..., None]
 ) -> None:
     """Measure the batches that begin at ``firsts``; a method that cannot go on leaves its reason."""
     if not firsts:
@@ -399,7 +398,7 @@ def _finish(
     step(run.label, meter.count(left), skipped=True)
 
 
-def _time(store: Store, bench: int, meter: Meter, runs: Sequence[Run], others: World, progress: bool) -> None:
+def _time(store: Store, bench: int, meter: Meter, runs: Sequence[MethodRun], others: World, progress: bool) -> None:
     """Measure what the rows cost that the store does not know it of. One process does, while the others wait in silence."""
     if others.first:
         numbers = store.open_runs(bench, [run.row() for run in runs])
@@ -434,7 +433,7 @@ def _check_reference(store: Store, number: int, meter: Meter) -> None:
         )
 
 
-def _guided(run: Run, meter: Meter) -> bool:
+def _guided(run: MethodRun, meter: Meter) -> bool:
     """Does the method read the question?"""
     try:
         return run.pruner is not None and any(s.text_guided for s in run.pruner.stages(meter.adapter.info))
@@ -449,7 +448,7 @@ def _share(store: Store, bench: int, others: World) -> None:
             store.merge(results)
 
 
-def _check_parameters(runs: Sequence[Run], meter: Meter) -> None:
+def _check_parameters(runs: Sequence[MethodRun], meter: Meter) -> None:
     """Raise :class:`ParameterError` if this model cannot do what a user asked a method for; defaults may be impossible."""
     for run in runs:
         if run.pruner is not None and run.label != run.method:
@@ -467,7 +466,7 @@ def _digest(samples: Sequence[Sample]) -> str:
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 
-def plan(methods: Any, budgets: Sequence[Keep], seeds: int) -> list[Run]:
+def plan(methods: Any, budgets: Sequence[Keep], seeds: int) -> list[MethodRun]:
     """All runs in order: the bare model, then per budget the baselines and the methods, then what has its own budget."""
     swept, fixed = {name: create(name) for name in BASELINES}, []
     for label, pruner, sweeps in methods_of(methods):
@@ -475,7 +474,7 @@ def plan(methods: Any, budgets: Sequence[Keep], seeds: int) -> list[Run]:
             swept[label] = pruner
         if not sweeps or _keep(pruner) is None:  # left to itself it finds its own budget
             fixed.append((label, pruner))
-    runs = [Run("unpruned", None), Run("no-image", None, baseline=True)]
+    runs = [MethodRun("unpruned", None), MethodRun("no-image", None, baseline=True)]
     for keep, (label, pruner) in itertools.product(budgets, swept.items()):
         if isinstance(pruner, RandomLike):
             budgeted = pruner.at(keep)
@@ -484,7 +483,7 @@ def plan(methods: Any, budgets: Sequence[Keep], seeds: int) -> list[Run]:
         runs += _drawn(label, budgeted, seeds if label == "random" or isinstance(pruner, RandomLike) else 0)
     for label, pruner in fixed:
         runs += _drawn(label, pruner, seeds if isinstance(pruner, RandomLike) else 0)
-    distinct: dict[Any, Run] = {}
+    distinct: dict[Any, MethodRun] = {}
     for run in runs:
         distinct.setdefault((run.label, type(run.keep), run.keep, run.seed), run)
     return list(distinct.values())
@@ -509,12 +508,12 @@ def _keep(pruner: Pruner) -> Any:
     return getattr(pruner, pruner.budget_parameter, _NO_BUDGET) if pruner.takes_budget else _NO_BUDGET
 
 
-def _drawn(label: str, pruner: Pruner, seeds: int) -> list[Run]:
+def _drawn(label: str, pruner: Pruner, seeds: int) -> list[MethodRun]:
     """A run per seed, or a single one."""
     blind = isinstance(pruner, RandomLike) or pruner.name in BASELINES
     if not seeds:
-        return [Run(label, pruner, None, blind)]
-    return [Run(label, replace(pruner, seed=seed), seed, blind) for seed in range(seeds)]
+        return [MethodRun(label, pruner, None, blind)]
+    return [MethodRun(label, replace(pruner, seed=seed), seed, blind) for seed in range(seeds)]
 
 
 def _methods(methods: Any) -> Iterator[tuple[Pruner, dict[str, Any] | None]]:

@@ -17,7 +17,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from foveate.eval_suites.results.rows import Timing
-from foveate.eval_suites.running.meter import Meter, Run
+from foveate.eval_suites.running.meter import Meter, MethodRun
 from foveate.eval_suites.speed.harness import Clock, in_turns, ratios
 from foveate.eval_suites.suites import Sample
 
@@ -27,7 +27,7 @@ BATCHES = (1, 8)
 """Samples per call."""
 REPEATS = 3
 _NEW = 3  # tokens written per call: the first ends the prefill, each of the others is a decoding step
-_UNPRUNED = Run("unpruned", None)
+_UNPRUNED = MethodRun("unpruned", None)
 
 
 class _Laps(StoppingCriteria):
@@ -50,7 +50,7 @@ class _Laid:
     selection: list[float | None] = field(default_factory=list)
 
 
-def measure(meter: Meter, run: Run, batch: int, repeats: int = REPEATS) -> Timing:
+def measure(meter: Meter, run: MethodRun, batch: int, repeats: int = REPEATS) -> Timing:
     """Time ``run`` and the unpruned model, call by call in turns, in batches of ``batch`` samples.
 
     Every call has other samples, the same for all rows. The first call of either warms up, counts for the memory only,
@@ -99,7 +99,7 @@ def _samples(meter: Meter, turn: int, batch: int) -> list[Sample]:
 
 
 @torch.no_grad()
-def _call(meter: Meter, run: Run, samples: Sequence[Sample], into: _Laid) -> None:
+def _call(meter: Meter, run: MethodRun, samples: Sequence[Sample], into: _Laid) -> None:
     """Generate a few tokens from scratch, with the method attached for this one call."""
     inputs = meter.inputs(run, samples)
     with meter.attached(run) as session:
@@ -118,7 +118,7 @@ def _call(meter: Meter, run: Run, samples: Sequence[Sample], into: _Laid) -> Non
 
 
 @torch.no_grad()
-def _memory(meter: Meter, run: Run, samples: Sequence[Sample]) -> int | None:
+def _memory(meter: Meter, run: MethodRun, samples: Sequence[Sample]) -> int | None:
     """Most bytes of tensors that a prefill had at once, beyond the weights and its inputs."""
     inputs = meter.inputs(run, samples)
     with meter.attached(run) as session:

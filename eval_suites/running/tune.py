@@ -24,7 +24,7 @@ from foveate.eval_suites.running import models
 from foveate.eval_suites.running.budgets import parse_keep
 from foveate.eval_suites.running.certify import least_samples, lower_bound, p_value, relative_accuracy
 from foveate.eval_suites.running.environment import environment
-from foveate.eval_suites.running.meter import BudgetMismatch, Meter, Run
+from foveate.eval_suites.running.meter import BudgetMismatch, Meter, MethodRun
 from foveate.eval_suites.running.runner import check_writable, methods_of, progress_bar
 from foveate.eval_suites.running.timing import measure
 from foveate.eval_suites.suites import Suite
@@ -35,7 +35,7 @@ __all__ = ["Chain", "Setting", "Tuned", "add_arguments", "main", "search", "tune
 
 POLICIES = ("keep", "compact")
 _KEEP = "0.9,0.75,0.5,0.35,0.25,0.15,0.1"
-_UNPRUNED = Run("unpruned", None)
+_UNPRUNED = MethodRun("unpruned", None)
 _WORTH_IT = 1.05  # times as fast, below which a gain is not worth the words
 
 
@@ -467,11 +467,11 @@ def plan(pruners: Any, budgets: Sequence[Keep], positions: Sequence[str], count:
             yield Chain([Setting(label, one, policy) for one in at])
 
 
-def _run(setting: Setting) -> Run:
-    return Run(setting.label, setting.pruner)
+def _run(setting: Setting) -> MethodRun:
+    return MethodRun(setting.label, setting.pruner)
 
 
-def _answers(meter: Meter, run: Run) -> list[Answer]:
+def _answers(meter: Meter, run: MethodRun) -> list[Answer]:
     """The answers to all samples.
 
     Raises:

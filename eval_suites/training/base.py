@@ -1,7 +1,7 @@
 """What the recipes of the embedded models share: stages with checkpoints, a log and held-out figures; batches of questions.
 
-A recipe subclasses :class:`Run`, says what each stage trains (`trained`), how a batch is drawn (`batch`) and what the
-loss is (`loss`); its `main` is :meth:`Run.main`. Every batch is a pure function of (seed, stage, step), so that a run
+A recipe subclasses :class:`TrainingRun`, says what each stage trains (`trained`), how a batch is drawn (`batch`) and what the
+loss is (`loss`); its `main` is :meth:`TrainingRun.main`. Every batch is a pure function of (seed, stage, step), so that a run
 can be resumed and repeated.
 """
 
@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from foveate.eval_suites.suites.streams import CHECKS, TRAINING
 
-__all__ = ["Run", "Stage", "question_mask", "save_model", "some_places", "stream"]
+__all__ = ["Stage", "TrainingRun", "question_mask", "save_model", "some_places", "stream"]
 
 
 def stream(held_out: bool) -> int:
@@ -51,7 +51,7 @@ class Stage:
     decay: float = 0.0
 
 
-class Run(ABC):
+class TrainingRun(ABC):
     """Modules, files and the loop of one run.
 
     Attributes:

@@ -3,7 +3,7 @@
     python -m foveate.eval_suites.training.screens_scorer --model shapes-qwen --out patch_scorer.safetensors
 
 Labels are the paper's: how much of a token the box of the element asked for covers, and the UI graph, fused. The scorer
-reads visual tokens as they enter the decoder and the embeddings of the instruction's words. Pictures are drawn on line
+reads visual tokens as they enter the decoder and the embeddings of the instruction's words. ScorerPictures are drawn on line
 and looked at once each; every step asks for one element of each.
 """
 
@@ -30,7 +30,7 @@ from foveate.pruners.core.ui_graph import box_coverage, fused_label, image_block
 WORDS = 9  # most words of an instruction
 
 
-class Pictures:
+class ScorerPictures:
     """Screens with their visual tokens and UI graphs, and instructions on them drawn at will."""
 
     @torch.no_grad()
@@ -52,8 +52,7 @@ class Pictures:
 
         Returns:
             What the scorer reads: tokens (B, M, D), words (B, 9, D) and which of these are there (B, 9); labels (B, M);
-                the
-            tokens whose middle is in the element (B, M) bool.
+            the tokens whose middle is in the element (B, M) bool.
         """
         ids, labels, inside = torch.zeros(len(chosen), WORDS, dtype=torch.long), [], []
         for row, number in zip(ids, chosen):
@@ -89,7 +88,7 @@ def main() -> None:
     torch.manual_seed(options.seed)
     model = models.load(options.model, "cpu", "float32").model
     training, checking = (
-        Pictures(model, n, options.seed, held) for n, held in ((options.pictures, False), (256, True))
+        ScorerPictures(model, n, options.seed, held) for n, held in ((options.pictures, False), (256, True))
     )
     scorer = PatchScorer(model.config.text_config.hidden_size)
     optimizer = torch.optim.AdamW(scorer.parameters(), lr=options.lr)

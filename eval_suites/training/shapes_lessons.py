@@ -49,8 +49,7 @@ def question_blocks(questions: list[scenes.Question]) -> dict[str, np.ndarray]:
 
     Returns:
         ids, targets (-100 where none), block (number of the question, -1 padding) and offset (place in the block),
-            (72,)
-        int64; tasks (8,) numbers in `scenes.TASKS`, -1 where none.
+        (72,) int64; tasks (8,) numbers in `scenes.TASKS`, -1 where none.
     """
     ids = np.zeros(BLOCK_LENGTH, np.int64)
     targets, block, offset = np.full_like(ids, -100), np.full_like(ids, -1), np.zeros_like(ids)

@@ -39,7 +39,7 @@ from foveate.eval_suites.suites.shapes.model import (
     build_model,
     build_processor,
 )
-from foveate.eval_suites.training.base import Run, Stage, question_mask, save_model, stream
+from foveate.eval_suites.training.base import Stage, TrainingRun, question_mask, save_model, stream
 from foveate.eval_suites.training.shapes_lessons import (
     COLOUR_NAMES,
     PAIRS,
@@ -171,7 +171,7 @@ def answer_loss(
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-class Training(Run):
+class Training(TrainingRun):
     """The stages of shapes-llava."""
 
     stages = STAGES

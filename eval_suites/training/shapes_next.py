@@ -26,7 +26,7 @@ from transformers import (
 
 from foveate.eval_suites.suites.shapes import MODEL_PATH, WIDE, scenes
 from foveate.eval_suites.suites.shapes.model import GRID, IMAGE_TOKENS, PATCH, TOKENS
-from foveate.eval_suites.training.base import Run, Stage, save_model, some_places
+from foveate.eval_suites.training.base import Stage, TrainingRun, save_model, some_places
 from foveate.eval_suites.training.shapes_lessons import question_blocks
 from foveate.eval_suites.training.shapes_llava import answer_loss
 
@@ -73,7 +73,7 @@ def build_processor() -> LlavaNextProcessor:
     )
 
 
-class Training(Run):
+class Training(TrainingRun):
     """The one stage of shapes-next."""
 
     stages = STAGES

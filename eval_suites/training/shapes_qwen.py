@@ -50,7 +50,7 @@ from foveate.eval_suites.suites.screens.model import (
     build_processor,
     encode,
 )
-from foveate.eval_suites.training.base import Run, Stage, question_mask, save_model, some_places, stream
+from foveate.eval_suites.training.base import Stage, TrainingRun, question_mask, save_model, some_places, stream
 from foveate.eval_suites.training.screens_lessons import (
     BLOCK_LENGTH,
     QUESTIONS,
@@ -223,8 +223,7 @@ def answer_loss(
 
     Returns:
         The loss; whether each question was answered rightly, (B, Q) float32, NaN where there is none or where nothing
-            is
-        left of what it is about; the logits at the answers, (B, Q, V).
+        is left of what it is about; the logits at the answers, (B, Q, V).
     """
     device, size, count = tokens.device, *tokens.shape[:2]
     of = lambda name: batch[f"{kind}_{name}"]  # noqa: E731
@@ -285,7 +284,7 @@ class Cache:
     tokens: dict[str, Tensor]
 
 
-class Training(Run):
+class Training(TrainingRun):
     """The stages of shapes-qwen."""
 
     stages = STAGES

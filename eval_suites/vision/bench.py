@@ -19,7 +19,7 @@ from foveate.eval_suites.running.distributed import world
 from foveate.eval_suites.running.environment import machine, version_of
 from foveate.eval_suites.terminal import markdown_table, versions
 from foveate.eval_suites.vision import EMBEDDED
-from foveate.eval_suites.vision.evaluate import Line, Run, at, class_places, evaluate
+from foveate.eval_suites.vision.evaluate import MergingFidelity, MergingRun, at, class_places, evaluate
 from foveate.eval_suites.vision.pictures import Pictures, folder, held_out_scenes
 from foveate.eval_suites.vision.subjects import Subject, load
 from foveate.pruners import ToMe, create
@@ -84,7 +84,7 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def plan(subject: Subject, pictures: Pictures, methods: str, budgets: Sequence[Keep], seeds: int) -> list[Run]:
+def plan(subject: Subject, pictures: Pictures, methods: str, budgets: Sequence[Keep], seeds: int) -> list[MergingRun]:
     """Per budget the random control and every method without parameters of its own, then the others as they are.
 
     Raises:
@@ -112,8 +112,8 @@ def plan(subject: Subject, pictures: Pictures, methods: str, budgets: Sequence[K
         label = f"{name}({shown})" if shown else name
         (fixed if given else swept)[label] = RandomLike(method) if controlled else method
 
-    def drawn(label: str, method: Pruner, keep: Keep | None = None) -> Run:
-        return Run(
+    def drawn(label: str, method: Pruner, keep: Keep | None = None) -> MergingRun:
+        return MergingRun(
             label, [replace(method, seed=i) for i in range(seeds)] if isinstance(method, RandomLike) else [method], keep
         )
 
@@ -144,7 +144,7 @@ _COLUMNS = {
 }
 
 
-def table(lines: Sequence[Line], facts: dict[str, Any], timed: bool = True) -> str:
+def table(lines: Sequence[MergingFidelity], facts: dict[str, Any], timed: bool = True) -> str:
     """The lines as Markdown; columns that nothing filled are left out, and speed unless ``timed``."""
     shown = [name for name in _COLUMNS if lines[0].__dict__[name] is not None]
     head = ["method", "keep", "rows left", *["speed"] * timed, *(_COLUMNS[name] for name in shown)]

@@ -28,7 +28,7 @@ from foveate.pruners.core.method import Keep, ModelInfo, Pruner, budget
 
 
 @dataclass(frozen=True)
-class Run:
+class MergingRun:
     """One method to measure: several ``pruners`` are draws of one random choice, whose figures are averaged."""
 
     label: str
@@ -37,7 +37,7 @@ class Run:
 
 
 @dataclass
-class Line:
+class MergingFidelity:
     """One method. What the model or the pictures do not allow is None.
 
     Attributes:
@@ -126,7 +126,9 @@ def class_places(subject: Subject, pictures: Pictures) -> tuple[list[int], str]:
 
 
 @torch.inference_mode()
-def evaluate(subject: Subject, pictures: Pictures, runs: Sequence[Run], batch_size: int = 16) -> list[Line]:
+def evaluate(
+    subject: Subject, pictures: Pictures, runs: Sequence[MergingRun], batch_size: int = 16
+) -> list[MergingFidelity]:
     """Measure the runs beside the unmerged model, which comes first.
 
     Raises:
@@ -146,7 +148,7 @@ def evaluate(subject: Subject, pictures: Pictures, runs: Sequence[Run], batch_si
         for i in order[turn % max(1, len(order)) :] + order[: turn % max(1, len(order))]:
             _look(subject, pruners[i], pixels, seen[i], plain)
     reference = _Reference.of(subject, pictures, torch.cat(seen[0].final))
-    lines = [reference.line(Run("unmerged", [None]), [seen[0]], seen[0])]
+    lines = [reference.line(MergingRun("unmerged", [None]), [seen[0]], seen[0])]
     rest = iter(seen[1:])
     return lines + [reference.line(run, [next(rest) for _ in run.pruners], seen[0]) for run in runs]
 
@@ -203,11 +205,11 @@ class _Reference:
             same = ids[:, None] == ids
         return cls(final, classes, labels, captions, same)
 
-    def line(self, run: Run, seen: Sequence[_Seen], plain: _Seen) -> Line:
+    def line(self, run: MergingRun, seen: Sequence[_Seen], plain: _Seen) -> MergingFidelity:
         figures = [self._figures(torch.cat(one.final)) for one in seen]
         mean = {name: None if figures[0][name] is None else fmean(f[name] for f in figures) for name in figures[0]}
         ratios = [p / s for one in seen for p, s in zip(plain.seconds, one.seconds)]
-        return Line(
+        return MergingFidelity(
             run.label,
             run.keep,
             len(seen),

@@ -241,7 +241,7 @@ def test_one_error_document_after_document_ends_the_run(monkeypatch: pytest.Monk
         return real(self, args)
 
     monkeypatch.setattr(LlavaHfChat, "_ask", ask)
-    runs = [runner.Run("unpruned", None), runner.plan("divprune", [0.25], 1)[-1]]
+    runs = [runner.MethodRun("unpruned", None), runner.plan("divprune", [0.25], 1)[-1]]
     options = {"limit": 8, "batch_size": 2, "device": "cpu", "runs": runs}
     (board,) = through.bench("shapes-llava", "foveate_shapes", **options)
     assert (board.rows[1].status, board.rows[1].errors) == (Status.FAILED, 0)
@@ -291,7 +291,7 @@ def test_a_prompt_that_is_not_counted_fails(monkeypatch: pytest.MonkeyPatch) -> 
     with through.tasks_at_hand([benchmark], "foveate_llava_hf", 2) as manager:
         monkeypatch.setattr(lm, "use", lambda *args, **options: None)
         with pytest.raises(BudgetMismatch, match="0 prompts for 2 documents"):
-            through.run(lm, runner.Run("unpruned", None), benchmark, manager, "auto", 2)
+            through.run(lm, runner.MethodRun("unpruned", None), benchmark, manager, "auto", 2)
 
 
 def test_public_data_that_is_not_there_is_one_line() -> None:
@@ -303,7 +303,7 @@ def test_public_data_that_is_not_there_is_one_line() -> None:
 def test_qwen_runs_with_a_method() -> None:
     """Qwen2.5-VL through lmms-eval's own loop, pruned, batch 2, counted."""
     pytest.importorskip("qwen_vl_utils")
-    runs = [runner.Run("unpruned", None), *runner.plan("divprune", [0.25], 1)[-1:]]
+    runs = [runner.MethodRun("unpruned", None), *runner.plan("divprune", [0.25], 1)[-1:]]
     (board,) = through.bench("shapes-qwen", "foveate_screens", limit=4, batch_size=2, device="cpu", runs=runs)
     assert not board.failures
     bare, pruned = board.rows

@@ -91,7 +91,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Picture:
+class RenderedScene:
     """A rendered scene and where everything is, in pixels.
 
     Attributes:
@@ -240,7 +240,7 @@ def stretch(cells: int, length: int) -> np.ndarray:
     return np.maximum(0, 1 - np.abs(position[:, None] - np.arange(cells)[None])).astype(np.float32)
 
 
-def render(scene: Scene, rng: np.random.Generator, width: int = IMAGE_SIZE) -> Picture:
+def render(scene: Scene, rng: np.random.Generator, width: int = IMAGE_SIZE) -> RenderedScene:
     """Draw a scene: textured background, objects with jittered size, place, turn and colour, the code, pixel noise.
 
     A picture of more than 96 pixels' `width` has wider cells; what is in them keeps its size, anywhere from side to
@@ -261,7 +261,7 @@ def render(scene: Scene, rng: np.random.Generator, width: int = IMAGE_SIZE) -> P
     if scene.code is not None:
         _print_code(canvas, owner, scene, rng)
     canvas += rng.standard_normal(canvas.shape, np.float32) * np.float32(rng.uniform(4, 10))
-    return Picture(np.clip(canvas, 0, 255).astype(np.uint8), owner)
+    return RenderedScene(np.clip(canvas, 0, 255).astype(np.uint8), owner)
 
 
 def _corner(cell: int, height: int, width: int, across: int, rng: np.random.Generator) -> tuple[int, int]:

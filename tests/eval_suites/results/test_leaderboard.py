@@ -423,7 +423,7 @@ def test_page_of_nothing_measured_is_still_a_page():
 @pytest.fixture
 def results(tmp_path):
     from foveate.eval_suites.results.store import Store
-    from tests.eval_suites.test_store import FACTS, TASKS, answer, rows
+    from tests.eval_suites.results.test_store import FACTS, TASKS, answer, rows
 
     path = tmp_path / "results.db"
     with Store(path) as store:

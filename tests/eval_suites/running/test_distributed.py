@@ -16,7 +16,7 @@ from foveate.eval_suites.results.store import Store, read
 from foveate.eval_suites.running import runner
 from foveate.eval_suites.running.distributed import World, world
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+ROOT = pathlib.Path(__file__).resolve().parents[3]
 BENCH = [
     "bench",
     "--suite",

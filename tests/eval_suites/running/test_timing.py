@@ -90,7 +90,7 @@ def test_contenders_take_turns_and_the_first_call_does_not_count(checkpoint, mon
         into.prefill[-1] = {"unpruned": 6.0, "grid": 2.0}[run.label]
 
     monkeypatch.setattr(timing, "_call", watch)
-    run = runner.Run("grid", runner.create("grid", keep=0.25), baseline=True)
+    run = runner.MethodRun("grid", runner.create("grid", keep=0.25), baseline=True)
     found = timing.measure(meter, run, batch=1, repeats=4)
     assert [label for label, _ in calls] == ["unpruned", "grid", "grid", "unpruned"] * 2
     asked = [ids for _, ids in calls]

@@ -25,7 +25,7 @@ from foveate.eval_suites.suites import shapes
 from foveate.pruners.core.control import RandomLike
 from foveate.pruners.core.registry import create
 
-DATA = pathlib.Path(__file__).parent.parent / "data" / "lmms"
+DATA = pathlib.Path(__file__).parents[2] / "data" / "lmms"
 HERE = pathlib.Path(manifests.__file__).parent
 
 
