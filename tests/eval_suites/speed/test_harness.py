@@ -65,11 +65,11 @@ def test_the_decoder_is_timed_beside_random_twins(tmp_path: Path) -> None:
     out, rounds = tmp_path / "decoder.json", 2
     small = ["--geometry", "6x64", "--visual", "64", "--text", "8", "--new", "3", "--repeats", str(rounds)]
     command = [sys.executable, "-m", "foveate.eval_suites.speed", "decoder", *small, "--json", str(out)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
-    shown = " ".join(done.stdout.split())  # long cells wrap
-    assert all(word in shown for word in ("unpruned", "random like", "corematching", "MLPs take"))
+    assert "random like corematching" in done.stdout
+    assert "MLPs take" in done.stdout
     result = json.loads(out.read_text())
     assert result["environment"]["geometry"]["layers"] == 6
     whole, *rows = [decoder.DecoderTimes(**row) for row in result["rows"]]
