@@ -123,7 +123,8 @@ class Engine:
         """
         if len(name) > MAX_NAME or len(more) > MAX_MORE:
             raise ParameterError(
-                f"a method's name may have {MAX_NAME} characters and its parameters {MAX_MORE}; these have {len(name)} and {len(more)}"
+                f"a method's name may have {MAX_NAME} characters and its parameters {MAX_MORE}; these have {len(name)} "
+                f"and {len(more)}"
             )
         parsed = parse_methods(f"{name}({more})")
         if len(parsed) != 1 or isinstance(parsed[0], str):
@@ -142,7 +143,7 @@ class Engine:
         return pruner.budget_parameter if hasattr(pruner, pruner.budget_parameter) else None
 
     def prepares(self, pruner: Pruner) -> bool:
-        """Whether the method makes the picture smaller before the processor sees it (elsewhere that is done in the model)."""
+        """Whether the method makes the picture smaller before the processor sees it, and not in the model."""
         inside = any(stage.hook is Hook.PIXELS for stage in pruner.stages(self.adapter.info))
         return not inside and type(pruner).prepare is not Pruner.prepare
 

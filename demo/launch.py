@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         metavar="NAME",
         default="shapes-llava",
-        help="shapes-llava, shapes-next or shapes-qwen (embedded; the page offers all of them), a folder, or a name on the hub",
+        help="shapes-llava, shapes-next or shapes-qwen (embedded; the page offers all), a folder, or a name on the hub",
     )
     add("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
     add("--dtype", help="float32, bfloat16 or float16 (default: float32 on a CPU, that of the checkpoint elsewhere)")

@@ -1,4 +1,4 @@
-"""Tiny random models of every family and inputs for them, made on the spot: no downloads, for tests and ``foveate doctor``."""
+"""Tiny random models of every family and inputs for them, without downloads: for tests and ``foveate doctor``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``foveate bench --suite lmms:pope,gqa,…``: public benchmarks through lmms-eval, with their answers in our result store.
+"""``foveate bench --suite lmms:pope,gqa,…``: public benchmarks through lmms-eval, answers in our result store.
 
 lmms-eval runs in this process, on one model that stays loaded while methods change: what goes wrong is an exception
 here, and not a line in the log of a program that ends with exit code 0. Its answer cache is not used; the store knows
@@ -50,16 +50,20 @@ def check_installed() -> None:
     missing = [name for name in ("lmms_eval", "decord") if importlib.util.find_spec(name) is None]
     if missing:
         raise FoveateError(
-            f"suites behind {PREFIX} run through lmms-eval, and {' and '.join(missing)} {'are' if missing[1:] else 'is'} not installed here: "
+            f"suites behind {PREFIX} run through lmms-eval, and {' and '.join(missing)} "
+            f"{'are' if missing[1:] else 'is'} not installed here: "
             "run `pip install 'foveate[eval]'`"
         )
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one run of a benchmark gave: an answer per document, what was done with positions, and the number papers quote.
+    """What one run of a benchmark gave.
 
-    ``quoted`` is None where documents failed, and where the first ones hold none of what the number is made of.
+    Attributes:
+        answers: one per document.
+        positions: what was done with positions, by hook point.
+        quoted: the number that papers quote; None where documents failed, or the first ones hold nothing of it.
     """
 
     answers: list[Answer]
@@ -101,8 +105,10 @@ def bench(
     """
     if (started := world().size) > 1:
         raise ParameterError(
-            f"suites behind {PREFIX} run in one process, but this is one of {started} that torchrun or accelerate started: "
-            "give every GPU a command of its own, with benchmarks of its own and the same --out (`CUDA_VISIBLE_DEVICES=0 "
+            f"suites behind {PREFIX} run in one process, but this is one of {started} that torchrun or accelerate "
+            "started: "
+            "give every GPU a command of its own, with benchmarks of its own and the same --out "
+            "(`CUDA_VISIBLE_DEVICES=0 "
             "foveate bench --suite lmms:pope ...`); several may write to one file"
         )
     chosen = {name: benchmarks.find(name) for name in _names(names)}
@@ -231,7 +237,8 @@ def _documents(benchmark: Benchmark, manager: Any, limit: int | None) -> list[st
         return [f"{task.doc_to_text(doc)}\0{task.doc_to_target(doc)}" for doc in itertools.islice(docs, limit)]
     except Exception as error:  # datasets and huggingface_hub raise what they like
         raise FoveateError(
-            f"the data of {PREFIX}{benchmark.task} cannot be had: {_line(error)}; it needs the network once, or a filled "
+            f"the data of {PREFIX}{benchmark.task} cannot be had: {_line(error)}; it needs the network once, or a "
+            "filled "
             "cache of Hugging Face data sets (HF_HOME)"
         ) from error
 
@@ -398,7 +405,8 @@ def answers(samples: Sequence[Mapping[str, Any]], benchmark: Benchmark, layers: 
             continue
         if tokens is None or len(tokens) != layers:
             raise FoveateError(
-                f"document {sample['doc_id']} of {benchmark.task} comes without its number of visual tokens: run it with "
+                f"document {sample['doc_id']} of {benchmark.task} comes without its number of visual tokens: run it "
+                "with "
                 "one of foveate's models and without --use_cache"
             )
         text = sample["filtered_resps"]

@@ -1,4 +1,4 @@
-"""lmms-eval's models with a method on them: ``--model foveate_llava_hf --model_args pretrained=…,pruner=hiprune,keep=0.25,…``.
+"""lmms-eval's models with a method: ``--model foveate_llava_hf --model_args pretrained=…,pruner=hiprune,keep=0.25``.
 
 A method's parameters stand among the model's arguments because lmms-eval's answer cache looks at nothing else. What the
 decoder really sees is counted prompt by prompt; a budget that was not kept ends the run with an error.
@@ -65,7 +65,7 @@ class Journal(Protocol):
 
 
 class Pruned:
-    """Mixed into a model of lmms-eval, in front of its class.
+    """Mixed into a model of lmms-eval, before its class.
 
     Args:
         pruner: name of a method (``random@METHOD``: the control of one; ``no-image``: grey pictures); its parameters
@@ -146,7 +146,7 @@ class Pruned:
 
     @property
     def rank(self) -> int:
-        """lmms-eval shows a bar per call where this is 0; with a journal there is a call per batch, and one bar for all."""
+        """lmms-eval shows a bar per call where this is 0; with a journal there is one bar for all calls."""
         return 1 if self._silent else super().rank
 
     def _said_or_failed(self, batch: Sequence[Instance]) -> list[Said]:
@@ -181,7 +181,8 @@ class Pruned:
         asked = [(request.task_name, request.doc_id) for request in requests]
         if len(watch.prompts) != len(self._docs) or not seen.keys() >= set(asked):
             raise BudgetMismatch(
-                f"the model was called with {len(watch.prompts)} prompts for {len(self._docs)} documents: what was pruned "
+                f"the model was called with {len(watch.prompts)} prompts for {len(self._docs)} documents: what was "
+                "pruned "
                 "for which is not known"
             )
         counted = []

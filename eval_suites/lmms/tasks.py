@@ -118,7 +118,8 @@ def _sample(doc: dict[str, Any]) -> tuple[Suite, Sample]:
     sample = samples[doc["number"]]
     if (sample.id, sample.question, sample.answer) != (doc["id"], doc["question"], doc["answer"]):
         raise FoveateError(
-            f"task data of {doc['suite']} is of another version of foveate (sample {doc['id']}); run `foveate suites export` again"
+            f"task data of {doc['suite']} is of another version of foveate (sample {doc['id']}); run `foveate suites "
+            "export` again"
         )
     return suite, sample
 
@@ -191,6 +192,7 @@ def _export(args: argparse.Namespace) -> int:
     names = [name.strip() for name in args.suite.split(",") if name.strip()]
     tasks = export(args.folder, names, args.limit, args.seed)
     print(
-        f"wrote {', '.join(tasks)}; use them with: --include_path {Path(args.folder).resolve()} --tasks {','.join(tasks)}"
+        f"wrote {', '.join(tasks)}; use them with: --include_path {Path(args.folder).resolve()} --tasks "
+        f"{','.join(tasks)}"
     )
     return 0

@@ -19,7 +19,14 @@ __all__ = ["Said", "Seen", "Watch"]
 
 @dataclass(frozen=True)
 class Seen:
-    """Of one prompt: visual tokens that each decoder layer saw and caches, those asked for, and the tokens of its text."""
+    """What was counted of one prompt.
+
+    Attributes:
+        tokens: visual tokens that each decoder layer saw.
+        cached: visual tokens that each layer caches.
+        asked: visual tokens asked for.
+        text_tokens: tokens of its text.
+    """
 
     tokens: tuple[int, ...]
     cached: tuple[int, ...]
@@ -52,7 +59,8 @@ class Watch:
         self.prompts: list[Seen] = []
         if pruner is not None and not pruner.stages(self.adapter.info):
             raise UnsupportedModelError(
-                f"{pruner.name} works on pictures in front of the processor of a {type(model).__name__}; within lmms-eval "
+                f"{pruner.name} works on pictures in front of the processor of a {type(model).__name__}; within "
+                "lmms-eval "
                 "only methods inside the model can be used"
             )
         self.session: Session | None = None if pruner is None else attach(model, pruner, positions=positions)

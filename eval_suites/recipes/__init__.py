@@ -242,7 +242,7 @@ def _ours(boards: Sequence[Leaderboard], prefix: str) -> dict[tuple[str, str], f
 
 
 def _compare(recipe: Recipe, ours: Mapping[tuple[str, str], float | None]) -> None:
-    """Print published scores and ours; ``ours`` by benchmark and label of the run, None (``?``) if there is no number."""
+    """Print published scores and ours, which are by benchmark and label of the run, None (``?``) without a number."""
     from rich.table import Table
 
     table = Table(box=None)

@@ -41,7 +41,7 @@ class MethodRows:
 
     @property
     def leads(self) -> bool:
-        """Whether it is the best of its budget or not told from it; see :func:`foveate.eval_suites.running.compare.compare`."""
+        """Whether it is the best of its budget or not told from it (``running.compare``)."""
         return any(row.leads for row in self.rows)
 
     def mean(self, name: str) -> float | None:
@@ -50,7 +50,7 @@ class MethodRows:
         return None if None in values else statistics.fmean(values)
 
     def timing(self, batch: int, name: str) -> float | None:
-        """An attribute of the timing in batches of ``batch``: of the first row that has one, for a method's seeds cost alike."""
+        """An attribute of the timing in batches of ``batch``, of the first row that has one: seeds cost alike."""
         values = (getattr(row.timings[batch], name) for row in self.rows if self.measured and batch in row.timings)
         return next((value for value in values if value is not None), None)
 
@@ -190,7 +190,8 @@ COLUMNS = (
         "vs random",
         lambda line: line.versus_random,
         _difference,
-        "vs random: percentage points above random choice with as many tokens on the average; * differs from it (paired "
+        "vs random: percentage points above random choice with as many tokens on the average; * differs from it "
+        "(paired "
         f"test, p < {ALPHA}, corrected for the number of methods).",
         rank=2,
     ),
@@ -226,7 +227,8 @@ COLUMNS = (
         "gain",
         "prefill_speedup/1",
         _times,
-        "gain: time to the first token of the unpruned model divided by the row's, one sample a call, measured in turns.",
+        "gain: time to the first token of the unpruned model divided by the row's, one sample a call, measured in "
+        "turns.",
         rank=4,
     ),
     _column("decode", "decode/1", _ms, "decode: milliseconds per further token.", rank=14, markdown=False),
@@ -413,7 +415,7 @@ class Leaderboard:
 
     @property
     def versions(self) -> str:
-        """Of the packages that results depend on; equal for all rows (:data:`foveate.eval_suites.results.store.MUST_AGREE`)."""
+        """Of the packages that results depend on, which are equal for all rows (``MUST_AGREE`` of the store)."""
         return versions(self.environment, names=("foveate", "torch", "transformers", "lmms_eval"))
 
     @property
@@ -435,7 +437,8 @@ class Leaderboard:
         notes = [accuracy + (f", or ± standard deviation over {seeds} seeds." if seeds > 1 else ".")]
         if any(line.leads for line in lines):
             notes.append(
-                f"{bold}: the best of a budget by accuracy, and what the same samples cannot tell from it; not those that "
+                f"{bold}: the best of a budget by accuracy, and what the same samples cannot tell from it; not those "
+                "that "
                 "see more tokens on the average than the budget."
             )
         elif sum(not line.first.baseline and line.first.method != "unpruned" for line in lines) > 1:

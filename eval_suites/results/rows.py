@@ -99,7 +99,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Timing:
-    """What one batch size costs, by :func:`foveate.eval_suites.running.timing.measure`: medians over the calls, for the whole batch.
+    """What one batch size costs (:func:`foveate.eval_suites.running.timing.measure`): medians, for the whole batch.
 
     Attributes:
         batch: samples per call.

@@ -124,8 +124,8 @@ _TIMING = tuple(f.name for f in fields(Timing))
 _ANSWER = tuple(f.name for f in fields(Answer))
 _LISTS = ("tokens", "cached")
 _RUN = (
-    "method", "label", "keep", "seed", "baseline", "adaptive", "guided", "parameters", "positions", "status", "reason", "stopped_at",
-    "quoted",
+    "method", "label", "keep", "seed", "baseline", "adaptive", "guided", "parameters", "positions", "status", "reason",
+    "stopped_at", "quoted",
 )  # fmt: skip
 _INSERT = (
     f"INSERT INTO answer (run, {', '.join(_ANSWER)}) VALUES ({', '.join('?' * (1 + len(_ANSWER)))}) "
@@ -212,8 +212,10 @@ class Store:
                 self._db.execute("DELETE FROM bench WHERE id = ?", (there["id"],))
             elif changed:
                 raise StoreError(
-                    f"{self.path} holds {model} on {suite} with other settings: {'; '.join(changed)}. Rows of both would "
-                    "not compare: run with the settings of the file, give another file, or drop the old rows with --fresh"
+                    f"{self.path} holds {model} on {suite} with other settings: {'; '.join(changed)}. Rows of both "
+                    "would "
+                    "not compare: run with the settings of the file, give another file, or drop the old rows with "
+                    "--fresh"
                 )
             elif there:
                 return there["id"]
@@ -238,14 +240,16 @@ class Store:
                 ).fetchone()
                 if there and there["parameters"] != parameters:
                     raise StoreError(
-                        f"{self.path} holds {row.label} with other parameters: {there['parameters']} there, {parameters} "
+                        f"{self.path} holds {row.label} with other parameters: {there['parameters']} there, "
+                        f"{parameters} "
                         "now; give another file, or drop the old rows with --fresh"
                     )
                 if there:
                     numbers.append(there["id"])
                     continue
                 made = self._db.execute(
-                    "INSERT INTO run (bench, label, keep, seed, method, baseline, adaptive, guided, parameters, positions, status) "
+                    "INSERT INTO run (bench, label, keep, seed, method, baseline, adaptive, guided, parameters, "
+                    "positions, status) "
                     "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, '{}', 'ok')",
                     (*where, row.method, row.baseline, row.adaptive, row.guided, parameters),
                 )
@@ -283,10 +287,11 @@ class Store:
             self._db.execute("UPDATE run SET quoted = coalesce(quoted, ?) WHERE id = ?", (value, run))
 
     def give_up(self, run: int, status: Status, reason: str, at: int) -> None:
-        """Note that a run ended at sample ``at`` for a reason that is not the sample's; the first such sample counts."""
+        """Note that a run ended at sample ``at`` for a reason not the sample's own; the first such sample counts."""
         with self._transaction():
             self._db.execute(
-                "UPDATE run SET status = ?, reason = ?, stopped_at = ? WHERE id = ? AND (status = 'ok' OR stopped_at > ?)",
+                "UPDATE run SET status = ?, reason = ?, stopped_at = ? WHERE id = ? AND (status = 'ok' OR stopped_at > "
+                "?)",
                 (status.value, reason, at, run, at),
             )
 

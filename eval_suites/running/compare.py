@@ -1,4 +1,4 @@
-"""Compare rows sample by sample: against random choice at equal cost, on the samples that need detail, and with each other."""
+"""Compare rows sample by sample: with random choice at equal cost, on samples that need detail, with each other."""
 
 from __future__ import annotations
 
@@ -59,8 +59,10 @@ def resampled_means(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _grouped(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Different values, and how often each is there: what is equal can be drawn together. Of more than 1000 those within 0.001
-    are one, their mean, so that the largest suite takes little time and memory."""
+    """Different values, and how often each is there: what is equal can be drawn together.
+
+    Of more than 1000 those within 0.001 are one, their mean, so that the largest suite takes little time and memory.
+    """
     import numpy as np
 
     distinct, counts = np.unique(values, return_counts=True)
@@ -117,7 +119,7 @@ def _mark_leaders(methods: Sequence[Row]) -> None:
 
 
 class _Control:
-    """Random choice at any cost: its scores, interpolated between budgets by the mean tokens per layer, sample by sample.
+    """Random choice at any cost: its scores, sample by sample, interpolated between budgets by mean tokens per layer.
 
     A method that prunes inside the decoder sees more tokens than its budget says. What it has to beat is random choice
     with as many tokens on the average, which no single random row needs to have.
@@ -138,7 +140,7 @@ class _Control:
             self.points.append((whole.tokens_mean, np.asarray(whole.scores, float)))
 
     def difference(self, row: Row) -> Difference | None:
-        """``row`` minus random choice with as many tokens; None where that is not known (fewer than in any random row)."""
+        """``row`` minus random choice with as many tokens; None where that is not known (fewer than any random row)."""
         tokens = row.tokens_mean
         for (few, low), (many, high) in zip(self.points, self.points[1:]):
             if few <= tokens <= many:

@@ -29,7 +29,7 @@ class DecoderShape:
 
     @classmethod
     def of(cls, config: Any, item_bytes: int) -> DecoderShape | None:
-        """Read off a ``transformers`` text configuration; None where the decoder is of another kind (experts, no gate, …)."""
+        """Read off a ``transformers`` text configuration; None for decoders of another kind (experts, no gate, …)."""
         try:
             if getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):
                 return None

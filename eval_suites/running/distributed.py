@@ -17,8 +17,14 @@ _PATIENCE = datetime.timedelta(days=7)  # the slowest process may take that much
 
 @dataclass(frozen=True)
 class World:
-    """How many processes there are (``size``), which one this is (``rank``), which of its machine's (``local_rank``), and
-    which machine (``node``)."""
+    """The processes that share a bench.
+
+    Attributes:
+        rank: which one this is.
+        size: how many there are.
+        local_rank: which one this is on its machine.
+        node: which machine.
+    """
 
     rank: int = 0
     size: int = 1

@@ -56,7 +56,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def version_of(package: str) -> str | None:
-    """The installed version of a package (by its name in the index, not for imports); None where it is not installed."""
+    """The installed version of a package (by its name in the index); None where it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

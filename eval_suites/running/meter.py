@@ -79,7 +79,13 @@ class MethodRun:
 
 @dataclass(frozen=True)
 class Measured:
-    """A batch's answers, what was done with positions by hook point, and whether the processor's rounding set the budget."""
+    """What came of a batch.
+
+    Attributes:
+        answers: one per sample.
+        positions: what was done with positions, by hook point.
+        resized: whether the processor's rounding set the budget.
+    """
 
     answers: list[Answer]
     positions: dict[str, str]
@@ -306,9 +312,9 @@ def seen_unpruned(adapter: Adapter, ids: Tensor, widths: Sequence[int]) -> list[
 def seen_pruned(
     adapter: Adapter, pruner: Pruner, trace: Trace | None, ids: Tensor, widths: Sequence[int]
 ) -> tuple[list[list[int]], list[list[int]], list[int]]:
-    """Visual tokens that each decoder layer saw of each prompt, those in its KV cache behind it, and the number asked for.
+    """Visual tokens that each decoder layer saw and cached of each prompt, and the number asked for.
 
-    A method that works in front of the processor (it has no stages) changes the pictures: then nothing is asked of
+    A method that works before the processor (it has no stages) changes the pictures: then nothing is asked of
     these.
 
     Args:
@@ -416,7 +422,8 @@ def check_image(pruner: Pruner, stages: Sequence[Stage], image: ImageTrace, aske
         want = whole if layer < min(acting) else asked if layer >= max(acting) else None
         if adaptive and layer >= min(acting) and count > asked + slack:
             raise BudgetMismatch(
-                f"{pruner.name} kept {count} of {whole} tokens at decoder layer {layer}, more than its budget of {asked}"
+                f"{pruner.name} kept {count} of {whole} tokens at decoder layer {layer}, more than its budget of "
+                f"{asked}"
             )
         if not adaptive and want is not None and not want <= count <= want + slack:
             raise BudgetMismatch(

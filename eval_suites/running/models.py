@@ -81,7 +81,8 @@ def source(name: str) -> str:
         folder = str(Path(suites.__file__).parent / EMBEDDED[name] / name)
         if not os.path.isdir(folder):
             raise FoveateError(
-                f"the embedded model {name!r} is not at {folder}; install foveate again, or train it in a checkout with "
+                f"the embedded model {name!r} is not at {folder}; install foveate again, or train it in a checkout "
+                "with "
                 f"`python -m foveate.eval_suites.training.{name.replace('-', '_')} --out {folder}`"
             )
         return folder
@@ -92,7 +93,8 @@ def source(name: str) -> str:
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return name
     raise FoveateError(
-        f"no model {name!r}: there is no such folder, and a name on the hub has the form OWNER/NAME; {nearest(name, EMBEDDED)}"
+        f"no model {name!r}: there is no such folder, and a name on the hub has the form OWNER/NAME; "
+        f"{nearest(name, EMBEDDED)}"
     )
 
 
@@ -111,7 +113,8 @@ def _from_pretrained(name: str, source: str, dtype: torch.dtype | str) -> tuple[
     missing = sorted(report["missing_keys"])
     if missing:  # transformers would fill them with random numbers
         raise FoveateError(
-            f"model {name!r}: its weights lack {len(missing)} tensors that its config.json asks for (first: {missing[0]}); "
+            f"model {name!r}: its weights lack {len(missing)} tensors that its config.json asks for (first: "
+            f"{missing[0]}); "
             "download it again"
         )
     if not hasattr(processor, "tokenizer"):

@@ -73,7 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     public = "or public benchmarks through lmms-eval, like lmms:pope,gqa (see `foveate suites list`)"
     add("--suite", metavar="NAME", default=_SUITE, help=f"one of: {', '.join(suites.SUITES)}; {public}")
     methods = (
-        'all, or methods like "fastv,todre(stage2=False)"; a preset that `foveate tune` wrote; random@METHOD keeps as many '
+        'all, or methods like "fastv,todre(stage2=False)"; a preset that `foveate tune` wrote; random@METHOD keeps as '
+        "many "
         "tokens as METHOD in every layer; "
         "the baselines always run"
     )
@@ -133,7 +134,8 @@ def main(args: argparse.Namespace) -> int:
 
         if args.suite != _SUITE:
             raise ParameterError(
-                f"--suite {args.suite} asks questions of vision-language models; {args.model} looks at pictures (see --images)"
+                f"--suite {args.suite} asks questions of vision-language models; {args.model} looks at pictures (see "
+                "--images)"
             )
         return vision_bench.main(args)
     if args.images:
@@ -399,7 +401,7 @@ def _finish(
 
 
 def _time(store: Store, bench: int, meter: Meter, runs: Sequence[MethodRun], others: World, progress: bool) -> None:
-    """Measure what the rows cost that the store does not know it of. One process does, while the others wait in silence."""
+    """Measure what rows cost where the store does not know it. One process does, while the others wait."""
     if others.first:
         numbers = store.open_runs(bench, [run.row() for run in runs])
         left = [
@@ -449,7 +451,7 @@ def _share(store: Store, bench: int, others: World) -> None:
 
 
 def _check_parameters(runs: Sequence[MethodRun], meter: Meter) -> None:
-    """Raise :class:`ParameterError` if this model cannot do what a user asked a method for; defaults may be impossible."""
+    """Raise :class:`ParameterError` if the model cannot do what a user asked for; defaults may be impossible."""
     for run in runs:
         if run.pruner is not None and run.label != run.method:
             try:
@@ -467,7 +469,7 @@ def _digest(samples: Sequence[Sample]) -> str:
 
 
 def plan(methods: Any, budgets: Sequence[Keep], seeds: int) -> list[MethodRun]:
-    """All runs in order: the bare model, then per budget the baselines and the methods, then what has its own budget."""
+    """All runs in order: the bare model, baselines and methods per budget, then what has its own budget."""
     swept, fixed = {name: create(name) for name in BASELINES}, []
     for label, pruner, sweeps in methods_of(methods):
         if sweeps:
@@ -490,7 +492,7 @@ def plan(methods: Any, budgets: Sequence[Keep], seeds: int) -> list[MethodRun]:
 
 
 def methods_of(methods: Any) -> Iterator[tuple[str, Pruner, bool]]:
-    """Methods as :func:`bench` takes them: label, method, and whether it runs at every budget (False: once, as it is)."""
+    """Methods as :func:`bench` takes them: label, method, and whether it runs at every budget (else once)."""
     for pruner, given in _methods(methods):
         named = (pruner.pruner if isinstance(pruner, RandomLike) else pruner).budget_parameter
         yield (
@@ -558,7 +560,7 @@ def _distinct(budgets: Sequence[Keep]) -> list[Keep]:
 
 @contextmanager
 def progress_bar(shown: bool, total: int, unit: str = "samples") -> Iterator[Callable[..., None]]:
-    """A progress bar on stderr; yields ``step(what, samples, skipped=False)``. What is skipped does not count for the rate."""
+    """A progress bar on stderr; yields ``step(what, samples, skipped=False)``. The rate leaves out what is skipped."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,

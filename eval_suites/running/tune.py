@@ -1,8 +1,8 @@
-"""``foveate tune``: how far can a model be pruned before it loses more accuracy than it may? The statistics are in ``certify``.
+"""``foveate tune``: how far can a model be pruned before it loses more accuracy than it may?
 
 Half of the questions calibrate: every method under every position policy is a chain of budgets from gentle to
 aggressive, tested in that order until one fails. Of all settings that hold the target the fastest is chosen, and
-checked once on the other half.
+checked once on the other half. The statistics are in ``certify``.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="shapes-llava",
         help=f"{', '.join(models.EMBEDDED)}, a folder, or a name on the hub",
     )
-    help_ = f"one of: {', '.join(suites.SUITES)}; or a JSONL file of your own, with image, question and answer in every line"
+    help_ = (
+        f"one of: {', '.join(suites.SUITES)}; or a JSONL file of yours with image, question and answer in every line"
+    )
     add("--suite", metavar="NAME", default="shapes", help=help_)
     add("--target", metavar="SHARE", type=float, default=0.98, help="of the unpruned accuracy to keep (default: 0.98)")
     add("--confidence", metavar="SHARE", type=float, default=0.95, help="that it is kept (default: 0.95)")
@@ -173,7 +175,12 @@ class Setting:
 
 @dataclass
 class Chain:
-    """The settings of one method under one position policy, from gentle to aggressive; ``reason``: why it ended early."""
+    """The settings of one method under one position policy, from gentle to aggressive.
+
+    Attributes:
+        settings: in the order in which they are tested.
+        reason: why it ended early.
+    """
 
     settings: list[Setting]
     reason: str | None = None
@@ -216,7 +223,10 @@ class Tuned:
     def preset(self) -> Preset:
         """The chosen setting, with how it was found."""
         chosen, facts = self.chosen, self.facts
-        names = ("model", "weights_sha256", "suite", "target", "confidence", "calibration", "check", "foveate", "torch", "transformers", "hardware", "date")  # fmt: skip
+        names = (
+            "model", "weights_sha256", "suite", "target", "confidence", "calibration", "check", "foveate", "torch",
+            "transformers", "hardware", "date",
+        )  # fmt: skip
         told = {name: facts[name] for name in names if facts.get(name) is not None}
         told |= {
             "relative_accuracy": round(chosen.relative, 4),
@@ -257,10 +267,10 @@ class Tuned:
             if not (setting.certified or id(setting) in front):
                 continue
             name = ("▸ " if setting is self.chosen else "◆ " if id(setting) in front else "  ") + setting.label
-            cells = (
-                name, setting.budget, setting.positions, f"{setting.tokens:.1f}", f"{100 * setting.relative:.1f}",
-                f"{100 * setting.bound:.1f}", "" if setting.speedup is None else f"{setting.speedup:.2f}×", "yes" if setting.certified else "not shown",
-            )  # fmt: skip
+            shares = [f"{100 * share:.1f}" for share in (setting.relative, setting.bound)]
+            speed = "" if setting.speedup is None else f"{setting.speedup:.2f}×"
+            holds = "yes" if setting.certified else "not shown"
+            cells = (name, setting.budget, setting.positions, f"{setting.tokens:.1f}", *shares, speed, holds)
             style = "bold green" if setting is self.chosen else "" if setting.certified else "dim"
             table.add_row(*map(Text, cells), style=style)
         console.print(table)
@@ -274,10 +284,13 @@ class Tuned:
         f = self.facts
         chains = f"all {n} chains together" if (n := len(self.chains)) > 1 else "the one chain of budgets"
         lines = [
-            f"{f['calibration']} questions calibrate, the unpruned model answers {100 * f['unpruned_accuracy']:.1f} % of them; {f['check']} others check.",
-            f"at least: one-sided bound at {100 * (1 - self.level):.2f} %, which is {100 * f['confidence']:g} % for {chains} "
+            f"{f['calibration']} questions calibrate, the unpruned model answers {100 * f['unpruned_accuracy']:.1f} % "
+            f"of them; {f['check']} others check.",
+            f"at least: one-sided bound at {100 * (1 - self.level):.2f} %, which is {100 * f['confidence']:g} % for "
+            f"{chains} "
             "(betting test, fixed sequence from gentle to aggressive, Bonferroni over methods and policies).",
-            "▸ the choice; ◆ no other tested setting is more accurate with as few tokens. speed: the unpruned model's time of an answer divided by its own.",
+            "▸ the choice; ◆ no other tested setting is more accurate with as few tokens. speed: the unpruned model's "
+            "time of an answer divided by its own.",
         ]
         gentlest = [chain.settings[0] for chain in self.chains]
         if lost := [f"{s.label} ({s.positions})" for s in gentlest if s.p is not None and not s.certified]:
@@ -300,7 +313,8 @@ class Tuned:
             said = [f"Nothing holds {promise}."]
             if need > f["calibration"]:
                 said.append(
-                    f"{f['calibration']} calibrating questions could not show it even of a method that changes no answer: about "
+                    f"{f['calibration']} calibrating questions could not show it even of a method that changes no "
+                    "answer: about "
                     f"{2 * need} questions in all (--limit), fewer methods (--pruners) or a lower --target would."
                 )
             else:
@@ -311,7 +325,8 @@ class Tuned:
         speed = "" if c.speedup is None else f", {c.speedup:.2f} times as fast"
         said = [
             f"{c.label} keep {c.budget or 'of its own'}, positions {c.positions}{speed}: {promise}.",
-            f"On the {f['check']} questions that were not searched on it has {100 * self.checked:.1f} % (at least {100 * self.checked_bound:.1f} %): "
+            f"On the {f['check']} questions that were not searched on it has {100 * self.checked:.1f} % (at least "
+            f"{100 * self.checked_bound:.1f} %): "
             + ("the target is held." if self.checked >= f["target"] else "BELOW the target there."),
         ]
         if c.speedup is not None and c.speedup < _WORTH_IT:
@@ -409,8 +424,9 @@ def tune(
     meters = {policy: Meter(model, suite, halves[0], batch_size, policy) for policy in positions}
     meter = next(iter(meters.values()))
     facts = environment(model.model) | {
-        "model": model.name, "weights_sha256": model.weights_sha256, "suite": suite.name, "suite_seed": seed, "target": target,
-        "confidence": confidence, "calibration": len(halves[0]), "check": len(halves[1]), "positions": list(positions), "by": by,
+        "model": model.name, "weights_sha256": model.weights_sha256, "suite": suite.name, "suite_seed": seed,
+        "target": target, "confidence": confidence, "calibration": len(halves[0]), "check": len(halves[1]),
+        "positions": list(positions), "by": by,
     }  # fmt: skip
 
     reference = _answers(meter, _UNPRUNED)
@@ -419,7 +435,8 @@ def tune(
     unpruned = _scores(reference)
     if not any(unpruned):
         raise FoveateError(
-            f"{model.name} answers none of {len(unpruned)} questions of {suite.name} right, so that there is nothing to keep; "
+            f"{model.name} answers none of {len(unpruned)} questions of {suite.name} right, so that there is nothing "
+            "to keep; "
             "check the model, the suite and its prompt"
         )
     facts["unpruned_accuracy"] = fmean(unpruned)

@@ -386,7 +386,7 @@ def layer(tokens: int, width: int, heads: int, inner: int, gated: bool, dtype: t
 
 
 def prefill_shares(bench: Bench, prefill: Prefill) -> dict[str, float]:
-    """Milliseconds of a prefill, and the share of it that each operation takes once, on the tensors it would see there."""
+    """Milliseconds of a prefill, and the share of it that each operation takes once, on tensors of its size there."""
     n, text, how = prefill.patches, prefill.text, {"dtype": bench.dtype, "device": bench.device}
     whole = 0.0
     for (layers, *sides), count, gated in ((prefill.tower, n + 1, False), (prefill.decoder, n + text, True)):
@@ -410,12 +410,15 @@ def prefill_shares(bench: Bench, prefill: Prefill) -> dict[str, float]:
 
 
 def start_seconds() -> dict[str, float | str]:
-    """What the first use takes in a process with an empty cache on disk, and in one with a full: CuPy's import, one operation,
-    then all kernels by `foveate.cuda.warmup`. ``error`` if they do not load.
+    """What the first use takes in a process with an empty cache on disk, and in one with a full one.
+
+    CuPy's import, one operation, then all kernels by `foveate.cuda.warmup`; ``error`` if they do not load.
     """
     program = (
-        "import time, torch; from foveate import cuda; q = torch.zeros(1, 1, 8, 64, dtype=torch.bfloat16, device='cuda')\n"
-        "def took(call): start = time.perf_counter(); call(); torch.cuda.synchronize(); return time.perf_counter() - start\n"
+        "import time, torch; from foveate import cuda\n"
+        "q = torch.zeros(1, 1, 8, 64, dtype=torch.bfloat16, device='cuda')\n"
+        "def took(call):\n"
+        "    start = time.perf_counter(); call(); torch.cuda.synchronize(); return time.perf_counter() - start\n"
         "print(took(lambda: __import__('cupy')), took(lambda: cuda.received_attention(q, q)), took(cuda.warmup))"
     )
     found: dict[str, float | str] = {}

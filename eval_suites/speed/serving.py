@@ -257,7 +257,7 @@ def _prompt(model: str) -> str:
 
 
 def table(loads: Sequence[Load]) -> str:
-    """Markdown: medians over rounds; the gain is the median of ratios within a round, with the smallest and the largest."""
+    """Markdown: medians over rounds; the gain is the median of ratios within a round, with smallest and largest."""
     head = ("users", "engine", "prompt tokens", "first token (ms)", "9th decile", "requests/s", "over stock")
     rows = []
     for users in dict.fromkeys(load.users for load in loads):

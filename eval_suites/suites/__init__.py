@@ -13,7 +13,7 @@ __all__ = ["SUITES", "Sample", "Suite", "find"]
 
 
 class Sample(Protocol):
-    """One question about one picture, or about a video: then it has ``video``, ``(T, H, W, 3)`` uint8, in place of ``image``."""
+    """One question about a picture, or about a video: then ``video``, ``(T, H, W, 3)`` uint8, replaces ``image``."""
 
     id: str
     task: str

@@ -1,4 +1,4 @@
-"""The user's own questions as a suite: a JSONL file, one object per line with ``image``, ``question`` and ``answer``."""
+"""The user's own questions as a suite: a JSONL file whose objects have ``image``, ``question`` and ``answer``."""
 
 from __future__ import annotations
 

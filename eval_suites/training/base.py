@@ -1,8 +1,8 @@
-"""What the recipes of the embedded models share: stages with checkpoints, a log and held-out figures; batches of questions.
+"""What the recipes of the embedded models share: stages with checkpoints, a log, held-out figures, and batches.
 
-A recipe subclasses :class:`TrainingRun`, says what each stage trains (`trained`), how a batch is drawn (`batch`) and what the
-loss is (`loss`); its `main` is :meth:`TrainingRun.main`. Every batch is a pure function of (seed, stage, step), so that a run
-can be resumed and repeated.
+A recipe subclasses :class:`TrainingRun`, says what each stage trains (`trained`), how a batch is drawn (`batch`) and
+what the loss is (`loss`); its `main` is :meth:`TrainingRun.main`. Every batch is a pure function of (seed, stage,
+step), so that a run can be resumed and repeated.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python -m foveate.eval_suites.training.screens_scorer --model shapes-qwen --out patch_scorer.safetensors
 
 Labels are the paper's: how much of a token the box of the element asked for covers, and the UI graph, fused. The scorer
-reads visual tokens as they enter the decoder and the embeddings of the instruction's words. ScorerPictures are drawn on line
+reads visual tokens as they enter the decoder and the embeddings of the instruction's words. Pictures are drawn on line
 and looked at once each; every step asks for one element of each.
 """
 

@@ -89,7 +89,7 @@ def normalised(pixels: np.ndarray) -> Tensor:
 
 
 def image_embeds(model: CLIPModel, rows: Tensor) -> Tensor:
-    """The last block and the head on ``rows (B, N, D)``, for the class token alone: nothing else of the block is read."""
+    """The last block and the head on ``rows (B, N, D)``, for the class token alone: the rest is not read."""
     block = model.vision_model.encoder.layers[-1]
     attention, x = block.self_attn, block.layer_norm1(rows)
     heads = (len(x), -1, attention.num_heads, attention.head_dim)

@@ -1,7 +1,7 @@
 """Train shapes-llava from nothing, in the order real vision-language models are built.
 
-1. *tower*: a CLIP vision model learns what every patch shows (dense labels on the layer the decoder will read) while its
-   class token is trained contrastively against captions and to name the colour-shape pairs present.
+1. *tower*: a CLIP vision model learns what every patch shows (dense labels on the layer the decoder will read) while
+   its class token is trained contrastively against captions and to name the colour-shape pairs present.
 2. *decoder*: a small Llama learns the questions on text only: each patch is the sum of the embeddings of the words for
    what it shows, so that no picture is needed.
 3. *align*: the projector alone learns to turn the frozen tower's patches into those word sums.

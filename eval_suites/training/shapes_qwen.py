@@ -3,10 +3,10 @@
 1. *tower*: the vision tower with its merger learns what every visual token shows (dense labels, read off the merger's
    output by linear classifiers, which are then thrown away).
 2. *decoder*: the language model learns the questions on the frozen tower's tokens, which are computed once. A word's
-   embedding starts as its classifier's weights, so that a question's words point at the tokens that show them; the lower
-   half is made to tell each visual token's place, and two heads in the middle to look at what a question is about. Visual
-   tokens are left out at random, those that stay keep their positions: a model which never saw gaps would collapse under
-   any pruner.
+   embedding starts as its classifier's weights, so that a question's words point at the tokens that show them; the
+   lower half is made to tell each visual token's place, and two heads in the middle to look at what a question is
+   about. Visual tokens are left out at random, those that stay keep their positions: a model which never saw gaps would
+   collapse under any pruner.
 3. *joint*: everything together on new pictures, the classifiers' losses stay on.
 
 All data is drawn on line from the two suites' `scenes.py`, batch by batch from (seed, stage, step). Pictures carry
@@ -105,7 +105,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def see(visual: nn.Module, pixels: Tensor) -> Tensor:
-    """Visual tokens (B, M, text width), row by row: what `visual` computes, for equal pictures and without its loops."""
+    """Visual tokens (B, M, text width), row by row: what `visual` computes, for equal pictures, without loops."""
     patches, place = patchify(pixels)
     batch, count, _ = patches.shape
     height, width = pixels.shape[2] // WINDOW, pixels.shape[3] // WINDOW
@@ -194,7 +194,7 @@ def pointing(layer: nn.Module, hidden: Tensor, turn: tuple[Tensor, Tensor], at: 
 
 
 class PlaceHead(nn.Module):
-    """Makes the lower half of the decoder tell every visual token's row and column, which rotary positions leave implicit."""
+    """Makes the lower half of the decoder tell visual tokens' rows and columns, implicit in rotary positions."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

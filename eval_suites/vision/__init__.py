@@ -23,7 +23,7 @@ _TYPES = ("clip", "siglip", "vit", "dinov2", "dinov2_with_registers")
 
 
 def is_vision_model(name: str) -> bool:
-    """Whether ``name`` stands for a model that this package measures: a library's, an embedded one, or a folder of one."""
+    """Whether ``name`` stands for a model that this package measures: a library's, an embedded one, or a folder."""
     if name.startswith(_LIBRARIES) or name in EMBEDDED:
         return True
     try:

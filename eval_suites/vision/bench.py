@@ -47,7 +47,8 @@ def main(args: argparse.Namespace) -> int:
     budgets, device = parse_keep(args.keep), models.find_device(args.device)
     if world().size > 1:
         raise ParameterError(
-            f"{world().size} processes would all do the same: vision models are measured by one; start it without torchrun"
+            f"{world().size} processes would all do the same: vision models are measured by one; start it without "
+            "torchrun"
         )
     unused = {"--out": args.out, "--html": args.html, "--fresh": args.fresh, "--retry": args.retry}
     for option, value in {**unused, "--positions": args.positions}.items():
@@ -160,7 +161,8 @@ def table(lines: Sequence[MergingFidelity], facts: dict[str, Any], timed: bool =
     text = markdown_table(head, rows)
     schedules = {tuple(line.rows): (line.method, line.keep) for line in reversed(lines) if len(line.rows) > 1}
     for rows_, (method, keep) in reversed(schedules.items()):
-        text += f"\n\nRows per block, {method}{'' if keep is None else f' at keep {keep:.4g}'}: {', '.join(map(str, rows_))}."
+        budget = "" if keep is None else f" at keep {keep:.4g}"
+        text += f"\n\nRows per block, {method}{budget}: {', '.join(map(str, rows_))}."
     if facts["classes"] and facts.get("no_accuracy"):
         text += f"\n\nNo accuracy: {facts['no_accuracy']}."
     packages = versions(facts, names=("foveate", "torch", "transformers", "timm", "open_clip"))

@@ -77,7 +77,7 @@ class _Seen:
 
 
 def at(method: Pruner, keep: Keep, patches: int, model: ModelInfo) -> Pruner:
-    """The method with equal shares of its tokens merged in every block, so that ``keep`` of ``patches`` patches are left.
+    """The method with equal shares of its tokens merged in every block, so that ``keep`` of all patches are left.
 
     Raises:
         BudgetError: more would have to merge than half of a block's tokens.
@@ -89,7 +89,8 @@ def at(method: Pruner, keep: Keep, patches: int, model: ModelInfo) -> Pruner:
     before = [patches, *after[:-1]]
     if any(b < (a + 1) // 2 for a, b in zip(before, after)):
         raise BudgetError(
-            f"keep={keep}: {left} of {patches} patches cannot be left behind {depth} blocks, each of which at most halves them"
+            f"keep={keep}: {left} of {patches} patches cannot be left behind {depth} blocks, each of which at most "
+            "halves them"
         )
     return method.removing(tuple(a - b for a, b in zip(before, after)), patches, model)
 
@@ -117,11 +118,11 @@ def class_places(subject: Subject, pictures: Pictures) -> tuple[list[int], str]:
     found = [whole.get(_plain(name)) or parts.get(_plain(name), set()) for name in names]
     for name, places in zip(names, found):
         if len(places) != 1:
-            what = "does not name its logits" if not subject.labels else "has no label" if not places else "has labels"
-            return (
-                [],
-                f"the model {what}{f' {name!r}' * bool(subject.labels)}{f' for logits {sorted(places)}' * bool(places)}",
-            )
+            if not subject.labels:
+                return [], "the model does not name its logits"
+            if not places:
+                return [], f"the model has no label {name!r}"
+            return [], f"the model has labels {name!r} for logits {sorted(places)}"
     return [place for places in found for place in places], ""
 
 

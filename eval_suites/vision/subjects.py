@@ -1,4 +1,4 @@
-"""Models of three libraries, read in one way: pixels in, the features a user reads out, and words where there are some."""
+"""Models of three libraries, read in one way: pixels in, the features a user reads out, and words if there are any."""
 
 from __future__ import annotations
 

@@ -198,7 +198,8 @@ def _outline(shape: str) -> list[tuple[float, float]]:
         return [(0, -1), (1, 0.9), (-1, 0.9)]
     if shape == "cross":
         a = 0.32
-        return [(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a), (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a), (-a, -a)]  # fmt: skip
+        half = [(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a)]
+        return half + [(-x, -y) for x, y in half]
     angles = np.arange(10) * np.pi / 5
     radii = np.where(np.arange(10) % 2 == 0, 1.0, 0.42)
     return list(zip((radii * np.sin(angles)).tolist(), (-radii * np.cos(angles)).tolist()))
@@ -265,7 +266,7 @@ def render(scene: Scene, rng: np.random.Generator, width: int = IMAGE_SIZE) -> R
 
 
 def _corner(cell: int, height: int, width: int, across: int, rng: np.random.Generator) -> tuple[int, int]:
-    """Top-left pixel of a box of the given size near the middle of a cell, kept inside a picture `across` pixels wide."""
+    """Top-left pixel of a box of this size near a cell's middle, kept inside a picture `across` pixels wide."""
     spare = across // 3 - CELL_SIZE
     jitter = rng.integers((-_JITTER, -_JITTER - spare // 2), (_JITTER + 1, _JITTER + spare // 2 + 1))
     top = (cell // 3) * CELL_SIZE + (CELL_SIZE - height) // 2 + int(jitter[0])

@@ -48,7 +48,8 @@ class Stub(Meter):
 
 def bench(loaded: models.Loaded, path: pathlib.Path) -> None:
     runner.bench(
-        loaded, "shapes", "divprune", BUDGET, LIMIT, batch_size=BATCH, seeds=2, out=path, positions="keep", timing=False, progress=False
+        loaded, "shapes", "divprune", BUDGET, LIMIT, batch_size=BATCH, seeds=2, out=path, positions="keep",
+        timing=False, progress=False
     )  # fmt: skip
 
 

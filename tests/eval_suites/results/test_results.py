@@ -128,9 +128,15 @@ def test_diff_says_what_differs(filled, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["export", "nothing.db", "--csv", "-"], "no result file nothing.db; `foveate bench --out nothing.db` makes one"),
+        (
+            ["export", "nothing.db", "--csv", "-"],
+            "no result file nothing.db; `foveate bench --out nothing.db` makes one",
+        ),
         (["export", "nothing.json", "--csv", "-"], "nothing.json"),
-        (["export", "a.db"], "one of the arguments --csv --json --parquet is required; see `foveate results export --help`"),
+        (
+            ["export", "a.db"],
+            "one of the arguments --csv --json --parquet is required; see `foveate results export --help`",
+        ),
         (["diff", "a.db", "./a.db"], "are the same file"),
         (["merge", "a.db"], "invalid choice: 'merge'"),
         (["import", "a.db", "empty.json"], "empty.json does not hold results"),

@@ -1,4 +1,4 @@
-"""No finished answer is lost or counted twice, whoever writes and whatever happens, and what does not compare is refused."""
+"""No finished answer is lost or counted twice, whoever writes, whatever happens; what does not compare is refused."""
 
 from __future__ import annotations
 
@@ -269,7 +269,8 @@ def test_a_bench_killed_at_20_random_moments_ends_with_the_same_table(checkpoint
 
 def test_several_processes_write_one_new_file(path):
     code = (
-        "import sys; from foveate.eval_suites.results.store import Store; from foveate.eval_suites.results.rows import Answer, Row\n"
+        "import sys; from foveate.eval_suites.results.store import Store; from foveate.eval_suites.results.rows import "
+        "Answer, Row\n"
         f"store = Store({str(path)!r}); bench = store.open_bench({FACTS | {'limit': 400}!r}, ('a', 'b'))\n"
         "(run,) = store.open_runs(bench, [Row('unpruned', 'unpruned')]); me = int(sys.argv[1])\n"
         "for n in range(0, 400, 2): store.add(run, [Answer(n + me % 2, 's', 'a', 'x', 1.0, (4,), seconds=0.1)])\n"

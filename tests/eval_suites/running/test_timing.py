@@ -160,7 +160,8 @@ def old_file(path: pathlib.Path) -> None:
         db.execute(f"PRAGMA application_id = {int.from_bytes(b'fovt', 'big')}")
         db.execute('INSERT INTO bench VALUES (1, \'m\', \'s\', 1, \'["a"]\', \'{"model": "m", "suite": "s"}\')')
         db.execute(
-            "INSERT INTO run VALUES (1, 1, 'unpruned', 'unpruned', 'null', 'null', 0, 0, 0, '{}', '{}', 'ok', NULL, NULL)"
+            "INSERT INTO run VALUES (1, 1, 'unpruned', 'unpruned', 'null', 'null', 0, 0, 0, '{}', '{}', 'ok', NULL, "
+            "NULL)"
         )
         db.execute("INSERT INTO answer VALUES (1, 0, 's0', 'a', 'yes', 1.0, '[9, 4]', NULL, 7, 0.5, NULL)")
     db.close()

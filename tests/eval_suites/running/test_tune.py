@@ -145,7 +145,9 @@ def test_methods_that_do_not_work_here_are_named(loaded, world, monkeypatch):
 
 @pytest.mark.parametrize(
     ("more", "said"),
-    [({"confidence": 1.0}, "confidence=1.0"), ({"positions": ["sideways"]}, "sideways"), ({"positions": []}, "positions is empty"), ({"keep": []}, "keep is empty"), ({"by": "luck"}, "luck"), ({"limit": 3}, "halved")],
+    [({"confidence": 1.0}, "confidence=1.0"), ({"positions": ["sideways"]}, "sideways"),
+     ({"positions": []}, "positions is empty"), ({"keep": []}, "keep is empty"), ({"by": "luck"}, "luck"),
+     ({"limit": 3}, "halved")],
 )  # fmt: skip
 def test_bad_input_is_refused(loaded, more, said):
     with pytest.raises(ParameterError, match=said):

@@ -1,4 +1,4 @@
-"""What all parts of `foveate speed` share: turns, ratios within a round, checks of numbers, and the command's two names."""
+"""What all parts of `foveate speed` share: turns, ratios within a round, checks of numbers, two command names."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_contenders_take_turns_and_the_first_of_a_round_changes() -> None:
 
 
 def test_a_slow_contender_leaves_after_two_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Statement: who has taken longer than allowed has two counted rounds all the same, and the others have all of them."""
+    """Statement: who takes longer than allowed has two counted rounds all the same, the others have all of them."""
     time = [0.0]
     monkeypatch.setattr(harness.time, "perf_counter", lambda: time[0])
 

@@ -15,7 +15,7 @@ from foveate.eval_suites.speed.vit import TowerSpeed, table
 
 @pytest.mark.parametrize(("threads", "its"), [(1, "process_time"), (2, "perf_counter")])
 def test_only_one_thread_is_timed_by_its_own_clock(threads, its, monkeypatch):
-    """Statement: the process's time, a sum over threads, is read with one thread only; several are timed on the wall."""
+    """Statement: the process's time, a sum over threads, is read with one thread only; others on the wall."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(time, "process_time", lambda: "process_time")
     monkeypatch.setattr(time, "perf_counter", lambda: "perf_counter")

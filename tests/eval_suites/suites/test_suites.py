@@ -1,4 +1,4 @@
-"""What all embedded suites promise: the same samples everywhere, splits that share nothing, a light import, small models."""
+"""What all embedded suites promise: equal samples everywhere, splits that share nothing, light import, small models."""
 
 from __future__ import annotations
 

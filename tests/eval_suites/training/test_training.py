@@ -1,4 +1,4 @@
-"""Statement: a recipe runs from nothing to a folder that loads, and a run that was stopped goes on as if it had not been."""
+"""Statement: a recipe runs from nothing to a folder that loads; a stopped run goes on as if it had not been."""
 
 from __future__ import annotations
 

