@@ -106,7 +106,7 @@ class Engine:
         return ""
 
     def _acts_inside(self, name: str) -> bool:
-        """Whether the method drops tokens in front of a decoder layer: elsewhere its control is ``random``."""
+        """Whether the method drops tokens before a decoder layer: elsewhere its control is ``random``."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return any(stage.hook is Hook.LLM_LAYER for stage in create(name).stages(self.adapter.info))

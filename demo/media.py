@@ -141,8 +141,7 @@ def _animation(opened: Image.Image) -> Clip:
     if count * width * height > MAX_ANIMATION:
         raise InputError(
             f"the animation has {count} frames of {width} x {height} pixels; at most {MAX_ANIMATION // 10**6} million "
-            "pixels "
-            "are accepted in all, make it shorter or smaller"
+            "pixels are accepted in all, make it shorter or smaller"
         )
     wanted = set(_spread(count))
     frames, milliseconds = [], 0.0

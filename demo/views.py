@@ -149,7 +149,7 @@ def progressive(trace: ImageTrace) -> bool:
 
 
 def start_layer(trace: ImageTrace) -> int:
-    """The layer to show first: that in front of which the first stage acts."""
+    """The layer to show first: that before which the first stage acts."""
     return trace.stages[0].layer if trace.stages else 0
 
 
@@ -177,7 +177,7 @@ def _compared(media: Media, unpruned: Answer, pruner: Pruner, answer: Answer) ->
 
 
 def overlap(rows: Sequence[tuple[Pruner, Answer]]) -> np.ndarray:
-    """Intersection over union of the tokens that each two methods keep (behind their first stage)."""
+    """Intersection over union of the tokens that each two methods keep (after their first stage)."""
     kept = []
     for _, answer in rows:
         (trace,) = answer.trace.images
@@ -271,8 +271,6 @@ def model_note(name: str) -> str:
         return f'<p class="fv-note">Model: {escape(name)}.</p>'
     return (
         f'<p class="fv-note">Model: {escape(name)}, which is very small and knows only {_KNOWS[name]}. On anything '
-        "else see "
-        "which tokens a method keeps, and expect no sensible answer; <code>foveate demo --model NAME</code> takes a "
-        "larger "
-        "model.</p>"
+        "else see which tokens a method keeps, and expect no sensible answer; <code>foveate demo --model NAME</code> "
+        "takes a larger model.</p>"
     )

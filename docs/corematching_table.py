@@ -20,10 +20,10 @@ from foveate.cuda import core_neurons, match_counts, neuron_counts
 from foveate.eval_suites import suites
 from foveate.eval_suites.running import models
 from foveate.eval_suites.running.environment import machine
-from foveate.eval_suites.running.evaluate import answers
 from foveate.eval_suites.suites import shapes
 from foveate.eval_suites.suites.shapes import scenes
 from foveate.eval_suites.terminal import versions
+from foveate.eval_suites.training.evaluate import answers
 from foveate.pruners.core.method import Hook, ModelInfo, Pruner, Selection, Stage, Tokens, top_k
 from foveate.pruners.corematching import CoreMatching
 
@@ -33,7 +33,7 @@ SEED = 7  # of the questions
 
 @dataclass(frozen=True)
 class Ranked(Pruner):
-    """Keep the tokens of largest given score in front of a layer, as CoreMatching does."""
+    """Keep the tokens of largest given score before a layer, as CoreMatching does."""
 
     scores: Tensor  # (B, N), one row per sample id
     keep: int

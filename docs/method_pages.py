@@ -150,7 +150,7 @@ class Bench:
         return cls(plain["facts"], plain["tasks"], [Point(**point) for point in plain["points"]])
 
     def curve(self, method: str) -> list[Point]:
-        """The points of a method, fewest tokens first; PosPad's are those behind its default selector."""
+        """The points of a method, fewest tokens first; PosPad's are those after its default selector."""
         mine = [p for p in self.points if p.method == method or p.method.startswith(f"{method}:")]
         return sorted(mine, key=lambda point: point.tokens)
 

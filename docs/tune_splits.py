@@ -142,8 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         held = f"{table['held']} ({100 * table['held'] / table['chosen']:.1f} %)" if table["chosen"] else "-"
         print(
             f"| {table['target']} | {table['splits']} | {table['chosen']} | {held} | "
-            f"{table['with_a_false_certificate']} | "
-            f"{(1 - options.confidence) * table['splits']:g} |"
+            f"{table['with_a_false_certificate']} | {(1 - options.confidence) * table['splits']:g} |"
         )
     print(f"\nMeasured with {versions(*(board.environment for board in boards))}.")
     if options.out:

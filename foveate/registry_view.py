@@ -320,9 +320,8 @@ def print_card(method: Card, console: Console | None = None) -> None:
     counted = "as many as the picture asks for" if method.adaptive else "a number known in advance"
     if method.inside_decoder:
         counted += (
-            "; the decoder's first layers see all of them, so the mean over its layers (of prefill work, and of the KV "
-            "cache "
-            "where earlier layers are not evicted) is not the final ratio"
+            "; the decoder's first layers see all of them, so the mean over its layers (of prefill work, and of the "
+            "KV cache where earlier layers are not evicted) is not the final ratio"
         )
     for label, value in (
         ("families", ", ".join(method.families)),

@@ -30,8 +30,7 @@ def check_version(given: Any) -> None:
         what = "is missing" if given is None else f"is {given}, but {foveate.__version__} is installed"
         raise ParameterError(
             f"model argument foveate_version {what}: write foveate_version={foveate.__version__}, so that answers "
-            "which "
-            "another version left in lmms-eval's cache (--use_cache) are not taken for this one's"
+            "which another version left in lmms-eval's cache (--use_cache) are not taken for this one's"
         )
 
 

@@ -35,6 +35,7 @@ from foveate.eval_suites.running.cost import DecoderShape
 from foveate.eval_suites.running.distributed import world
 from foveate.eval_suites.running.environment import environment
 from foveate.eval_suites.running.meter import BudgetMismatch, MethodRun
+from foveate.eval_suites.terminal import one_line
 from foveate.pruners.core.method import Keep
 
 __all__ = ["PREFIX", "Kept", "Outcome", "answers", "bench", "check_installed", "run"]
@@ -42,7 +43,7 @@ __all__ = ["PREFIX", "Kept", "Outcome", "answers", "bench", "check_installed", "
 logger = logging.getLogger(__name__)
 
 PREFIX = "lmms:"
-"""In front of benchmarks in ``--suite``."""
+"""Before benchmarks in ``--suite``."""
 
 
 def check_installed() -> None:
@@ -50,9 +51,8 @@ def check_installed() -> None:
     missing = [name for name in ("lmms_eval", "decord") if importlib.util.find_spec(name) is None]
     if missing:
         raise FoveateError(
-            f"suites behind {PREFIX} run through lmms-eval, and {' and '.join(missing)} "
-            f"{'are' if missing[1:] else 'is'} not installed here: "
-            "run `pip install 'foveate[eval]'`"
+            f"suites after {PREFIX} run through lmms-eval, and {' and '.join(missing)} "
+            f"{'are' if missing[1:] else 'is'} not installed here: run `pip install 'foveate[eval]'`"
         )
 
 
@@ -105,11 +105,9 @@ def bench(
     """
     if (started := world().size) > 1:
         raise ParameterError(
-            f"suites behind {PREFIX} run in one process, but this is one of {started} that torchrun or accelerate "
-            "started: "
-            "give every GPU a command of its own, with benchmarks of its own and the same --out "
-            "(`CUDA_VISIBLE_DEVICES=0 "
-            "foveate bench --suite lmms:pope ...`); several may write to one file"
+            f"suites after {PREFIX} run in one process, but this is one of {started} that torchrun or accelerate "
+            "started: give every GPU a command of its own, with benchmarks of its own and the same --out "
+            "(`CUDA_VISIBLE_DEVICES=0 foveate bench --suite lmms:pope ...`); several may write to one file"
         )
     chosen = {name: benchmarks.find(name) for name in _names(names)}
     if batch_size < 1 or (limit is not None and limit < 1):
@@ -185,13 +183,8 @@ def load(model: str, family: str, batch_size: int, device: str | None, dtype: st
     elif dtype not in (None, "bfloat16"):
         raise ParameterError(f"dtype={dtype!r}: lmms-eval loads this family in bfloat16 and nothing else")
     try:
-        lm = get_model(family)(
-            pretrained=models.source(model),
-            device=device,
-            batch_size=batch_size,
-            foveate_version=foveate.__version__,
-            **options,
-        )
+        options |= {"pretrained": models.source(model), "device": device, "batch_size": batch_size}
+        lm = get_model(family)(**options, foveate_version=foveate.__version__)
     except FoveateError:
         raise
     except Exception as error:
@@ -238,13 +231,12 @@ def _documents(benchmark: Benchmark, manager: Any, limit: int | None) -> list[st
     except Exception as error:  # datasets and huggingface_hub raise what they like
         raise FoveateError(
             f"the data of {PREFIX}{benchmark.task} cannot be had: {_line(error)}; it needs the network once, or a "
-            "filled "
-            "cache of Hugging Face data sets (HF_HOME)"
+            "filled cache of Hugging Face data sets (HF_HOME)"
         ) from error
 
 
 def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = one_line(error)
     return text if len(text) <= 300 else text[:297] + "..."
 
 
@@ -406,8 +398,7 @@ def answers(samples: Sequence[Mapping[str, Any]], benchmark: Benchmark, layers: 
         if tokens is None or len(tokens) != layers:
             raise FoveateError(
                 f"document {sample['doc_id']} of {benchmark.task} comes without its number of visual tokens: run it "
-                "with "
-                "one of foveate's models and without --use_cache"
+                "with one of foveate's models and without --use_cache"
             )
         text = sample["filtered_resps"]
         while isinstance(text, list):

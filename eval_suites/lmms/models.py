@@ -114,7 +114,7 @@ class Pruned:
             self._watch = None
 
     def clean(self) -> None:
-        """lmms-eval drops the model behind every evaluation; :attr:`kept_for_later` holds on to it."""
+        """lmms-eval drops the model after every evaluation; :attr:`kept_for_later` holds on to it."""
         if not self.kept_for_later:
             self.unuse()
             super().clean()
@@ -182,8 +182,7 @@ class Pruned:
         if len(watch.prompts) != len(self._docs) or not seen.keys() >= set(asked):
             raise BudgetMismatch(
                 f"the model was called with {len(watch.prompts)} prompts for {len(self._docs)} documents: what was "
-                "pruned "
-                "for which is not known"
+                "pruned for which is not known"
             )
         counted = []
         for document, result in zip(asked, results, strict=True):
@@ -199,11 +198,8 @@ class Pruned:
         """The request, noting when its document is looked at; with grey pictures where nothing is to be seen."""
         shown = copy.copy(request)
         place, change = (2, self._simple) if self.is_simple else (1, self._chat)
-        shown.arguments = (
-            *request.args[:place],
-            change(request.args[place], request.task_name, request.doc_id),
-            *request.args[place + 1 :],
-        )
+        changed = change(request.args[place], request.task_name, request.doc_id)
+        shown.arguments = (*request.args[:place], changed, *request.args[place + 1 :])
         return shown
 
     def _simple(self, doc_to_visual: Callable[..., list[Any]], task: str, doc_id: Any) -> Callable[..., list[Any]]:
@@ -291,14 +287,8 @@ class _Batches(llava_hf.LlavaHf):
     @torch.no_grad()
     def _answer(self, asked: Sequence[tuple[str, list[Any], list[Any]]], settings: dict[str, Any]) -> list[str]:
         texts = [text for text, _, _ in asked]
-        media = {
-            kind: found
-            for kind, found in (
-                ("images", [image for _, images, _ in asked for image in images]),
-                ("videos", [video for _, _, videos in asked for video in videos]),
-            )
-            if found
-        }
+        images, videos = ([one for found in asked for one in found[place]] for place in (1, 2))
+        media = ({"images": images} if images else {}) | ({"videos": videos} if videos else {})
         inputs = self._image_processor(text=texts, padding=True, return_tensors="pt", **media)
         inputs = inputs.to(self._device, self.model.dtype)
         sampled = settings.get("temperature", 0) > 0

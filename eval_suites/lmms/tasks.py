@@ -23,7 +23,7 @@ from foveate.eval_suites.suites import Sample, Suite
 __all__ = ["METRIC", "PREFIX", "add_arguments", "export", "main"]
 
 PREFIX = "foveate_"
-"""In front of a suite's name in lmms-eval, which has ``_`` where the suite has ``-``."""
+"""Before a suite's name in lmms-eval, which has ``_`` where the suite has ``-``."""
 METRIC = "right"
 
 _UTILS = '''"""Functions of the tasks beside this file; foveate has to be installed."""
@@ -79,17 +79,9 @@ def export(
         task = PREFIX + suite.name.replace("-", "_")
         drawn = suite.seed if seed is None else seed
         data = folder / f"{task}.jsonl"
+        head = {"suite": suite.name, "seed": drawn, "limit": limit}
         documents = [
-            {
-                "suite": suite.name,
-                "seed": drawn,
-                "limit": limit,
-                "number": number,
-                "id": sample.id,
-                "task": sample.task,
-                "question": sample.question,
-                "answer": sample.answer,
-            }
+            {**head, "number": number, **{name: getattr(sample, name) for name in ("id", "task", "question", "answer")}}
             for number, sample in enumerate(suite.samples(limit, drawn))
         ]
         data.write_text("".join(json.dumps(document) + "\n" for document in documents), encoding="utf-8")

@@ -17,7 +17,7 @@ from typing import Any
 from foveate.errors import FoveateError, ParameterError, UnknownNameError
 from foveate.eval_suites.lmms.benchmarks import BENCHMARKS
 from foveate.eval_suites.results.leaderboard import Leaderboard
-from foveate.eval_suites.terminal import console
+from foveate.eval_suites.terminal import call_text, console
 from foveate.pruners.core.method import Layout, Pruner
 from foveate.pruners.core.registry import create
 
@@ -179,21 +179,15 @@ def _print_all() -> None:
     table = Table(name, "method", Column("model", overflow="fold"), "tokens", "runs", "published, source", box=None)
     for recipe in recipes().values():
         tokens = recipe.kept if recipe.kept is not None else f"{recipe.share:.1%}" if recipe.share else ""
-        table.add_row(
-            recipe.name,
-            recipe.method,
-            recipe.model,
-            str(tokens),
-            "no: needs " + recipe.needs if recipe.needs else ", ".join(recipe.runs) or "-",
-            f"{recipe.paper}, {recipe.source}",
-        )
+        runs = f"no: needs {recipe.needs}" if recipe.needs else ", ".join(recipe.runs) or "-"
+        source = f"{recipe.paper}, {recipe.source}"
+        table.add_row(recipe.name, recipe.method, recipe.model, str(tokens), runs, source)
     console(220).print(table)
 
 
 def _announce(recipe: Recipe, model: str, chosen: list[str]) -> None:
-    parameters = ", ".join(f"{name}={value!r}" for name, value in recipe.parameters.items())
     geometry = recipe.geometry
-    print(f"{recipe.name}: {recipe.method}({parameters}) on {model}")
+    print(f"{recipe.name}: {call_text(recipe.method, recipe.parameters)} on {model}")
     print(f"source: {recipe.paper}, {recipe.source}")
     if recipe.kept is not None and geometry is not None:
         print(f"tokens: {recipe.kept} of {geometry.size} ({Fraction(recipe.kept, geometry.size)})")
@@ -213,15 +207,8 @@ def _run(recipe: Recipe, model: str, chosen: list[str], args: argparse.Namespace
         _compare(recipe, {})
         raise FoveateError(f"{recipe.name} cannot be run here: none of its benchmarks can (see the table)")
     runs = [MethodRun("unpruned", None), MethodRun(recipe.method, recipe.pruner)]
-    boards = through.bench(
-        model,
-        ",".join(chosen),
-        runs=runs,
-        limit=args.limit,
-        batch_size=args.batch_size,
-        device=args.device,
-        out=args.out,
-    )
+    options = {name: getattr(args, name) for name in ("limit", "batch_size", "device", "out")}
+    boards = through.bench(model, ",".join(chosen), runs=runs, **options)
     _compare(recipe, _ours(boards, through.PREFIX))
     if args.limit:
         print(f"only the first {args.limit} documents of each benchmark: these scores do not compare with the paper's")

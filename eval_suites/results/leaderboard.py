@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from foveate.eval_suites.results.rows import Row, Status, mean_sd
@@ -72,7 +73,7 @@ class MethodRows:
 
     @property
     def versus_random(self) -> str:
-        """Percentage points, with a star if the difference from random choice is no accident."""
+        """Percentage points, with a star if the difference from random choice is not an accident."""
         found = self.first.versus_random
         if found is None:
             return ""
@@ -108,22 +109,46 @@ class Column:
     Attributes:
         head: its title.
         text: what it shows of a line.
-        note: what a reader has to know.
-        rank: which columns go first where there is little room (the highest), None: never.
         value: the number that it is sorted by, None where there is none.
+        rank: which columns go first where there is little room (the highest), None: never.
         markdown: whether Markdown shows it.
     """
 
     head: str
     text: Callable[[MethodRows], str]
     value: Callable[[MethodRows], float | None]
-    note: str = ""
     rank: int | None = None
     markdown: bool = True
 
+    @property
+    def note(self) -> str:
+        """What a reader has to know."""
+        name = "×8" if self.head.endswith("×8") else self.head
+        return f"{name}: {_NOTES[name]}" if name in _NOTES else ""
+
+
+_NOTES = {
+    "quoted": "the score as papers give it; ? where samples failed, or lmms-eval gave none.",
+    "vs random": "percentage points above random choice with as many tokens on the average; * differs from it "
+    f"(paired test, p < {ALPHA}, corrected for the number of methods).",
+    "rel.": "% of the unpruned accuracy.",
+    "hard": "accuracy on the samples that the downsampled picture of the same budget gets wrong.",
+    "loyal": "% of answers equal to the unpruned model's.",
+    "tokens": "that the decoder saw, mean over its layers.",
+    "last": "tokens in the last layer.",
+    "FLOPs": "of the decoder's prefill for a sample, by arithmetic from the tokens that each layer saw.",
+    "KV": "of the caches after it, likewise.",
+    "prefill": "milliseconds to the first token, one sample a call, warm, without the processor.",
+    "gain": "time to the first token of the unpruned model divided by the row's, one sample a call, measured in turns.",
+    "decode": "milliseconds per further token.",
+    "select": "milliseconds for choosing, a part of prefill; empty where it happens inside the vision tower.",
+    "peak": "most memory of tensors at once in a prefill, beyond weights and inputs.",
+    "×8": "eight samples a call, for all of them.",
+}
+
 
 def _column(
-    head: str, name: str, shown: Callable[[float], str], note: str = "", rank: int | None = None, markdown: bool = True
+    head: str, name: str, shown: Callable[[float], str], rank: int | None = None, markdown: bool = True
 ) -> Column:
     """Of an attribute of the rows; of ``name/8``, of their timing in batches of 8."""
     name, _, batch = name.partition("/")
@@ -136,7 +161,7 @@ def _column(
         mark = "~" if line.first.adaptive and name.startswith("tokens") else ""
         return "" if found is None else mark + shown(found)
 
-    return Column(head, text, value, note, rank, markdown)
+    return Column(head, text, value, rank, markdown)
 
 
 def _percent_of(share: float) -> str:
@@ -175,84 +200,29 @@ def _quoted(line: MethodRows) -> str:
     return f"{found:.1f}" if found is not None else "?" if line.measured else ""
 
 
-_EIGHT = "×8: eight samples a call, for all of them."
+_wide = partial(_column, markdown=False)
 
 COLUMNS = (
     Column("accuracy", lambda line: line.accuracy, lambda line: line.mean("accuracy")),
-    Column(
-        "quoted",
-        _quoted,
-        lambda line: line.mean("quoted"),
-        "quoted: the score as papers give it; ? where samples failed, or lmms-eval gave none.",
-        rank=1,
-    ),
-    Column(
-        "vs random",
-        lambda line: line.versus_random,
-        _difference,
-        "vs random: percentage points above random choice with as many tokens on the average; * differs from it "
-        "(paired "
-        f"test, p < {ALPHA}, corrected for the number of methods).",
-        rank=2,
-    ),
-    _column("rel.", "relative_accuracy", _percent_of, "rel.: % of the unpruned accuracy.", rank=3),
-    _column(
-        "hard",
-        "hard",
-        _percent_of,
-        "hard: accuracy on the samples that the downsampled picture of the same budget gets wrong.",
-        rank=5,
-    ),
-    _column("loyal", "loyalty", _percent_of, "loyal: % of answers equal to the unpruned model's.", rank=8),
-    _column("tokens", "tokens_mean", _count, "tokens: that the decoder saw, mean over its layers.", rank=0),
-    _column("last", "tokens_last", _count, "last: tokens in the last layer.", rank=13, markdown=False),
-    _column(
-        "FLOPs",
-        "prefill_flops",
-        _size(""),
-        "FLOPs: of the decoder's prefill for a sample, by arithmetic from the tokens that each layer saw.",
-        rank=9,
-        markdown=False,
-    ),
-    _column("KV", "cache_bytes", _size("B"), "KV: of the caches behind it, likewise.", rank=12, markdown=False),
-    _column(
-        "prefill",
-        "prefill/1",
-        _ms,
-        "prefill: milliseconds to the first token, one sample a call, warm, without the processor.",
-        rank=1,
-        markdown=False,
-    ),
-    _column(
-        "gain",
-        "prefill_speedup/1",
-        _times,
-        "gain: time to the first token of the unpruned model divided by the row's, one sample a call, measured in "
-        "turns.",
-        rank=4,
-    ),
-    _column("decode", "decode/1", _ms, "decode: milliseconds per further token.", rank=14, markdown=False),
-    _column(
-        "select",
-        "selection/1",
-        _ms,
-        "select: milliseconds for choosing, a part of prefill; empty where it happens inside the vision tower.",
-        rank=11,
-        markdown=False,
-    ),
-    _column("prefill ×8", "prefill/8", _ms, _EIGHT, rank=16, markdown=False),
-    _column("gain ×8", "prefill_speedup/8", _times, _EIGHT, rank=10, markdown=False),
-    _column("decode ×8", "decode/8", _ms, _EIGHT, rank=18, markdown=False),
-    _column("select ×8", "selection/8", _ms, _EIGHT, rank=19, markdown=False),
-    _column(
-        "peak",
-        "peak_bytes/1",
-        _size("B"),
-        "peak: most memory of tensors at once in a prefill, beyond weights and inputs.",
-        rank=15,
-        markdown=False,
-    ),
-    _column("peak ×8", "peak_bytes/8", _size("B"), _EIGHT, rank=17, markdown=False),
+    Column("quoted", _quoted, lambda line: line.mean("quoted"), rank=1),
+    Column("vs random", lambda line: line.versus_random, _difference, rank=2),
+    _column("rel.", "relative_accuracy", _percent_of, rank=3),
+    _column("hard", "hard", _percent_of, rank=5),
+    _column("loyal", "loyalty", _percent_of, rank=8),
+    _column("tokens", "tokens_mean", _count, rank=0),
+    _wide("last", "tokens_last", _count, rank=13),
+    _wide("FLOPs", "prefill_flops", _size(""), rank=9),
+    _wide("KV", "cache_bytes", _size("B"), rank=12),
+    _wide("prefill", "prefill/1", _ms, rank=1),
+    _column("gain", "prefill_speedup/1", _times, rank=4),
+    _wide("decode", "decode/1", _ms, rank=14),
+    _wide("select", "selection/1", _ms, rank=11),
+    _wide("prefill ×8", "prefill/8", _ms, rank=16),
+    _wide("gain ×8", "prefill_speedup/8", _times, rank=10),
+    _wide("decode ×8", "decode/8", _ms, rank=18),
+    _wide("select ×8", "selection/8", _ms, rank=19),
+    _wide("peak", "peak_bytes/1", _size("B"), rank=15),
+    _wide("peak ×8", "peak_bytes/8", _size("B"), rank=17),
     _column("ms", "seconds_per_sample", _ms, rank=6),
     _column("speed", "speedup", _times, rank=7),
 )
@@ -277,7 +247,7 @@ class Leaderboard:
 
     @property
     def failures(self) -> list[Row]:
-        """Rows that went wrong, or some of whose samples did (what a model or a method cannot do is no failure)."""
+        """Rows that went wrong, or some of whose samples did (what a model or a method cannot do is not a failure)."""
         return [row for row in self.rows if row.status is Status.FAILED or row.errors]
 
     @property
@@ -438,8 +408,7 @@ class Leaderboard:
         if any(line.leads for line in lines):
             notes.append(
                 f"{bold}: the best of a budget by accuracy, and what the same samples cannot tell from it; not those "
-                "that "
-                "see more tokens on the average than the budget."
+                "that see more tokens on the average than the budget."
             )
         elif sum(not line.first.baseline and line.first.method != "unpruned" for line in lines) > 1:
             notes.append(

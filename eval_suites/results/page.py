@@ -77,9 +77,8 @@ def _board(board: Leaderboard, colours: dict[str, str]) -> str:
         f'<section class="board" data-model="{escape(str(e["model"]))}" data-suite="{escape(str(e["suite"]))}">'
         f"<h2>{escape(str(e['model']))} on {escape(str(e['suite']))}</h2>"
         f'<p class="soft">{escape(facts)}</p>'
-        f'<div class="plots">{plots}</div><p class="soft">Dashed: no other row is as accurate with less. Whiskers: 95 '
-        "% "
-        "interval, or the deviation over seeds.</p>"
+        f'<div class="plots">{plots}</div><p class="soft">Dashed: no other row is as accurate with less. '
+        "Whiskers: 95 % interval, or the deviation over seeds.</p>"
         f'<div class="card scroll">{_table(board)}</div><ul class="notes">{notes}</ul>{_heat(board)}</section>'
     )
 
@@ -136,9 +135,8 @@ def _heat(board: Leaderboard) -> str:
                 )
     return (
         '<details open><summary><strong>Accuracy by task</strong> <span class="soft">in %</span></summary>'
-        '<div class="card scroll"><table '
-        f'class="heat"><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
-        "</div></details>"
+        f'<div class="card scroll"><table class="heat"><thead><tr>{heads}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div></details>"
     )
 
 

@@ -202,7 +202,7 @@ class Store:
             StoreError: what is there was made with other settings or versions.
 
         Facts that need not agree stay those of the first opening: ``commit`` may be older than a later run's, but the
-        code behind results is the same, for ``source_sha256`` must agree.
+        code that makes results is the same, for ``source_sha256`` must agree.
         """
         model, suite = str(facts["model"]), str(facts["suite"])
         with self._transaction():
@@ -213,9 +213,8 @@ class Store:
             elif changed:
                 raise StoreError(
                     f"{self.path} holds {model} on {suite} with other settings: {'; '.join(changed)}. Rows of both "
-                    "would "
-                    "not compare: run with the settings of the file, give another file, or drop the old rows with "
-                    "--fresh"
+                    "would not compare: run with the settings of the file, give another file, or drop the old rows "
+                    "with --fresh"
                 )
             elif there:
                 return there["id"]
@@ -241,8 +240,7 @@ class Store:
                 if there and there["parameters"] != parameters:
                     raise StoreError(
                         f"{self.path} holds {row.label} with other parameters: {there['parameters']} there, "
-                        f"{parameters} "
-                        "now; give another file, or drop the old rows with --fresh"
+                        f"{parameters} now; give another file, or drop the old rows with --fresh"
                     )
                 if there:
                     numbers.append(there["id"])
@@ -518,7 +516,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         try:
             results = json.loads(Path(path).read_text(encoding="utf-8"))
         except ValueError:
-            raise StoreError(f"{path} is no readable JSON; export it again") from None
+            raise StoreError(f"{path} is not readable JSON; export it again") from None
         _check_format(results, str(path))
         return results
     with Store(path, create=False) as store:

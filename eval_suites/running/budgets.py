@@ -25,5 +25,7 @@ def parse_keep(text: str) -> list[Keep]:
         except BudgetError:
             raise
         except (ValueError, ZeroDivisionError):
-            raise ParameterError(f"keep={part!r} is no number; give fractions in (0, 1] or numbers of tokens") from None
+            raise ParameterError(
+                f"keep={part!r} is not a number; give fractions in (0, 1] or numbers of tokens"
+            ) from None
     return budgets

@@ -34,6 +34,7 @@ __all__ = [
     "check_image",
     "check_resized",
     "placeholders",
+    "prefill_widths",
     "seen_pruned",
     "seen_unpruned",
 ]
@@ -128,7 +129,7 @@ class Meter:
                 budget.
             BudgetMismatch: it kept another number of tokens than it should.
         """
-        with self.attached(run) as session, _widths(self.adapter) as widths:  # hooks run in order
+        with self.attached(run) as session, prefill_widths(self.adapter) as widths:  # hooks run in order
             for first in firsts:
                 batch = self.samples[first : first + self.batch_size]
                 answers = self._answers(run, session, widths, first, batch)
@@ -166,27 +167,16 @@ class Meter:
         texts, ids, lengths = self._answer(run, batch)
         seconds = (time.perf_counter() - began) / len(batch)
         if session is None:
-            seen = cached = self._unpruned(ids, widths, first)
+            seen = cached = seen_unpruned(self.adapter, ids, widths)
+            self.unpruned_counts.update((number, tokens[0]) for number, tokens in enumerate(seen, first))
             asked = [None] * len(batch)
         else:
             seen, cached, asked = self._pruned(run.pruner, session.trace, ids, widths, first)
-        written = [length - n for length, n in zip(lengths, self._placeholders(ids))]
+        written = [length - n for length, n in zip(lengths, placeholders(self.adapter, ids))]
+        counted = zip(map(tuple, seen), map(tuple, cached), asked, written)
         return [
-            Answer(
-                number=number,
-                sample=sample.id,
-                task=sample.task,
-                text=text,
-                score=float(self.suite.score(sample, text)),
-                tokens=tuple(tokens),
-                cached=tuple(held),
-                asked=want,
-                text_tokens=text_tokens,
-                seconds=seconds,
-            )
-            for number, (sample, text, tokens, held, want, text_tokens) in enumerate(
-                zip(batch, texts, seen, cached, asked, written), first
-            )
+            Answer(number, sample.id, sample.task, text, float(self.suite.score(sample, text)), *counts, seconds)
+            for number, (sample, text, counts) in enumerate(zip(batch, texts, counted), first)
         ]
 
     @contextmanager
@@ -220,7 +210,7 @@ class Meter:
 
     @torch.no_grad()
     def generate(self, inputs: Any, **options: Any) -> Tensor:
-        """Greedy token ids ``(B, L + new)`` behind the prompts' own."""
+        """Greedy token ids ``(B, L + new)`` after the prompts' own."""
         return self.model.generate(**inputs, **GREEDY, **options)
 
     def _prompt(self, sample: Sample) -> str:
@@ -259,15 +249,6 @@ class Meter:
         return any(stage.hook is Hook.PIXELS for stage in pruner.stages(self.adapter.info))
 
     # ------------------------------------------------------------------------------------------------------ counting
-
-    def _unpruned(self, ids: Tensor, widths: list[int], first: int) -> list[list[int]]:
-        """Visual tokens seen by each layer, per picture."""
-        seen = seen_unpruned(self.adapter, ids, widths)
-        self.unpruned_counts.update((number, tokens[0]) for number, tokens in enumerate(seen, first))
-        return seen
-
-    def _placeholders(self, ids: Tensor) -> list[int]:
-        return placeholders(self.adapter, ids)
 
     def _pruned(
         self, pruner: Pruner, trace: Trace | None, ids: Tensor, widths: list[int], first: int
@@ -387,7 +368,7 @@ def _grey(shown: Any) -> Any:
 
 
 def _prepared(pruner: Pruner, shown: Any) -> Any:
-    """The picture, or every frame of the video, as the method wants it in front of the processor."""
+    """The picture, or every frame of the video, as the method wants it before the processor."""
     if isinstance(shown, np.ndarray):
         return np.stack([np.asarray(pruner.prepare(Image.fromarray(frame))) for frame in shown])
     return pruner.prepare(shown)
@@ -409,7 +390,7 @@ def check_image(pruner: Pruner, stages: Sequence[Stage], image: ImageTrace, aske
     if not pruner.adaptive and asked > most:
         raise BudgetMismatch(f"{pruner.name} announces {asked} tokens where keep={keep} of {layout.size} allows {most}")
     acting = [stage.layer if stage.hook is Hook.LLM_LAYER else 0 for stage in acts] or [0]
-    # crops merge whole, and what of them was padding goes behind the tower: the picture's shape decides
+    # crops merge whole, and what of them was padding goes after the tower: the picture's shape decides
     cut = any(stage.hook is Hook.VIT_BLOCK for stage in stages) and len({view.size for view in layout.views}) > 1
     adaptive = pruner.adaptive or cut
     for layer, seen in enumerate(image.tokens_per_layer):
@@ -432,7 +413,7 @@ def check_image(pruner: Pruner, stages: Sequence[Stage], image: ImageTrace, aske
 
 
 def check_resized(pruner: Pruner, counted: int, asked: int) -> None:
-    """A picture that was made smaller in front of the processor, whose rounding of both sides decides the count.
+    """A picture that was made smaller before the processor, whose rounding of both sides decides the count.
 
     Raises:
         BudgetMismatch: the difference is more than such a rounding.
@@ -445,7 +426,7 @@ def check_resized(pruner: Pruner, counted: int, asked: int) -> None:
 
 
 @contextmanager
-def _widths(adapter: Adapter) -> Iterator[list[int]]:
+def prefill_widths(adapter: Adapter) -> Iterator[list[int]]:
     """A list that fills with the sequence length at each decoder layer during prefill; clear it before every call."""
     layers = list(adapter.text_model.layers)
     widths: list[int] = []

@@ -40,6 +40,7 @@ from foveate.eval_suites.running.environment import environment
 from foveate.eval_suites.running.meter import BudgetMismatch, Meter, MethodRun
 from foveate.eval_suites.running.timing import BATCHES, measure
 from foveate.eval_suites.suites import Sample, Suite
+from foveate.eval_suites.terminal import call_text
 from foveate.pruners.core.control import RandomLike
 from foveate.pruners.core.method import Keep, Pruner, check_keep, one_of
 from foveate.pruners.core.preset import Preset, is_preset
@@ -62,29 +63,19 @@ _POSITIONS = ("auto", "keep", "compact")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``foveate bench``."""
     add = parser.add_argument
-    add(
-        "--model",
-        metavar="NAME",
-        default="shapes-llava",
-        help=f"{', '.join(models.EMBEDDED)} (embedded), a folder, or a name on the hub; a vision model: shapes-clip, "
-        "timm/NAME[:WEIGHTS], open_clip/NAME:WEIGHTS, hf/OWNER/NAME, a folder",
-    )
+    help_ = f"{', '.join(models.EMBEDDED)} (embedded), a folder, or a name on the hub; a vision model: shapes-clip, "
+    help_ += "timm/NAME[:WEIGHTS], open_clip/NAME:WEIGHTS, hf/OWNER/NAME, a folder"
+    add("--model", metavar="NAME", default="shapes-llava", help=help_)
     add("--images", metavar="FOLDER", help="pictures for a vision model; sub-folders are classes")
     public = "or public benchmarks through lmms-eval, like lmms:pope,gqa (see `foveate suites list`)"
     add("--suite", metavar="NAME", default=_SUITE, help=f"one of: {', '.join(suites.SUITES)}; {public}")
     methods = (
         'all, or methods like "fastv,todre(stage2=False)"; a preset that `foveate tune` wrote; random@METHOD keeps as '
-        "many "
-        "tokens as METHOD in every layer; "
-        "the baselines always run"
+        "many tokens as METHOD in every layer; the baselines always run"
     )
     add("--pruners", metavar="NAMES", default="all", help=methods)
-    add(
-        "--keep",
-        metavar="BUDGETS",
-        default="0.5,0.25,0.11",
-        help="fractions like 0.25 or 1/9, or whole numbers of tokens like 64",
-    )
+    help_ = "fractions like 0.25 or 1/9, or whole numbers of tokens like 64"
+    add("--keep", metavar="BUDGETS", default="0.5,0.25,0.11", help=help_)
     add("--limit", metavar="N", type=int, default=200, help="number of samples (default: 200)")
     add("--seed", metavar="N", type=int, help="which samples are drawn (default: the suite's own)")
     add("--seeds", metavar="N", type=int, default=5, help="how often the random choice is repeated (default: 5)")
@@ -118,12 +109,9 @@ def main(args: argparse.Namespace) -> int:
 
     from foveate.eval_suites.vision import is_vision_model
 
-    written = {
-        "--out": args.out,
-        "--html": args.html,
-        "--json": args.json,
-        "--markdown": None if args.markdown == "-" else args.markdown,
-    }
+    written = {f"--{name}": getattr(args, name) for name in ("out", "html", "json", "markdown")}
+    if args.markdown == "-":
+        del written["--markdown"]
     for option, path in written.items():
         if path is not None:
             check_writable(option, path)
@@ -550,8 +538,7 @@ def _label(pruner: Pruner, given: dict[str, Any] | None) -> str:
     if given is None:
         usual = {f.name: f.default for f in dataclasses.fields(pruner)}
         given = {name: value for name, value in pruner.parameters().items() if usual.get(name) != value}
-    shown = ", ".join(f"{name}={value!r}" for name, value in given.items() if name != pruner.budget_parameter)
-    return f"{pruner.name}({shown})" if shown else pruner.name
+    return call_text(pruner.name, {name: x for name, x in given.items() if name != pruner.budget_parameter})
 
 
 def _distinct(budgets: Sequence[Keep]) -> list[Keep]:
@@ -561,27 +548,20 @@ def _distinct(budgets: Sequence[Keep]) -> list[Keep]:
 @contextmanager
 def progress_bar(shown: bool, total: int, unit: str = "samples") -> Iterator[Callable[..., None]]:
     """A progress bar on stderr; yields ``step(what, samples, skipped=False)``. The rate leaves out what is skipped."""
+    from rich import progress
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        ProgressColumn,
-        Task,
-        TextColumn,
-        TimeRemainingColumn,
-    )
 
-    class Rate(ProgressColumn):
-        def render(self, task: Task) -> str:
+    class Rate(progress.ProgressColumn):
+        def render(self, task: progress.Task) -> str:
             return "" if task.speed is None else f"{task.speed:.3g} {unit}/s"
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
+    columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn())
+    columns += (Rate(), progress.TimeRemainingColumn())
     console = Console(stderr=True)
     if not (shown and console.is_terminal):
         yield lambda what, samples, skipped=False: None
         return
-    with Progress(*columns, console=console, transient=True) as bar:
+    with progress.Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=total)
         skips = 0
 

@@ -13,6 +13,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -28,6 +29,7 @@ from foveate.eval_suites.running.meter import BudgetMismatch, Meter, MethodRun
 from foveate.eval_suites.running.runner import check_writable, methods_of, progress_bar
 from foveate.eval_suites.running.timing import measure
 from foveate.eval_suites.suites import Suite
+from foveate.eval_suites.terminal import console
 from foveate.pruners.core.method import Keep, Pruner, budget, check_keep, one_of
 from foveate.pruners.core.preset import Preset
 
@@ -45,12 +47,8 @@ _WORTH_IT = 1.05  # times as fast, below which a gain is not worth the words
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``foveate tune``."""
     add = parser.add_argument
-    add(
-        "--model",
-        metavar="NAME",
-        default="shapes-llava",
-        help=f"{', '.join(models.EMBEDDED)}, a folder, or a name on the hub",
-    )
+    help_ = f"{', '.join(models.EMBEDDED)}, a folder, or a name on the hub"
+    add("--model", metavar="NAME", default="shapes-llava", help=help_)
     help_ = (
         f"one of: {', '.join(suites.SUITES)}; or a JSONL file of yours with image, question and answer in every line"
     )
@@ -59,25 +57,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--confidence", metavar="SHARE", type=float, default=0.95, help="that it is kept (default: 0.95)")
     add("--pruners", metavar="NAMES", default="all", help="methods to search, as for `foveate bench` (default: all)")
     add("--keep", metavar="BUDGETS", default=_KEEP, help=f"budgets to search (default: {_KEEP})")
-    add(
-        "--positions",
-        metavar="POLICIES",
-        default=",".join(POLICIES),
-        help="position policies to search (default: keep,compact)",
-    )
+    help_ = "position policies to search (default: keep,compact)"
+    add("--positions", metavar="POLICIES", default=",".join(POLICIES), help=help_)
     add(
         "--limit",
         metavar="N",
         type=int,
         default=1000,
-        help="questions; half of them calibrate, half check (default: 1000)",
+        help="questions, half to calibrate, half to check (default: 1000)",
     )
-    add(
-        "--seed",
-        metavar="N",
-        type=int,
-        help="which questions are drawn, and how they are halved (default: the suite's own)",
-    )
+    add("--seed", metavar="N", type=int, help="draws and halves the questions (default: the suite's own)")
     help_ = "what makes the fastest: measured time, or fewest tokens in the decoder (default: time)"
     add("--by", choices=("time", "tokens"), default="time", help=help_)
     add("--batch-size", metavar="N", type=int, default=32, help="questions per call of the model (default: 32)")
@@ -102,21 +91,10 @@ def main(args: argparse.Namespace) -> int:
     for option, path in (("--out", args.out), ("--json", args.json)):  # a search takes minutes
         if path not in (None, "-"):
             check_writable(option, path)
-    found = tune(
-        args.model,
-        args.suite,
-        args.target,
-        confidence=args.confidence,
-        pruners=args.pruners,
-        keep=parse_keep(args.keep),
-        positions=tuple(filter(None, map(str.strip, args.positions.split(",")))),
-        limit=args.limit,
-        seed=args.seed,
-        by=args.by,
-        batch_size=args.batch_size,
-        device=args.device,
-        dtype=args.dtype,
-    )
+    names = ("confidence", "pruners", "limit", "seed", "by", "batch_size", "device", "dtype")
+    options = {name: getattr(args, name) for name in names}
+    policies = tuple(filter(None, map(str.strip, args.positions.split(","))))
+    found = tune(args.model, args.suite, args.target, keep=parse_keep(args.keep), positions=policies, **options)
     if found.chosen is not None:
         found.preset().write(args.out)
     if args.json:
@@ -124,8 +102,7 @@ def main(args: argparse.Namespace) -> int:
         if args.json == "-":
             print(text, end="")
         else:
-            with open(args.json, "w", encoding="utf-8") as file:
-                file.write(text)
+            Path(args.json).write_text(text, encoding="utf-8")
     if args.json != "-":
         found.print(args.out)
     return int(found.chosen is None)
@@ -237,31 +214,21 @@ class Tuned:
         return Preset(chosen.pruner, chosen.positions, told)
 
     def as_json(self) -> dict[str, Any]:
+        plain = {name: getattr(self, name) for name in ("facts", "level", "checked", "checked_bound")}
         chains = [{"reason": c.reason, "settings": [s.as_json() for s in c.settings]} for c in self.chains]
-        return {
-            "facts": self.facts,
-            "level": self.level,
-            "chosen": None if self.chosen is None else self.chosen.as_json(),
-            "checked": self.checked,
-            "checked_bound": self.checked_bound,
-            "chains": chains,
-        }
+        return plain | {"chosen": None if self.chosen is None else self.chosen.as_json(), "chains": chains}
 
     def print(self, out: str) -> None:
         """Print on the terminal."""
         from rich import box
-        from rich.console import Console
         from rich.table import Table
         from rich.text import Text
 
-        facts = self.facts
-        console = Console(highlight=False)
-        console = console if console.is_terminal else Console(highlight=False, width=120)
+        facts, screen = self.facts, console()
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"{facts['model']} on {facts['suite']}")
         for head in ("method", "keep", "positions", "tokens", "rel. %", "at least", "speed", "holds"):
-            table.add_column(
-                head, justify="left" if head in ("method", "positions", "holds") else "right", no_wrap=True
-            )
+            left = head in ("method", "positions", "holds")
+            table.add_column(head, justify="left" if left else "right", no_wrap=True)
         front = {id(setting) for setting in self.front}
         for setting in sorted(self.measured, key=lambda s: (s.tokens, -s.accuracy)):
             if not (setting.certified or id(setting) in front):
@@ -273,11 +240,11 @@ class Tuned:
             cells = (name, setting.budget, setting.positions, f"{setting.tokens:.1f}", *shares, speed, holds)
             style = "bold green" if setting is self.chosen else "" if setting.certified else "dim"
             table.add_row(*map(Text, cells), style=style)
-        console.print(table)
-        console.print(Text("\n".join(self.notes()), style="dim"))
-        console.print()
+        screen.print(table)
+        screen.print(Text("\n".join(self.notes()), style="dim"))
+        screen.print()
         for text in self.verdict(out):
-            console.print(Text(text))
+            screen.print(Text(text))
 
     def notes(self) -> list[str]:
         """How to read the table, and what could not be searched."""
@@ -287,8 +254,7 @@ class Tuned:
             f"{f['calibration']} questions calibrate, the unpruned model answers {100 * f['unpruned_accuracy']:.1f} % "
             f"of them; {f['check']} others check.",
             f"at least: one-sided bound at {100 * (1 - self.level):.2f} %, which is {100 * f['confidence']:g} % for "
-            f"{chains} "
-            "(betting test, fixed sequence from gentle to aggressive, Bonferroni over methods and policies).",
+            f"{chains} (betting test, fixed sequence from gentle to aggressive, Bonferroni over methods and policies).",
             "▸ the choice; ◆ no other tested setting is more accurate with as few tokens. speed: the unpruned model's "
             "time of an answer divided by its own.",
         ]
@@ -314,8 +280,8 @@ class Tuned:
             if need > f["calibration"]:
                 said.append(
                     f"{f['calibration']} calibrating questions could not show it even of a method that changes no "
-                    "answer: about "
-                    f"{2 * need} questions in all (--limit), fewer methods (--pruners) or a lower --target would."
+                    f"answer: about {2 * need} questions in all (--limit), fewer methods (--pruners) or a lower "
+                    "--target would."
                 )
             else:
                 said.append("Allow a lower --target, larger budgets (--keep), or give more questions (--limit).")
@@ -401,9 +367,7 @@ def tune(
     """
     for name, share in (("target", target), ("confidence", confidence)):
         if not 0 < share < 1:
-            raise ParameterError(
-                f"{name}={share}: give a share between 0 and 1, for example {0.98 if name == 'target' else 0.95}"
-            )
+            raise ParameterError(f"{name}={share}: give a share between 0 and 1, for example 0.95")
     one_of("by", by, ("time", "tokens"))
     for policy in positions:
         one_of("positions", policy, ("auto", *POLICIES))
@@ -436,8 +400,7 @@ def tune(
     if not any(unpruned):
         raise FoveateError(
             f"{model.name} answers none of {len(unpruned)} questions of {suite.name} right, so that there is nothing "
-            "to keep; "
-            "check the model, the suite and its prompt"
+            "to keep; check the model, the suite and its prompt"
         )
     facts["unpruned_accuracy"] = fmean(unpruned)
     count = round(fmean(meter.unpruned_counts.values()))

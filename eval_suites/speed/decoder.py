@@ -81,11 +81,10 @@ def main(args: argparse.Namespace) -> int:
         f"{geometry.layers} layers x {geometry.width}, MLP {geometry.intermediate}, {geometry.visual} visual and "
         f"{geometry.text} text tokens. The unpruned model's MLPs take {whole.mlp_prefill:.0%} of its prefill and "
         f"{whole.mlp_decode:.0%} of its decode time.",
-        "tokens, cached: visual, mean over the layers; x: times faster than unpruned; own: what the method itself adds "
-        "to "
-        "the prefill of its random twin; both within each turn, median and quartiles; first: the first decoded token, "
-        "with what is done once per prompt. One CPU thread is timed by its own clock, which stands still while others "
-        "run.",
+        "tokens, cached: visual, mean over the layers; x: times faster than unpruned; own: what the method itself "
+        "adds to the prefill of its random twin; both within each turn, median and quartiles; first: the first "
+        "decoded token, with what is done once per prompt. One CPU thread is timed by its own clock, which stands "
+        "still while others run.",
     )
     return 0
 

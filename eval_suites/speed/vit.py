@@ -26,7 +26,7 @@ from foveate.adapters.towers.base import Tower, tower_for
 from foveate.errors import FoveateError, ParameterError
 from foveate.eval_suites.running.environment import machine, version_of
 from foveate.eval_suites.speed.harness import Clock, at_least, in_turns, numbers, ratios, write
-from foveate.eval_suites.terminal import markdown_table, versions
+from foveate.eval_suites.terminal import call_text, markdown_table, versions
 from foveate.pruners import create
 from foveate.pruners.core.merging import Merger
 
@@ -86,7 +86,7 @@ def main(args: argparse.Namespace) -> int:
         merger = create(name, **given)
         if not isinstance(merger, Merger):
             raise ParameterError(f"{name} does not merge inside vision towers; give tome, pitome")
-        mergers[f"{name}({', '.join(f'{k}={v!r}' for k, v in given.items())})"] = merger
+        mergers[call_text(name, given)] = merger
     batches = numbers("--batch", args.batch)
     at_least(1, {"--rounds": args.rounds, "--processes": args.processes})
     before = torch.get_num_threads()

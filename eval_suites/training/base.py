@@ -291,7 +291,7 @@ def save_model(model: nn.Module, processor: Any, folder: Path, without: Sequence
 
 
 def question_mask(block: Tensor, prefix: int) -> Tensor:
-    """Attention mask of several questions in one sequence behind a prefix of ``prefix`` places, which all of them see.
+    """Attention mask of several questions in one sequence after a prefix of ``prefix`` places, which all of them see.
 
     Args:
         block: ``(B, L)`` which question each further place belongs to, -1 for padding.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from foveate.eval_suites.suites.clips import scenes as clips
 from foveate.eval_suites.suites.screens import scenes as screens
-from foveate.eval_suites.suites.screens.model import (
+from foveate.eval_suites.training.screens_model import (
     COLOURS,
     COLUMNS,
     KINDS,

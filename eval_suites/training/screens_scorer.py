@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from foveate.eval_suites.running import models
 from foveate.eval_suites.suites.screens import scenes
-from foveate.eval_suites.suites.screens.model import PATCH, TOKEN, TOKENS, encode
 from foveate.eval_suites.training.base import stream
 from foveate.eval_suites.training.screens_lessons import hit
+from foveate.eval_suites.training.screens_model import PATCH, TOKEN, TOKENS, encode
 from foveate.eval_suites.training.shapes_qwen import see
 from foveate.pruners.core.patch_scorer import PatchScorer, save_scorer, scorer_loss
 from foveate.pruners.core.ui_graph import box_coverage, fused_label, image_blocks, ui_graph

@@ -29,8 +29,8 @@ from transformers import (
 
 from foveate.eval_suites.suites.shapes import MODEL_PATH as SHAPES_LLAVA
 from foveate.eval_suites.suites.shapes import scenes
-from foveate.eval_suites.suites.shapes.model import MEAN, STD
 from foveate.eval_suites.training.base import Stage, TrainingRun, save_model
+from foveate.eval_suites.training.shapes_model import MEAN, STD
 from foveate.eval_suites.vision.scenes import caption, draw
 
 STAGES = (Stage("clip", 2400, 96, 1.5e-3, warmup=100, decay=0.6),)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from foveate.eval_suites.suites.shapes import scenes
-from foveate.eval_suites.suites.shapes.model import CELL_COUNT, GRID, IMAGE_TOKENS, PATCH, TOKENS, encode
+from foveate.eval_suites.training.shapes_model import CELL_COUNT, GRID, IMAGE_TOKENS, PATCH, TOKENS, encode
 
 BLOCK_LENGTH = 72  # tokens of all the questions on one picture, padded
 DESCRIBE = "Describe the picture."

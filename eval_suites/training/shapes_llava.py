@@ -29,16 +29,6 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from foveate.eval_suites.suites.shapes import scenes
-from foveate.eval_suites.suites.shapes.model import (
-    CELL_COUNT,
-    IMAGE_TOKENS,
-    MEAN,
-    STD,
-    TOKENS,
-    Sizes,
-    build_model,
-    build_processor,
-)
 from foveate.eval_suites.training.base import Stage, TrainingRun, question_mask, save_model, stream
 from foveate.eval_suites.training.shapes_lessons import (
     COLOUR_NAMES,
@@ -47,6 +37,16 @@ from foveate.eval_suites.training.shapes_lessons import (
     corrupt,
     make_batch,
     some_patches,
+)
+from foveate.eval_suites.training.shapes_model import (
+    CELL_COUNT,
+    IMAGE_TOKENS,
+    MEAN,
+    STD,
+    TOKENS,
+    Sizes,
+    build_model,
+    build_processor,
 )
 
 STAGES = (

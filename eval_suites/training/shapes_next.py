@@ -25,10 +25,10 @@ from transformers import (
 )
 
 from foveate.eval_suites.suites.shapes import MODEL_PATH, WIDE, scenes
-from foveate.eval_suites.suites.shapes.model import GRID, IMAGE_TOKENS, PATCH, TOKENS
 from foveate.eval_suites.training.base import Stage, TrainingRun, save_model, some_places
 from foveate.eval_suites.training.shapes_lessons import question_blocks
 from foveate.eval_suites.training.shapes_llava import answer_loss
+from foveate.eval_suites.training.shapes_model import GRID, IMAGE_TOKENS, PATCH, TOKENS
 
 STAGES = (Stage("next", 300, 16, 5e-4, warmup=20, decay=0.5),)
 COLUMNS = WIDE // PATCH

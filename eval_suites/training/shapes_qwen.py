@@ -31,7 +31,19 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from foveate.eval_suites.suites.clips import scenes as clips
 from foveate.eval_suites.suites.screens import scenes as screens
-from foveate.eval_suites.suites.screens.model import (
+from foveate.eval_suites.training.base import Stage, TrainingRun, question_mask, save_model, some_places, stream
+from foveate.eval_suites.training.screens_lessons import (
+    BLOCK_LENGTH,
+    QUESTIONS,
+    TASKS,
+    clip_places,
+    joint_batch,
+    question_batch,
+    screen_places,
+    some_frame,
+    tower_batch,
+)
+from foveate.eval_suites.training.screens_model import (
     COLOURS,
     COLUMNS,
     KINDS,
@@ -49,18 +61,6 @@ from foveate.eval_suites.suites.screens.model import (
     build_model,
     build_processor,
     encode,
-)
-from foveate.eval_suites.training.base import Stage, TrainingRun, question_mask, save_model, some_places, stream
-from foveate.eval_suites.training.screens_lessons import (
-    BLOCK_LENGTH,
-    QUESTIONS,
-    TASKS,
-    clip_places,
-    joint_batch,
-    question_batch,
-    screen_places,
-    some_frame,
-    tower_batch,
 )
 
 STAGES = (
@@ -181,7 +181,7 @@ def pointing(layer: nn.Module, hidden: Tensor, turn: tuple[Tensor, Tensor], at: 
     """Logarithms of how a layer's first two heads spread attention over the visual tokens, (B, Q, 2, K).
 
     Args:
-        hidden: (B, L, D) in front of the layer; at: (B, Q) places that attend; seen: where the visual tokens are.
+        hidden: (B, L, D) before the layer; at: (B, Q) places that attend; seen: where the visual tokens are.
     """
     heads = layer.self_attn
     x = layer.input_layernorm(hidden)

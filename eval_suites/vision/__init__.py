@@ -1,6 +1,6 @@
 """Vision models by themselves: what merging tokens does to features, zero-shot accuracy and image-text retrieval.
 
-``foveate bench`` comes here for models that are no language models (``timm/NAME``, ``open_clip/NAME:WEIGHTS``,
+``foveate bench`` comes here for models that are not language models (``timm/NAME``, ``open_clip/NAME:WEIGHTS``,
 ``hf/OWNER/NAME``, folders) and for `shapes-clip`, a CLIP of ``transformers`` trained on captions of the shapes suite's
 scenes (`MODEL_PATH`; its data card is the README beside the weights). Importing this module loads neither torch nor
 transformers.

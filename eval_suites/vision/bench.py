@@ -17,7 +17,7 @@ from foveate.eval_suites.running import models
 from foveate.eval_suites.running.budgets import parse_keep
 from foveate.eval_suites.running.distributed import world
 from foveate.eval_suites.running.environment import machine, version_of
-from foveate.eval_suites.terminal import markdown_table, versions
+from foveate.eval_suites.terminal import call_text, markdown_table, versions
 from foveate.eval_suites.vision import EMBEDDED
 from foveate.eval_suites.vision.evaluate import MergingFidelity, MergingRun, at, class_places, evaluate
 from foveate.eval_suites.vision.pictures import Pictures, folder, held_out_scenes
@@ -95,7 +95,7 @@ def plan(subject: Subject, pictures: Pictures, methods: str, budgets: Sequence[K
 
     tower = tower_for(subject.model)
     if tower is None:
-        raise UnsupportedModelError(f"{type(subject.model).__name__} is no vision tower of a known family")
+        raise UnsupportedModelError(f"{type(subject.model).__name__} is not a vision tower of a known family")
     with torch.inference_mode():
         patches = _patches(subject, pictures, tower.blocks[0]) - tower.prefix
     swept: dict[str, Pruner] = {_RANDOM: RandomLike(ToMe())}
@@ -109,18 +109,14 @@ def plan(subject: Subject, pictures: Pictures, methods: str, budgets: Sequence[K
             raise ParameterError(
                 f"{name} does not merge inside vision towers; methods that do: {_ALL}, random, random@METHOD"
             )
-        shown = ", ".join(f"{key}={value!r}" for key, value in given.items())
-        label = f"{name}({shown})" if shown else name
-        (fixed if given else swept)[label] = RandomLike(method) if controlled else method
+        (fixed if given else swept)[call_text(name, given)] = RandomLike(method) if controlled else method
 
     def drawn(label: str, method: Pruner, keep: Keep | None = None) -> MergingRun:
-        return MergingRun(
-            label, [replace(method, seed=i) for i in range(seeds)] if isinstance(method, RandomLike) else [method], keep
-        )
+        random = isinstance(method, RandomLike)
+        return MergingRun(label, [replace(method, seed=i) for i in range(seeds)] if random else [method], keep)
 
-    runs = [
-        drawn(label, at(method, keep, patches, tower.info), keep) for keep in budgets for label, method in swept.items()
-    ]
+    budgeted = ((label, method, keep) for keep in budgets for label, method in swept.items())
+    runs = [drawn(label, at(method, keep, patches, tower.info), keep) for label, method, keep in budgeted]
     return runs + [drawn(label, method) for label, method in fixed.items()]
 
 

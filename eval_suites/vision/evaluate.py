@@ -89,7 +89,7 @@ def at(method: Pruner, keep: Keep, patches: int, model: ModelInfo) -> Pruner:
     before = [patches, *after[:-1]]
     if any(b < (a + 1) // 2 for a, b in zip(before, after)):
         raise BudgetError(
-            f"keep={keep}: {left} of {patches} patches cannot be left behind {depth} blocks, each of which at most "
+            f"keep={keep}: {left} of {patches} patches cannot be left after {depth} blocks, each of which at most "
             "halves them"
         )
     return method.removing(tuple(a - b for a, b in zip(before, after)), patches, model)
@@ -137,7 +137,7 @@ def evaluate(
     """
     tower = tower_for(subject.model)
     if tower is None:
-        raise UnsupportedModelError(f"{type(subject.model).__name__} is no vision tower of a known family")
+        raise UnsupportedModelError(f"{type(subject.model).__name__} is not a vision tower of a known family")
     pruners: list[Pruner | None] = [None, *(pruner for run in runs for pruner in run.pruners)]
     seen = [_Seen() for _ in pruners]
     for turn, first in enumerate(range(0, len(pictures), batch_size)):

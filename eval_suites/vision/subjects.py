@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from foveate.adapters import compat
 from foveate.errors import FoveateError, ParameterError
+from foveate.eval_suites.terminal import one_line
 from foveate.eval_suites.vision import EMBEDDED, MODEL_PATH
 
 
@@ -65,8 +66,7 @@ def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32) ->
     except ImportError as error:
         raise FoveateError(f"model {name!r} needs {error.name}: pip install 'foveate[vit]'") from error
     except Exception as error:  # each library has errors of its own for names, networks and files
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise FoveateError(f"model {name!r} cannot be loaded: {reason}") from error
+        raise FoveateError(f"model {name!r} cannot be loaded: {one_line(error)}") from error
 
 
 def _embedded(name: str, device: torch.device, dtype: torch.dtype) -> Subject:

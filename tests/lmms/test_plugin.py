@@ -285,8 +285,7 @@ def test_a_prompt_that_is_not_counted_fails(monkeypatch: pytest.MonkeyPatch) -> 
     """Answers without a prompt that was seen going through the model are refused."""
     lm = through.load("shapes-llava", "foveate_llava_hf", 2, "cpu", None)
     lm.watch._end = None
-    for handle in lm.watch._handles:
-        handle.remove()
+    lm.watch._hooks.close()
     benchmark = through.benchmarks.find("foveate_shapes")
     with through.tasks_at_hand([benchmark], "foveate_llava_hf", 2) as manager:
         monkeypatch.setattr(lm, "use", lambda *args, **options: None)

@@ -326,5 +326,5 @@ def test_several_pictures_of_a_prompt_are_counted_together(loaded: models.Loaded
 
 def test_methods_in_front_of_the_processor_are_refused() -> None:
     qwen = models.load("shapes-qwen", "cpu", "float32")
-    with pytest.raises(UnsupportedModelError, match="in front of the processor"):
+    with pytest.raises(UnsupportedModelError, match="before the processor"):
         Watch(qwen.model, create("downsample", keep=0.25))

@@ -450,7 +450,7 @@ def test_command_shows_writes_and_filters(results, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("more", "said"),
-    [(["--model", "mm"], "no results of model 'mm'"), (["--keep", "two"], "keep='two' is no number")],
+    [(["--model", "mm"], "no results of model 'mm'"), (["--keep", "two"], "keep='two' is not a number")],
 )
 def test_command_says_what_is_wrong(results, capsys, more, said):
     assert main(["leaderboard", str(results), *more]) == 2

@@ -12,10 +12,12 @@ from PIL import Image
 
 from foveate.adapters import compat
 from foveate.eval_suites import suites
-from foveate.eval_suites.running import evaluate, models
+from foveate.eval_suites.running import models
 from foveate.eval_suites.suites import clips, screens
-from foveate.eval_suites.suites.screens import model, scenes
+from foveate.eval_suites.suites.screens import scenes
+from foveate.eval_suites.training import evaluate
 from foveate.eval_suites.training import screens_lessons as lessons
+from foveate.eval_suites.training import screens_model as model
 from foveate.eval_suites.training import shapes_qwen as recipe
 
 FLOOR = 0.93  # 0.99 on 400 questions

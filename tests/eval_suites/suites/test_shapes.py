@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from foveate.eval_suites import suites
-from foveate.eval_suites.running import evaluate, models
+from foveate.eval_suites.running import models
 from foveate.eval_suites.suites import shapes
-from foveate.eval_suites.suites.shapes import model, scenes
+from foveate.eval_suites.suites.shapes import scenes
+from foveate.eval_suites.training import evaluate
 from foveate.eval_suites.training import shapes_lessons as lessons
 from foveate.eval_suites.training import shapes_llava as recipe
+from foveate.eval_suites.training import shapes_model as model
 
 FLOOR = 0.92  # 0.977 on 2,000 questions
 NEXT_FLOOR = 0.60

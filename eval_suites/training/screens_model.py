@@ -15,9 +15,9 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from ..clips import scenes as clips
-from ..shapes import scenes as shapes
-from . import scenes as screens
+from foveate.eval_suites.suites.clips import scenes as clips
+from foveate.eval_suites.suites.screens import scenes as screens
+from foveate.eval_suites.suites.shapes import scenes as shapes
 
 PATCH, MERGE, WINDOW = 8, 2, 64
 TOKEN = PATCH * MERGE  # pixels a side
