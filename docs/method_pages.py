@@ -219,9 +219,9 @@ def results(bench: Bench, method: str) -> str:
             f"![Right answers of {method}, random choice and a grid against the number of visual tokens]({picture})",
             f"`{facts['model']}` on {facts['limit']} held-out questions of the suite `{facts['suite']}`; with all "
             f"{whole.tokens:.0f} tokens {whole.text} % are right. Tokens are those that a decoder layer sees, mean "
-            "over layers and questions. Bands, bars and brackets are 95 % intervals; of random choice, they and ± are the "
-            f"standard deviation over {draws} draws. *Against random*: percentage points beyond a random choice of as "
-            "many tokens, on the same questions (\\*: p < 0.05, corrected for the number of "
+            "over layers and questions. Bands, bars and brackets are 95 % intervals; of random choice, they and ± are "
+            f"the standard deviation over {draws} draws. *Against random*: percentage points beyond a random choice of "
+            "as many tokens, on the same questions (\\*: p < 0.05, corrected for the number of "
             f"methods).{CAVEATS.get(facts['suite'], '')}",
             number_table(bench, method),
         ]
