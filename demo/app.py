@@ -244,7 +244,7 @@ class App:
                 raise InputError(f"{model} takes pictures and no video; under Model choose {FOR_CLIPS}")
             clip = open_media(path)
             if not isinstance(clip, Clip):
-                raise InputError(f"that is no video; upload a file like {', '.join(VIDEOS)}")
+                raise InputError(f"that is not a video; upload a file like {', '.join(VIDEOS)}")
             return save_bytes_to_cache(clip.webp(), "clip.webp", self._cache)
 
     def compare(
@@ -304,12 +304,7 @@ class App:
             # made here, so that the tabs can refer to it; drawn where it belongs
             names = self.engines.names
             model = gr.Dropdown(
-                list(names),
-                value=names[0],
-                label="Model",
-                visible=len(names) > 1,
-                elem_id="fv-model",
-                render=False,
+                list(names), value=names[0], label="Model", visible=len(names) > 1, elem_id="fv-model", render=False
             )
             compared = gr.Dropdown(
                 offer_whole(self.engine),
@@ -470,7 +465,7 @@ def offer(engine: Engine) -> list[tuple[str, str]]:
 
 
 def offer_whole(engine: Engine) -> list[str]:
-    """All names, composed ones behind the others."""
+    """All names, composed ones after the others."""
     return [*engine.methods, *(composed(name, inner) for name, inside in engine.inner.items() for inner in inside)]
 
 

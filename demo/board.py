@@ -92,7 +92,8 @@ def tab(path: str | None) -> None:
     boards = export.boards(path) if path else []
     if not boards:
         gr.HTML(
-            '<p class="fv-note"><strong>No results yet.</strong> <code>foveate bench --out results.db</code> measures every method '
+            '<p class="fv-note"><strong>No results yet.</strong> <code>foveate bench --out results.db</code> measures '
+            "every method "
             "on the embedded model, <code>foveate demo --results results.db</code> shows what came out.</p>"
         )
         return
@@ -189,7 +190,8 @@ def _sample(sample: Any, said: str, score: float) -> str:
     right = score >= 1
     return (
         f'<article class="fv-card"><img src="{views.data_url(picture)}" alt="picture of sample {escape(sample.id)}">'
-        f'<div class="text"><h3>{escape(sample.task)}<span class="fv-same {"yes" if right else "no"}">{"right" if right else "wrong"}'
+        f'<div class="text"><h3>{escape(sample.task)}<span class="fv-same '
+        f'{"yes" if right else "no"}">{"right" if right else "wrong"}'
         f'</span></h3><p class="fv-note">{escape(sample.question)}</p><p class="said">{_words(said) or "(nothing)"}</p>'
         f'<p class="facts">expected: <b>{_words(sample.answer)}</b></p></div></article>'
     )

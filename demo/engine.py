@@ -20,7 +20,7 @@ from foveate.errors import FoveateError, ParameterError
 from foveate.eval_suites import suites
 from foveate.eval_suites.running.models import EMBEDDED, Loaded
 from foveate.eval_suites.running.runner import parse_methods
-from foveate.pruners import PRUNERS, Hook, Pruner, RandomLike, create
+from foveate.pruners import PRUNERS, AtPixels, BeforeLayer, Pruner, RandomLike, create
 
 MAX_QUESTION, MAX_NAME, MAX_MORE = 500, 80, 200  # characters
 _REMEMBERED = 32  # unpruned answers
@@ -34,7 +34,8 @@ class Answer:
     """What the model said.
 
     Attributes:
-        text: the answer; seconds: of ``generate``, and of scoring the frames where the method reads such scores.
+        text: the answer.
+        seconds: of ``generate``, and of scoring the frames where the method reads such scores.
         tokens: visual tokens that each decoder layer saw.
         trace: what the method did, on the CPU; None for the unpruned model.
         scoring: seconds that the frames' scores took.
@@ -59,7 +60,8 @@ class Engine:
     user's method.
 
     Attributes:
-        name: the model's name; methods: names of the methods that run on it at their defaults.
+        name: the model's name.
+        methods: names of the methods that run on it at their defaults.
         inner: for each of ``AROUND``, the methods that can be inside; only what has any is there.
         refused: name -> why the model cannot serve the method.
         positions: policy for tokens' positions that suits the model.
@@ -104,10 +106,10 @@ class Engine:
         return ""
 
     def _acts_inside(self, name: str) -> bool:
-        """Whether the method drops tokens in front of a decoder layer: elsewhere its control is ``random``."""
+        """Whether the method drops tokens before a decoder layer: elsewhere its control is ``random``."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return any(stage.hook is Hook.LLM_LAYER for stage in create(name).stages(self.adapter.info))
+            return any(isinstance(stage, BeforeLayer) for stage in create(name).stages(self.adapter.info))
 
     # ------------------------------------------------------------------------------------------------------- methods
 
@@ -121,7 +123,8 @@ class Engine:
         """
         if len(name) > MAX_NAME or len(more) > MAX_MORE:
             raise ParameterError(
-                f"a method's name may have {MAX_NAME} characters and its parameters {MAX_MORE}; these have {len(name)} and {len(more)}"
+                f"a method's name may have {MAX_NAME} characters and its parameters {MAX_MORE}; these have {len(name)} "
+                f"and {len(more)}"
             )
         parsed = parse_methods(f"{name}({more})")
         if len(parsed) != 1 or isinstance(parsed[0], str):
@@ -140,8 +143,8 @@ class Engine:
         return pruner.budget_parameter if hasattr(pruner, pruner.budget_parameter) else None
 
     def prepares(self, pruner: Pruner) -> bool:
-        """Whether the method makes the picture smaller before the processor sees it (elsewhere that is done in the model)."""
-        inside = any(stage.hook is Hook.PIXELS for stage in pruner.stages(self.adapter.info))
+        """Whether the method makes the picture smaller before the processor sees it, and not in the model."""
+        inside = any(isinstance(stage, AtPixels) for stage in pruner.stages(self.adapter.info))
         return not inside and type(pruner).prepare is not Pruner.prepare
 
     def reads_frame_scores(self, pruner: Pruner, media: Media) -> bool:

@@ -19,23 +19,15 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``foveate demo``."""
     add = parser.add_argument
-    add(
-        "--model",
-        metavar="NAME",
-        default="shapes-llava",
-        help="shapes-llava, shapes-next or shapes-qwen (embedded; the page offers all of them), a folder, or a name on the hub",
-    )
+    help_ = "shapes-llava, shapes-next or shapes-qwen (embedded; the page offers all), a folder, or a name on the hub"
+    add("--model", metavar="NAME", default="shapes-llava", help=help_)
     add("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
     add("--dtype", help="float32, bfloat16 or float16 (default: float32 on a CPU, that of the checkpoint elsewhere)")
     add("--max-new-tokens", metavar="N", type=int, default=32, help="longest answer (default: 32)")
     add("--results", metavar="PATH", help="a result file of `foveate bench --out`, for the leaderboard")
     add("--port", metavar="N", type=int, default=7860, help="where to serve (default: 7860)")
     add("--host", default="127.0.0.1", help="address to serve on (default: 127.0.0.1, this machine only)")
-    add(
-        "--share",
-        action="store_true",
-        help="also serve through Gradio's public relay; anybody with the link can use it",
-    )
+    add("--share", action="store_true", help="also serve through Gradio's public relay, to anybody with the link")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -91,8 +83,8 @@ def create(
 def _no_stub_files() -> Iterator[None]:
     """Here Gradio cannot find the sources of its components.
 
-    While it is imported it parses them all and writes type stubs beside them: a fifth of the time that the demo takes to
-    start, and a write into the installation. Without sources it leaves that out.
+    While it is imported it parses them all and writes type stubs beside them: a fifth of the time that the demo takes
+    to start, and a write into the installation. Without sources it leaves that out.
     """
     find = inspect.getfile
 

@@ -1,4 +1,4 @@
-"""What visitors show: a picture, or a clip of a few frames. Files are refused before they are decoded, where they are too large."""
+"""What visitors show: a picture, or a clip of a few frames. Files that are too large are refused before decoding."""
 
 from __future__ import annotations
 
@@ -62,7 +62,8 @@ class Clip:
         first, *others = self.frames
         shown = milliseconds or max(1, round(1000 / self.fps))
         first.save(
-            file, "WEBP", save_all=True, append_images=others, duration=shown, loop=0, lossless=True, exact=True, method=1,
+            file, "WEBP", save_all=True, append_images=others, duration=shown,
+            loop=0, lossless=True, exact=True, method=1,
             minimize_size=False, allow_mixed=False,
         )  # fmt: skip
         return file.getvalue()
@@ -85,11 +86,12 @@ def key(media: Media) -> tuple[Any, ...]:
 def open_media(path: str | os.PathLike[str] | None) -> Media:
     """The picture in a file, RGB and upright; of an animated one and of a video file a :class:`Clip`.
 
-    A clip has up to ``FRAMES`` frames, evenly from the first to the last, made smaller where they are longer than ``SIDE``.
+    A clip has up to ``FRAMES`` frames, evenly from the first to the last, made smaller where they are longer than
+    ``SIDE``.
 
     Raises:
-        InputError: none, too many bytes, pixels, frames or seconds, or nothing that can be read; nothing is decoded before that
-            is known.
+        InputError: none, too many bytes, pixels, frames or seconds, or nothing that can be read; nothing is decoded
+            before that is known.
         FoveateError: a video file, and PyAV is not installed.
     """
     if not path:
@@ -106,7 +108,8 @@ def open_media(path: str | os.PathLike[str] | None) -> Media:
             width, height = opened.size
             if width * height > MAX_PIXELS:
                 raise InputError(
-                    f"the picture has {width} x {height} pixels; at most {MAX_PIXELS // 10**6} million are accepted, make it smaller"
+                    f"the picture has {width} x {height} pixels; at most {MAX_PIXELS // 10**6} million are accepted, "
+                    "make it smaller"
                 )
             if getattr(opened, "is_animated", False):
                 return _animation(opened)
@@ -137,8 +140,8 @@ def _animation(opened: Image.Image) -> Clip:
     count, (width, height) = opened.n_frames, opened.size
     if count * width * height > MAX_ANIMATION:
         raise InputError(
-            f"the animation has {count} frames of {width} x {height} pixels; at most {MAX_ANIMATION // 10**6} million pixels "
-            "are accepted in all, make it shorter or smaller"
+            f"the animation has {count} frames of {width} x {height} pixels; at most {MAX_ANIMATION // 10**6} million "
+            "pixels are accepted in all, make it shorter or smaller"
         )
     wanted = set(_spread(count))
     frames, milliseconds = [], 0.0

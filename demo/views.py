@@ -21,7 +21,10 @@ from foveate.pruners import PRUNERS, Pruner, create
 WIDTH = 768
 
 _HINT = "Point at a token, or move with the arrow keys, to see what became of it."
-_OUTDATED = '<p class="fv-note fv-outdated">This is the result of the picture before; press <strong>Run</strong> for the new one.</p>'
+_OUTDATED = (
+    '<p class="fv-note fv-outdated">This is the result of the picture before; '
+    "press <strong>Run</strong> for the new one.</p>"
+)
 _KNOWS = {
     "shapes-llava": "coloured shapes and two-letter codes, by six kinds of question",
     "shapes-next": "coloured shapes and two-letter codes in pictures twice as wide as high, by six kinds of question",
@@ -29,13 +32,14 @@ _KNOWS = {
 }
 _LEGENDS = {
     "kept": "kept tokens are clear, dropped ones dark and grey",
-    "scores": '<span class="ramp" role="img" aria-label="from dark violet to yellow"></span> low to high · kept tokens outlined',
+    "scores": '<span class="ramp" role="img" aria-label="from dark violet to yellow"></span> low to high '
+    "· kept tokens outlined",
     "groups": "merged tokens share a colour · the dot marks the token that speaks for them",
 }
 
 
 def answers(unpruned: Answer, pruned: Answer, pruner: Pruner, outdated: bool = False) -> str:
-    """Both answers side by side, with what they cost; ``outdated``: they are about another picture than is there now."""
+    """Both answers side by side, with what they cost; ``outdated``: they are about an earlier picture."""
     return (
         (_OUTDATED if outdated else "")
         + '<div class="fv-answers">'
@@ -56,7 +60,8 @@ def _card(title: str, answer: Answer, whole: Answer, mark: str, kind: str) -> st
         f'<section class="fv-card {kind}"><h3>{escape(title)}{mark}</h3>'
         f'<p class="said">{escape(answer.text) or "(nothing)"}</p>'
         f'<p class="facts">{_cost(answer, whole)}</p>'
-        f'<div class="fv-bar" role="img" aria-label="{share:.0%} of the visual tokens"><i style="width:{share:.1%}"></i></div>'
+        f'<div class="fv-bar" role="img" aria-label="{share:.0%} of the visual tokens"><i '
+        f'style="width:{share:.1%}"></i></div>'
         "</section>"
     )
 
@@ -88,7 +93,8 @@ def figure(trace: ImageTrace, media: Media, show: str, layer: int) -> str:
     data = escape(json.dumps(_tokens(trace, known, layer, drawing.size, media), separators=(",", ":"), allow_nan=False))
     return (
         f'<figure class="fv-figure" data-tokens="{data}">'
-        f'<figcaption><span>{seen} {caption}</span><span class="legend">{_LEGENDS[show]}</span>{_cropped(trace, pictures)}'
+        f"<figcaption><span>{seen} {caption}</span><span "
+        f'class="legend">{_LEGENDS[show]}</span>{_cropped(trace, pictures)}'
         "</figcaption>"
         f'<div class="fv-stage" tabindex="0" role="group" aria-label="Picture with {kept} of {total} tokens kept; '
         f'arrow keys move from token to token"><img src="{data_url(drawing)}" alt="" width="{width}" height="{height}">'
@@ -143,7 +149,7 @@ def progressive(trace: ImageTrace) -> bool:
 
 
 def start_layer(trace: ImageTrace) -> int:
-    """The layer to show first: that in front of which the first stage acts."""
+    """The layer to show first: that before which the first stage acts."""
     return trace.stages[0].layer if trace.stages else 0
 
 
@@ -163,14 +169,15 @@ def _compared(media: Media, unpruned: Answer, pruner: Pruner, answer: Answer) ->
     kept = len(trace.kept_at(layer))
     return (
         f'<article class="fv-card"><img src="{data_url(draw(trace, frames_of(media), layer=layer, width=384))}" '
-        f'alt="{escape(pruner.name)}: {kept} of {trace.layout.size} tokens kept"><div class="text"><h3>{escape(pruner.name)}'
+        f'alt="{escape(pruner.name)}: {kept} of {trace.layout.size} tokens kept"><div '
+        f'class="text"><h3>{escape(pruner.name)}'
         f'{_mark(unpruned, answer)}</h3><p class="said">{escape(answer.text) or "(nothing)"}</p>'
         f'<p class="facts">{_cost(answer, unpruned)}</p></div></article>'
     )
 
 
 def overlap(rows: Sequence[tuple[Pruner, Answer]]) -> np.ndarray:
-    """Intersection over union of the tokens that each two methods keep (behind their first stage)."""
+    """Intersection over union of the tokens that each two methods keep (after their first stage)."""
     kept = []
     for _, answer in rows:
         (trace,) = answer.trace.images
@@ -193,9 +200,11 @@ def _agreement(rows: Sequence[tuple[Pruner, Answer]]) -> str:
         lines.append(f'<tr><th scope="row">{name}</th>{"".join(cells)}</tr>')
     heads = "".join(f'<th scope="col">{name}</th>' for name in names)
     return (
-        '<h3 class="fv-h">Agreement</h3><p class="fv-note">Kept tokens that two methods have in common, as a share of all that '
+        '<h3 class="fv-h">Agreement</h3><p class="fv-note">Kept tokens that two methods have in common, as a share of '
+        "all that "
         "either keeps (intersection over union).</p>"
-        f'<div class="fv-scroll"><table class="fv-table"><thead><tr><td></td>{heads}</tr></thead><tbody>{"".join(lines)}</tbody>'
+        f'<div class="fv-scroll"><table class="fv-table"><thead><tr><td></td>{heads}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody>"
         "</table></div>"
     )
 
@@ -261,7 +270,7 @@ def model_note(name: str) -> str:
     if name not in _KNOWS:
         return f'<p class="fv-note">Model: {escape(name)}.</p>'
     return (
-        f'<p class="fv-note">Model: {escape(name)}, which is very small and knows only {_KNOWS[name]}. On anything else see '
-        "which tokens a method keeps, and expect no sensible answer; <code>foveate demo --model NAME</code> takes a larger "
-        "model.</p>"
+        f'<p class="fv-note">Model: {escape(name)}, which is very small and knows only {_KNOWS[name]}. On anything '
+        "else see which tokens a method keeps, and expect no sensible answer; <code>foveate demo --model NAME</code> "
+        "takes a larger model.</p>"
     )

@@ -20,10 +20,10 @@ from foveate.cuda import core_neurons, match_counts, neuron_counts
 from foveate.eval_suites import suites
 from foveate.eval_suites.running import models
 from foveate.eval_suites.running.environment import machine
-from foveate.eval_suites.running.evaluate import answers
 from foveate.eval_suites.suites import shapes
 from foveate.eval_suites.suites.shapes import scenes
 from foveate.eval_suites.terminal import versions
+from foveate.eval_suites.training.evaluate import answers
 from foveate.pruners.core import BeforeLayer, ModelInfo, Pruner, Selection, Stage, Tokens, top_k
 from foveate.pruners.corematching import CoreMatching
 
@@ -33,7 +33,7 @@ SEED = 7  # of the questions
 
 @dataclass(frozen=True)
 class Ranked(Pruner):
-    """Keep the tokens of largest given score in front of a layer, as CoreMatching does."""
+    """Keep the tokens of largest given score before a layer, as CoreMatching does."""
 
     scores: Tensor  # (B, N), one row per sample id
     keep: int
@@ -78,7 +78,7 @@ def activations(loaded: models.Loaded, batch: list[shapes.Sample]) -> tuple[list
 
 
 def superiority(scores: Tensor, objects: Tensor) -> float:
-    """How often a random object token has the larger score than a random background token (ties half): the area under the curve."""
+    """Area under the curve: how often a random object token outscores a random background token (ties half)."""
     inside, outside = scores[objects].double(), scores[~objects].double()
     return float(((inside[:, None] > outside).double() + 0.5 * (inside[:, None] == outside).double()).mean())
 
@@ -129,10 +129,12 @@ def main(number: int = 300) -> None:
                     said = answers(loaded.model, loaded.processor, suite, batch)
                 cell[f"right {keep}"] += [suite.score(s, a) for s, a in zip(batch, said)]
     print(
-        f"{number} questions; whole {np.mean(whole):.1%}; tokens on objects {np.mean(facts['objects']):.1%}; text {np.mean(facts['text']):.1%}"
+        f"{number} questions; whole {np.mean(whole):.1%}; tokens on objects {np.mean(facts['objects']):.1%}; text "
+        f"{np.mean(facts['text']):.1%}"
     )
     print(
-        f"| in front of layer | ranked by | {' | '.join(found[2, 'chance'])} |\n| {' --- | ' * (2 + len(found[2, 'chance']))}"
+        f"| in front of layer | ranked by | {' | '.join(found[2, 'chance'])} |\n| "
+        f"{' --- | ' * (2 + len(found[2, 'chance']))}"
     )
     for (layer, name), cell in sorted(found.items()):
         print(f"| {layer} | {name} | " + " | ".join(f"{np.mean(v) * 100:.1f}" for v in cell.values()) + " |")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from foveate.eval_suites.results.leaderboard import Leaderboard, Line
+from foveate.eval_suites.results.leaderboard import Leaderboard, MethodRows
 from foveate.eval_suites.results.store import Store
 from foveate.eval_suites.terminal import versions
 
@@ -19,7 +19,7 @@ def read(path: str) -> Leaderboard:
     return board
 
 
-def lines(board: Leaderboard) -> dict[tuple[str, str], Line]:
+def lines(board: Leaderboard) -> dict[tuple[str, str], MethodRows]:
     """All measured lines, by budget and method."""
     return {(s.title, line.first.label): line for s in board.sections for line in s.lines if line.measured}
 
@@ -28,7 +28,8 @@ def main(compact: str, keep: str) -> None:
     boards = read(compact), read(keep)
     closed, kept = map(lines, boards)
     print(
-        "| budget | tokens chosen by | dropped, positions closed up | dropped, positions kept | PosPad | tokens, PosPad |"
+        "| budget | tokens chosen by | dropped, positions closed up | dropped, positions kept | PosPad | tokens, "
+        "PosPad |"
     )
     print("| --- | --- | ---: | ---: | ---: | ---: |")
     for title, method in kept:

@@ -1,6 +1,7 @@
 """Make the pictures of the demo in docs/images: ``python docs/screenshots.py [RESULTS]``.
 
-Needs chromium and the extra dev. RESULTS is a result file of ``foveate bench --out``, for the picture of the leaderboard.
+Needs chromium and the extra dev. RESULTS is a result file of ``foveate bench --out``, for the picture of the
+leaderboard.
 """
 
 from __future__ import annotations

@@ -10,16 +10,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from foveate.eval_suites.speed.decoder import COLUMNS, Timing, cells
+from foveate.eval_suites.speed.decoder import COLUMNS, DecoderTimes, cells
 from foveate.eval_suites.terminal import versions
 
 
 def table(run: dict[str, Any]) -> None:
-    facts, timings = run["environment"], [Timing(**row) for row in run["rows"]]
+    facts, timings = run["environment"], [DecoderTimes(**row) for row in run["rows"]]
     whole, shape = timings[0], facts["geometry"]
     print(
-        f"{shape['layers']} layers × {shape['width']}, MLP {shape['intermediate']}, {shape['visual']} visual and {shape['text']} text "
-        f"tokens, {len(whole.prefill)} turns; {versions(facts)}. The unpruned model's MLPs take {whole.mlp_prefill:.0%} of its prefill and "
+        f"{shape['layers']} layers × {shape['width']}, MLP {shape['intermediate']}, {shape['visual']} visual and "
+        f"{shape['text']} text "
+        f"tokens, {len(whole.prefill)} turns; {versions(facts)}. The unpruned model's MLPs take "
+        f"{whole.mlp_prefill:.0%} of its prefill and "
         f"{whole.mlp_decode:.0%} of its decode time.\n"
     )
     print(f"| {' | '.join(COLUMNS)} |".replace("|  |", "| |"))

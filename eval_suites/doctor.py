@@ -68,9 +68,8 @@ class Finding:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``foveate doctor``."""
-    parser.add_argument(
-        "--full", action="store_true", help="run every method on a tiny model of every family (a minute)"
-    )
+    help_ = "run every method on a tiny model of every family (a minute)"
+    parser.add_argument("--full", action="store_true", help=help_)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
@@ -117,9 +116,7 @@ def _versions() -> Iterator[Finding]:
 def _gpu() -> Iterator[Finding]:
     part = "GPU"
     if not torch.cuda.is_available():
-        built = (
-            f"torch was built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch was built without CUDA"
-        )
+        built = f"torch was built {f'for CUDA {torch.version.cuda}' if torch.version.cuda else 'without CUDA'}"
         yield Finding(part, "device", State.NOTE, f"none found ({built}); everything runs on the CPU")
         return
     for i in range(torch.cuda.device_count()):
@@ -142,9 +139,8 @@ def _kernels() -> Iterator[Finding]:
     version = next(filter(None, map(version_of, _CUPY_WHEELS)), None)
     if version is None:
         help_ = "not installed; `pip install 'foveate[cuda13]'` (or [cuda12]) makes selection faster on a GPU"
-        yield Finding(
-            part, "CuPy", State.NOTE, help_ if torch.cuda.is_available() else "not installed; of use with a GPU only"
-        )
+        told = help_ if torch.cuda.is_available() else "not installed; of use with a GPU only"
+        yield Finding(part, "CuPy", State.NOTE, told)
         return
     with _caught() as failure:
         import cupy
@@ -199,9 +195,8 @@ def _families(full: bool) -> Iterator[Finding]:
         works, refuses, broken = [], [], {}
         with _caught() as failure:
             model = tiny.tiny(family).to(device)
-            inputs = {
-                name: value.to(device) for name, value in tiny.inputs(family, [[tiny.picture(family, 0), 5]]).items()
-            }
+            inputs = tiny.inputs(family, [[tiny.picture(family, 0), 5]])
+            inputs = {name: value.to(device) for name, value in inputs.items()}
             for name in sorted(PRUNERS) if full else ("grid", "random"):
                 try:
                     _run(model, inputs, name)
@@ -260,11 +255,7 @@ def _outcome(failure: list[str], told: str) -> tuple[State, str]:
     return (State.FAILED, failure[0]) if failure else (State.OK, told)
 
 
-_MARKS: dict[State, tuple[str, str]] = {
-    State.OK: ("✓", "green"),
-    State.NOTE: ("·", "yellow"),
-    State.FAILED: ("✗", "bold red"),
-}
+_MARKS = {State.OK: ("✓", "green"), State.NOTE: ("·", "yellow"), State.FAILED: ("✗", "bold red")}
 
 
 def _print(findings: list[Finding]) -> None:
@@ -278,9 +269,8 @@ def _print(findings: list[Finding]) -> None:
             part = finding.part
             table.add_row("", Text(part, style="bold cyan"), "")
         mark, style = _MARKS[finding.state]
-        table.add_row(
-            Text(mark, style=style), finding.what, Text(finding.told, style="" if finding.state is State.OK else style)
-        )
+        told = Text(finding.told, style="" if finding.state is State.OK else style)
+        table.add_row(Text(mark, style=style), finding.what, told)
     broken = sum(finding.state is State.FAILED for finding in findings)
     told = f"{broken} of {len(findings)} checks failed." if broken else "All that should work here works."
     page = console()

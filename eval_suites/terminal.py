@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["console", "markdown_table", "versions"]
+__all__ = ["call_text", "console", "markdown_table", "one_line", "versions"]
 
 
 def console(width: int = 120) -> Console:
@@ -20,6 +20,17 @@ def console(width: int = 120) -> Console:
     if found.is_terminal or "COLUMNS" in os.environ:
         return found
     return Console(highlight=False, width=width)
+
+
+def call_text(name: str, parameters: Mapping[str, Any]) -> str:
+    """``fastv(k=3)``, or the name alone without parameters."""
+    shown = ", ".join(f"{key}={value!r}" for key, value in parameters.items())
+    return f"{name}({shown})" if shown else name
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line; its name if it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,4 +1,4 @@
-"""Tiny random models of every family and inputs for them, made on the spot: no downloads, for tests and ``foveate doctor``."""
+"""Tiny random models of every family and inputs for them, without downloads: for tests and ``foveate doctor``."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def configuration(family: str) -> Any:
 
 
 @dataclass
-class Picture:
+class PromptMedia:
     """One image (or video) of a prompt: its pixels, its size facts and how many placeholders it takes."""
 
     kind: str
@@ -141,14 +141,14 @@ class Picture:
     tokens: int
 
 
-def picture(family: str, seed: int, shape: tuple[int, ...] | None = None) -> Picture:
+def picture(family: str, seed: int, shape: tuple[int, ...] | None = None) -> PromptMedia:
     """A random image, or with a three-entry ``shape`` (frames, rows, cols of tokens) a random video."""
     g = torch.Generator().manual_seed(seed)
     if family == "llava":
-        return Picture("image", torch.randn(3, SIDE, SIDE, generator=g), torch.tensor([SIDE, SIDE]), 16)
+        return PromptMedia("image", torch.randn(3, SIDE, SIDE, generator=g), torch.tensor([SIDE, SIDE]), 16)
     if family.startswith("llava"):
         if shape is not None and len(shape) == 3:
-            return Picture(
+            return PromptMedia(
                 "video", torch.randn(shape[0], 3, SIDE, SIDE, generator=g), torch.tensor([0]), shape[0] * 4 + 1
             )
         height, width = shape or (60, 40)
@@ -157,18 +157,20 @@ def picture(family: str, seed: int, shape: tuple[int, ...] | None = None) -> Pic
     grid = torch.tensor([frames, rows * 2, cols * 2])
     pixels = torch.randn(int(grid.prod()), 3 * 2 * PATCH * PATCH, generator=g)
     kind = "video" if shape is not None and len(shape) == 3 else "image"
-    return Picture(kind, pixels, grid, frames * rows * cols)
+    return PromptMedia(kind, pixels, grid, frames * rows * cols)
 
 
-def _anyres(height: int, width: int, g: torch.Generator) -> Picture:
+def _anyres(height: int, width: int, g: torch.Generator) -> PromptMedia:
     per_side = SIDE // PATCH
     left, down, across = compat.anyres_canvas(height, width, PINPOINTS, SIDE, per_side)
     rows, cols = left.shape
     pixels = torch.randn(1 + down * across, 3, SIDE, SIDE, generator=g)
-    return Picture("image", pixels, torch.tensor([height, width]), per_side**2 + rows * (cols + 1))
+    return PromptMedia("image", pixels, torch.tensor([height, width]), per_side**2 + rows * (cols + 1))
 
 
-def inputs(family: str, samples: list[list[Picture | int]], seed: int = 0, pad_left: bool = True) -> dict[str, Tensor]:
+def inputs(
+    family: str, samples: list[list[PromptMedia | int]], seed: int = 0, pad_left: bool = True
+) -> dict[str, Tensor]:
     """Model inputs of a batch. A sample is a list of pictures and numbers of random text tokens.
 
     Several images in a LLaVA-OneVision sample are single views there, so build them with ``single_view``.
@@ -200,7 +202,7 @@ def inputs(family: str, samples: list[list[Picture | int]], seed: int = 0, pad_l
         elif family != "llava":
             made["image_sizes"] = torch.stack([p.facts for p in images])
         if family == "llava_onevision":
-            made["batch_num_images"] = torch.tensor([sum(isinstance(p, Picture) for p in s) for s in samples])
+            made["batch_num_images"] = torch.tensor([sum(isinstance(p, PromptMedia) for p in s) for s in samples])
     if videos:
         made["pixel_values_videos"] = _stack(family, [p.pixels for p in videos], video=True)
         if family.startswith("qwen"):
@@ -210,13 +212,13 @@ def inputs(family: str, samples: list[list[Picture | int]], seed: int = 0, pad_l
     return made
 
 
-def single_view(seed: int) -> Picture:
+def single_view(seed: int) -> PromptMedia:
     """An image as LLaVA-OneVision sees it beside others: one view and a newline."""
     g = torch.Generator().manual_seed(seed)
-    return Picture("image", torch.randn(1, 3, SIDE, SIDE, generator=g), torch.tensor([SIDE, SIDE]), 17)
+    return PromptMedia("image", torch.randn(1, 3, SIDE, SIDE, generator=g), torch.tensor([SIDE, SIDE]), 17)
 
 
-def _placeholders(family: str, part: Picture) -> list[int]:
+def _placeholders(family: str, part: PromptMedia) -> list[int]:
     token = IMAGE if part.kind == "image" else VIDEO
     if not family.startswith("qwen"):
         return [token] * part.tokens

@@ -1,6 +1,7 @@
 """The ``foveate`` command: ``list`` and ``show`` the methods, ``bench`` them, ``demo`` them in a browser.
 
-Exit codes: 0 all went well, 1 a run that finished but failed, 2 bad input (one line on stderr says what and what to do).
+Exit codes: 0 all went well, 1 a run that finished but failed, 2 bad input (one line on stderr says what and what to
+do).
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
 
 _ELSEWHERE = {
     "bench": ("foveate.eval_suites.running.runner", "run methods over a suite and compare accuracy, tokens and time"),
-    "speed": ("foveate.eval_suites.speed.decoder", "time methods on models of any size with random weights"),
+    "speed": ("foveate.eval_suites.speed", "time methods on models of any size with random weights"),
     "demo": ("foveate.demo.launch", "see in a browser what a model keeps of your picture"),
     "serve": ("foveate.adapters.vllm_plugin.front", "serve a model with vLLM, pictures pruned"),
     "doctor": ("foveate.eval_suites.doctor", "say what this machine has and what works on it"),

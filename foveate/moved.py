@@ -17,7 +17,7 @@ _ROOMS = {
     "adapters.families": "adapters: base llava llava_next llava_onevision llava_original",
     "adapters.engine": "adapters: decoder",
     "eval_suites.suites": "eval_suites: questions streams shapes screens clips",
-    "eval_suites.running": "eval_suites: runner meter evaluate models distributed environment compare tune certify timing "
+    "eval_suites.running": "eval_suites: runner meter models distributed environment compare tune certify timing "
     "cost budgets",
     "eval_suites.results": "eval_suites: store rows leaderboard page show",
 }
@@ -26,6 +26,9 @@ MOVED = {
     "foveate.adapters.overlay": "foveate.adapters.drawing",
     "foveate.adapters.frame_scorer": "foveate.adapters.video.frame_scorer",
     "foveate.cuda.bench": "foveate.eval_suites.speed.kernels",
+    "foveate.eval_suites.clock": "foveate.eval_suites.speed.harness",
+    "foveate.eval_suites.speed_serving": "foveate.eval_suites.speed.serving",
+    "foveate.eval_suites.speed_vit": "foveate.eval_suites.speed.vit",
 }
 """Old name -> new name."""
 

@@ -17,8 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from foveate.errors import FoveateError
-from foveate.pruners.core import BeforeLayer, InMLP, InTower, Layout, ModelInfo, Pruner, Stage, View, find
-from foveate.pruners.core.method import PRUNERS
+from foveate.pruners.core import BeforeLayer, InMLP, InTower, ModelInfo, Pruner, Stage, find
+from foveate.pruners.core.method import PRUNERS, content_decides
 
 # A method may act differently on different models, so a card shows it on two that differ in all that matters.
 EXAMPLES: dict[str, ModelInfo] = {
@@ -60,7 +60,8 @@ class Card:
     """Everything that can be said about a method without a model.
 
     Attributes:
-        stages: by model (the keys of :data:`EXAMPLES`): the stages with default parameters, or the reason why there are none.
+        stages: by model (the keys of :data:`EXAMPLES`): the stages with default parameters, or the reason why there are
+            none.
     """
 
     name: str
@@ -117,16 +118,11 @@ def card(name: str) -> Card:
         parameters=parameters,
         stages={label: _stages(method, model) if method else reason for label, model in EXAMPLES.items()},
         families=tuple(cls.families),
-        adaptive=method is not None and any(method.count(layout) is None for layout in _LAYOUTS),
+        adaptive=method is not None and content_decides(method),
         cost=cls.cost,
     )
 
 
-_LAYOUTS = (
-    Layout.grid(24, 24),
-    Layout((View(24, 24, kind="thumbnail"), *(View(24, 24, 576 + 24 * i, 48, kind="crop") for i in range(2)))),
-)
-"""A picture, and one with crops: what their content may decide about numbers."""
 _SECTION = re.compile(r"^(Args|Attributes|Parameters):\s*$", re.MULTILINE)
 _ENTRY = re.compile(r"^(\w+(?:, \w+)*)(?: \([^)]*\))?: ?(.*)$")  # "keep: …", "keep (float): …", "width, height: …"
 
@@ -273,7 +269,7 @@ def print_table(methods: Iterable[Card], console: Console | None = None) -> None
 
 
 def markdown_table(methods: Iterable[Card]) -> str:
-    """The table of :func:`print_table`, with papers, for a README; methods of our own lead to their page in docs/methods."""
+    """The table of :func:`print_table`, with papers, for a README; our own methods lead to their docs/methods page."""
     rows = [("method", "what", "paper", "acts at"), ("---",) * 4]
     rows += [(_linked(m.name), m.title, m.paper, ", ".join(f"`{hook}`" for hook in m.hooks)) for m in methods]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -323,8 +319,8 @@ def print_card(method: Card, console: Console | None = None) -> None:
     counted = "as many as the picture asks for" if method.adaptive else "a number known in advance"
     if method.inside_decoder:
         counted += (
-            "; the decoder's first layers see all of them, so the mean over its layers (of prefill work, and of the KV cache "
-            "where earlier layers are not evicted) is not the final ratio"
+            "; the decoder's first layers see all of them, so the mean over its layers (of prefill work, and of the "
+            "KV cache where earlier layers are not evicted) is not the final ratio"
         )
     for label, value in (
         ("families", ", ".join(method.families)),

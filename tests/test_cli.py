@@ -74,7 +74,6 @@ def toys() -> Iterator[None]:
         inner: Pruner
 
         title = "A wrapper"
-        adaptive = True
 
     yield
     del PRUNERS["toy-class"], PRUNERS["toy-around"]

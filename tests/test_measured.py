@@ -14,7 +14,7 @@ import pytest
 from foveate.eval_suites.speed import vit as speed_vit
 from foveate.eval_suites.terminal import versions
 from foveate.eval_suites.vision import bench as vision
-from foveate.eval_suites.vision.evaluate import Line as VisionLine
+from foveate.eval_suites.vision.evaluate import MergingFidelity
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "eval_suites/results"
@@ -31,7 +31,10 @@ OTHERS = (
     "docs/results.md",
     "docs/pospad.md",
     "docs/corematching.md",
-    *(f"eval_suites/{card}/README.md" for card in ("shapes/shapes-llava", "shapes/shapes-next", "screens/shapes-qwen")),
+    *(
+        f"eval_suites/suites/{card}/README.md"
+        for card in ("shapes/shapes-llava", "shapes/shapes-next", "screens/shapes-qwen")
+    ),
 )
 """Pages with figures that were not kept in a result file."""
 NAMED = {name: re.compile(rf"\b{name} (\d+\.\d+\.\d+)") for name in ("torch", "transformers")}
@@ -107,7 +110,7 @@ def test_generated_pages_are_up_to_date(capsys):
 
     assert page("speed_vit") == speed_vit.report(read("speed_vit"))
     for name in ("vision_shapes", "vision_fidelity"):
-        lines = [VisionLine(**line) for line in read(name)["lines"]]
+        lines = [MergingFidelity(**line) for line in read(name)["lines"]]
         assert page(name).startswith(vision.table(lines, read(name)["environment"], timed=name == "vision_shapes"))
     for run in read("speed_decoder"):
         script("speed_table").table(run)

@@ -27,6 +27,7 @@ NO_SOURCE = {"build", "dist", "__pycache__", "node_modules"}
 DATA = {".cu", ".cuh", ".html", ".jinja", ".json", ".md", ".safetensors", ".txt", ".typed"}
 # What belongs to the project at top level and must never be imported by these names.
 FOLDERS = {"adapters", "cuda", "demo", "eval_suites", "pruners"}
+TRAINING = pathlib.Path("eval_suites/training")  # recipes, which run from a checkout
 
 
 def files(root: pathlib.Path = ROOT) -> Iterator[pathlib.Path]:
@@ -99,7 +100,7 @@ def wheel(checkout: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> p
 
 def test_every_package_is_listed(setup_cfg, packages):
     found = {file.parent for file in files() if file.name == "__init__.py" and file.parts[0] != "tests"}
-    found.remove(pathlib.Path("eval_suites/training"))  # recipes, which run from a checkout
+    found.remove(TRAINING)
     assert set(packages.values()) == found
     assert setup_cfg["options"]["packages"].split() == list(packages)
 
@@ -118,11 +119,19 @@ def test_wheel_provides_one_top_level_name(wheel):
 def test_wheel_holds_all_source_and_data(wheel, checkout, packages):
     expected = set()
     for file in files(checkout):
+        if TRAINING in file.parents:
+            continue
         owner = next((name for name, folder in reversed(packages.items()) if folder in file.parents), None)
         if owner and file.suffix in DATA | {".py"}:
             expected.add(pathlib.Path(*owner.split(".")) / file.relative_to(packages[owner]))
     assert pathlib.Path("foveate/py.typed") in expected
     assert expected <= set(files(wheel))
+
+
+def test_training_recipes_stay_in_the_checkout(wheel, checkout):
+    """They read no result and no user needs them: a wheel holds none of their files."""
+    assert list((checkout / TRAINING).glob("*.py"))
+    assert not [file for file in files(wheel) if "training" in file.parts]
 
 
 def test_wheel_installs_the_command(wheel):

@@ -19,7 +19,7 @@ FACADE = {"cli", "registry_view", "attach", "__version__"}
 # what may reach up, late (inside a function), and why
 EXCEPTIONS = {
     ("eval_suites/results/page.py", "registry_view"),  # the method cards of the web page are those of `foveate show`
-    ("eval_suites/speed/decoder.py", "cli"),  # `python -m foveate.eval_suites.speed.decoder` is `foveate speed`
+    ("eval_suites/speed/__main__.py", "cli"),  # `python -m foveate.eval_suites.speed` is `foveate speed`
 }
 
 
@@ -43,8 +43,8 @@ OTHERS = {
     "pruners/cdpruner.py": "a user's CLIP; pruners stand below the adapters",
     "eval_suites/vision/subjects.py": "public methods of CLIP and SigLIP models",
     **{
-        f"eval_suites/{suite}/train.py": "a training recipe, which runs by itself"
-        for suite in ("screens", "shapes", "vision")
+        f"eval_suites/training/{model}.py": "a training recipe, which runs by itself"
+        for model in ("shapes_clip", "shapes_llava", "shapes_qwen")
     },
 }
 

@@ -1,1 +1,1 @@
-"""foveate in lmms-eval: models that take a method among their arguments, our suites as tasks, and benches on public ones."""
+"""foveate in lmms-eval: models that take a method as an argument, our suites as tasks, and benches on public ones."""

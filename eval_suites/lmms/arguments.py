@@ -10,9 +10,9 @@ from typing import Any
 import foveate
 from foveate.errors import ParameterError, nearest
 from foveate.eval_suites.running.budgets import parse_keep
+from foveate.pruners.core import Pruner, create, find
 from foveate.pruners.core.control import RandomLike
-from foveate.pruners.core.method import Pruner
-from foveate.pruners.core.registry import PRUNERS, create, find
+from foveate.pruners.core.method import PRUNERS
 
 __all__ = ["NO_IMAGE", "check_version", "method", "parameters", "split"]
 
@@ -29,8 +29,8 @@ def check_version(given: Any) -> None:
     if str(given) != foveate.__version__:
         what = "is missing" if given is None else f"is {given}, but {foveate.__version__} is installed"
         raise ParameterError(
-            f"model argument foveate_version {what}: write foveate_version={foveate.__version__}, so that answers which "
-            "another version left in lmms-eval's cache (--use_cache) are not taken for this one's"
+            f"model argument foveate_version {what}: write foveate_version={foveate.__version__}, so that answers "
+            "which another version left in lmms-eval's cache (--use_cache) are not taken for this one's"
         )
 
 

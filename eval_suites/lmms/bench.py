@@ -1,7 +1,8 @@
-"""``foveate bench --suite lmms:pope,gqa,…``: public benchmarks through lmms-eval, with their answers in our result store.
+"""``foveate bench --suite lmms:pope,gqa,…``: public benchmarks through lmms-eval, answers in our result store.
 
-lmms-eval runs in this process, on one model that stays loaded while methods change: what goes wrong is an exception here,
-and not a line in the log of a program that ends with exit code 0. Its answer cache is not used; the store knows what is done.
+lmms-eval runs in this process, on one model that stays loaded while methods change: what goes wrong is an exception
+here, and not a line in the log of a program that ends with exit code 0. Its answer cache is not used; the store knows
+what is done.
 """
 
 from __future__ import annotations
@@ -33,15 +34,16 @@ from foveate.eval_suites.running import models, runner
 from foveate.eval_suites.running.cost import DecoderShape
 from foveate.eval_suites.running.distributed import world
 from foveate.eval_suites.running.environment import environment
-from foveate.eval_suites.running.meter import BudgetMismatch, Run
-from foveate.pruners.core.method import Keep
+from foveate.eval_suites.running.meter import BudgetMismatch, MethodRun
+from foveate.eval_suites.terminal import one_line
+from foveate.pruners.core import Keep
 
 __all__ = ["PREFIX", "Kept", "Outcome", "answers", "bench", "check_installed", "run"]
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "lmms:"
-"""In front of benchmarks in ``--suite``."""
+"""Before benchmarks in ``--suite``."""
 
 
 def check_installed() -> None:
@@ -49,16 +51,19 @@ def check_installed() -> None:
     missing = [name for name in ("lmms_eval", "decord") if importlib.util.find_spec(name) is None]
     if missing:
         raise FoveateError(
-            f"suites behind {PREFIX} run through lmms-eval, and {' and '.join(missing)} {'are' if missing[1:] else 'is'} not installed here: "
-            "run `pip install 'foveate[eval]'`"
+            f"suites after {PREFIX} run through lmms-eval, and {' and '.join(missing)} "
+            f"{'are' if missing[1:] else 'is'} not installed here: run `pip install 'foveate[eval]'`"
         )
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one run of a benchmark gave: an answer per document, what was done with positions, and the number papers quote.
+    """What one run of a benchmark gave.
 
-    ``quoted`` is None where documents failed, and where the first ones hold none of what the number is made of.
+    Attributes:
+        answers: one per document.
+        positions: what was done with positions, by hook point.
+        quoted: the number that papers quote; None where documents failed, or the first ones hold nothing of it.
     """
 
     answers: list[Answer]
@@ -81,7 +86,7 @@ def bench(
     out: str | os.PathLike[str] | None = None,
     fresh: str = "",
     retry: bool = False,
-    runs: Sequence[Run] | None = None,
+    runs: Sequence[MethodRun] | None = None,
 ) -> list[Leaderboard]:
     """Run methods over public benchmarks, beside the unpruned model, a blind one and the baselines.
 
@@ -100,9 +105,9 @@ def bench(
     """
     if (started := world().size) > 1:
         raise ParameterError(
-            f"suites behind {PREFIX} run in one process, but this is one of {started} that torchrun or accelerate started: "
-            "give every GPU a command of its own, with benchmarks of its own and the same --out (`CUDA_VISIBLE_DEVICES=0 "
-            "foveate bench --suite lmms:pope ...`); several may write to one file"
+            f"suites after {PREFIX} run in one process, but this is one of {started} that torchrun or accelerate "
+            "started: give every GPU a command of its own, with benchmarks of its own and the same --out "
+            "(`CUDA_VISIBLE_DEVICES=0 foveate bench --suite lmms:pope ...`); several may write to one file"
         )
     chosen = {name: benchmarks.find(name) for name in _names(names)}
     if batch_size < 1 or (limit is not None and limit < 1):
@@ -178,13 +183,8 @@ def load(model: str, family: str, batch_size: int, device: str | None, dtype: st
     elif dtype not in (None, "bfloat16"):
         raise ParameterError(f"dtype={dtype!r}: lmms-eval loads this family in bfloat16 and nothing else")
     try:
-        lm = get_model(family)(
-            pretrained=models.source(model),
-            device=device,
-            batch_size=batch_size,
-            foveate_version=foveate.__version__,
-            **options,
-        )
+        options |= {"pretrained": models.source(model), "device": device, "batch_size": batch_size}
+        lm = get_model(family)(**options, foveate_version=foveate.__version__)
     except FoveateError:
         raise
     except Exception as error:
@@ -230,13 +230,13 @@ def _documents(benchmark: Benchmark, manager: Any, limit: int | None) -> list[st
         return [f"{task.doc_to_text(doc)}\0{task.doc_to_target(doc)}" for doc in itertools.islice(docs, limit)]
     except Exception as error:  # datasets and huggingface_hub raise what they like
         raise FoveateError(
-            f"the data of {PREFIX}{benchmark.task} cannot be had: {_line(error)}; it needs the network once, or a filled "
-            "cache of Hugging Face data sets (HF_HOME)"
+            f"the data of {PREFIX}{benchmark.task} cannot be had: {_line(error)}; it needs the network once, or a "
+            "filled cache of Hugging Face data sets (HF_HOME)"
         ) from error
 
 
 def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = one_line(error)
     return text if len(text) <= 300 else text[:297] + "..."
 
 
@@ -247,7 +247,7 @@ def _measure(
     name: str,
     benchmark: Benchmark,
     manager: Any,
-    runs: Sequence[Run],
+    runs: Sequence[MethodRun],
     positions: str,
     limit: int | None,
     documents: int,
@@ -302,7 +302,9 @@ class Kept:
     """Answers of a run in the result file as soon as they are given; lmms-eval scores them when it has all of them.
 
     Attributes:
-        run: its number in the store; task: of lmms-eval; label: what the progress bar says.
+        run: its number in the store.
+        task: of lmms-eval.
+        label: what the progress bar says.
     """
 
     store: Store
@@ -332,19 +334,19 @@ def _sample(task: str, document: Any) -> str:
     return f"{task}-{document}"
 
 
-def _called(run: Run) -> str:
+def _called(run: MethodRun) -> str:
     parts = [run.label]
     parts += [] if run.keep is None else [f"keep {run.keep:.4g}"]
     parts += [] if run.seed is None else [f"seed {run.seed}"]
     return ", ".join(parts)
 
 
-def run(lm: Any, run: Run, benchmark: Benchmark, manager: Any, positions: str, limit: int | None) -> Outcome:
+def run(lm: Any, run: MethodRun, benchmark: Benchmark, manager: Any, positions: str, limit: int | None) -> Outcome:
     """One method over one benchmark.
 
     Raises:
-        BudgetMismatch: it kept another number of tokens than it should. FoveateError: lmms-eval does not give the number
-            that papers quote, although all documents were asked.
+        BudgetMismatch: it kept another number of tokens than it should. FoveateError: lmms-eval does not give the
+            number that papers quote, although all documents were asked.
     """
     from lmms_eval.evaluator import simple_evaluate
 
@@ -382,7 +384,8 @@ def answers(samples: Sequence[Mapping[str, Any]], benchmark: Benchmark, layers: 
     """Samples as lmms-eval logs them, from its results or its ``_samples_….jsonl``.
 
     Raises:
-        FoveateError: they were not counted by foveate's models (answers out of lmms-eval's cache never are), or not scored.
+        FoveateError: they were not counted by foveate's models (answers out of lmms-eval's cache never are), or not
+            scored.
     """
     read = []
     for number, sample in enumerate(sorted(samples, key=lambda sample: sample["doc_id"])):
@@ -394,8 +397,8 @@ def answers(samples: Sequence[Mapping[str, Any]], benchmark: Benchmark, layers: 
             continue
         if tokens is None or len(tokens) != layers:
             raise FoveateError(
-                f"document {sample['doc_id']} of {benchmark.task} comes without its number of visual tokens: run it with "
-                "one of foveate's models and without --use_cache"
+                f"document {sample['doc_id']} of {benchmark.task} comes without its number of visual tokens: run it "
+                "with one of foveate's models and without --use_cache"
             )
         text = sample["filtered_resps"]
         while isinstance(text, list):

@@ -18,18 +18,23 @@ class Benchmark:
     """A task of lmms-eval.
 
     Attributes:
-        task: its name there; title: what it asks, in a line.
+        task: its name there.
+        title: what it asks, in a line.
         metric: the entry of a logged sample that holds its score; several where a sample has one of them.
         score: reads the score in [0, 1] from that entry.
-        headline: aggregated metrics whose sum papers quote; scale: what lmms-eval's number is multiplied by for that.
+        headline: aggregated metrics whose sum papers quote, by default those of the samples.
+        scale: what lmms-eval's number is multiplied by for that.
     """
 
     task: str
     title: str
-    metric: tuple[str, ...]
-    score: Callable[[Any], float]
-    headline: tuple[str, ...]
+    metric: tuple[str, ...] = ("exact_match",)
+    score: Callable[[Any], float] = float
+    headline: tuple[str, ...] = ()
     scale: float = 100.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "headline", self.headline or self.metric)
 
     def read(self, sample: Mapping[str, Any]) -> float:
         """The score of a logged sample.
@@ -78,43 +83,25 @@ def _overlap(entry: Mapping[str, Any]) -> float:
     return float(union > 0 and shared / union >= 0.5)
 
 
-_EXACT = {"metric": ("exact_match",), "score": float, "headline": ("exact_match",)}
+_SCORE, _CORRECT = _field("score"), _field("correct")
+_MME = ("mme_perception_score", "mme_cognition_score")
 
 BENCHMARKS = {
-    "pope": Benchmark(
-        "pope", "is this object in the picture?", ("pope_accuracy",), _field("score"), ("pope_f1_score",)
-    ),
+    "pope": Benchmark("pope", "is this object in the picture?", ("pope_accuracy",), _SCORE, ("pope_f1_score",)),
     "mme": Benchmark(
-        "mme",
-        "14 abilities, yes or no; perception and cognition together, up to 2800",
-        ("mme_perception_score", "mme_cognition_score"),
-        _field("score"),
-        ("mme_perception_score", "mme_cognition_score"),
-        1.0,
+        "mme", "14 abilities, yes or no; perception and cognition together, up to 2800", _MME, _SCORE, scale=1.0
     ),
     "mme-perception": Benchmark(
-        "mme",
-        "MME, of which the perception score is quoted, up to 2000",
-        ("mme_perception_score", "mme_cognition_score"),
-        _field("score"),
-        ("mme_perception_score",),
-        1.0,
+        "mme", "MME, of which the perception score is quoted, up to 2000", _MME, _SCORE, _MME[:1], 1.0
     ),
-    "gqa": Benchmark("gqa", "composed questions about photographs", **_EXACT),
-    "textvqa": Benchmark("textvqa_val", "questions about text in photographs, without OCR hints", **_EXACT),
-    "vqav2": Benchmark("vqav2_val", "questions about photographs (validation split)", **_EXACT),
-    "vizwiz": Benchmark("vizwiz_vqa_val", "questions of blind people (validation split)", **_EXACT),
-    "scienceqa": Benchmark("scienceqa_img", "school questions with a picture", **_EXACT),
-    "docvqa": Benchmark("docvqa_val", "questions about scanned documents", ("anls",), float, ("anls",)),
-    "chartqa": Benchmark("chartqa", "questions about charts", ("relaxed_overall",), float, ("relaxed_overall",)),
-    "ocrbench": Benchmark(
-        "ocrbench",
-        "reading, up to 1000",
-        ("ocrbench_accuracy",),
-        _field("score"),
-        ("ocrbench_accuracy",),
-        1000.0,
-    ),
+    "gqa": Benchmark("gqa", "composed questions about photographs"),
+    "textvqa": Benchmark("textvqa_val", "questions about text in photographs, without OCR hints"),
+    "vqav2": Benchmark("vqav2_val", "questions about photographs (validation split)"),
+    "vizwiz": Benchmark("vizwiz_vqa_val", "questions of blind people (validation split)"),
+    "scienceqa": Benchmark("scienceqa_img", "school questions with a picture"),
+    "docvqa": Benchmark("docvqa_val", "questions about scanned documents", ("anls",)),
+    "chartqa": Benchmark("chartqa", "questions about charts", ("relaxed_overall",)),
+    "ocrbench": Benchmark("ocrbench", "reading, up to 1000", ("ocrbench_accuracy",), _SCORE, scale=1000.0),
     "seedbench": Benchmark(
         "seedbench",
         "multiple choice, of which the share on pictures is quoted",
@@ -127,61 +114,42 @@ BENCHMARKS = {
         "SEED-Bench, of which the share on pictures and videos is quoted",
         ("seed_all",),
         _same("pred", "answer"),
-        ("seed_all",),
     ),
     "refcoco": Benchmark(
         "refcoco_bbox_rec_val",
         "where is what a phrase describes (boxes that overlap by half)",
         ("refcoco_ACC@0.5",),
         _overlap,
-        ("refcoco_ACC@0.5",),
     ),
     "screenspot": Benchmark(
-        "screenspot_rec_test",
-        "boxes on screenshots (overlap by half)",
-        ("screenspot_ACC@0.5",),
-        _overlap,
-        ("screenspot_ACC@0.5",),
+        "screenspot_rec_test", "boxes on screenshots (overlap by half)", ("screenspot_ACC@0.5",), _overlap
     ),
-    "screenspot-v2": Benchmark(
-        "screenspot_v2",
-        "clicks on screenshots",
-        ("screenspot_v2_action_acc",),
-        _field("correct"),
-        ("screenspot_v2_action_acc",),
-    ),
+    "screenspot-v2": Benchmark("screenspot_v2", "clicks on screenshots", ("screenspot_v2_action_acc",), _CORRECT),
     "screenspot-pro": Benchmark(
-        "screenspot_pro",
-        "clicks on large professional screens",
-        ("screenspot_pro_action_acc",),
-        _field("correct"),
-        ("screenspot_pro_action_acc",),
+        "screenspot_pro", "clicks on large professional screens", ("screenspot_pro_action_acc",), _CORRECT
     ),
     "videomme": Benchmark(
         "videomme",
         "multiple choice about videos of any length, without subtitles",
         ("videomme_perception_score",),
-        _field("score"),
-        ("videomme_perception_score",),
-        1.0,
+        _SCORE,
+        scale=1.0,
     ),
     "mlvu": Benchmark(
         "mlvu_dev",
         "multiple choice about long videos",
         ("mlvu_percetion_score",),  # as lmms-eval spells it
         _same("pred_answer", "answer"),
-        ("mlvu_percetion_score",),
-        1.0,
+        scale=1.0,
     ),
     "longvideobench": Benchmark(
         "longvideobench_val_v",
         "multiple choice about long videos (validation split)",
         ("lvb_acc",),
         _same("parsed_pred", "answer"),
-        ("lvb_acc",),
     ),
 }
-"""Name -> benchmark, behind ``lmms:`` in ``foveate bench --suite``."""
+"""Name -> benchmark, after ``lmms:`` in ``foveate bench --suite``."""
 
 
 def find(name: str) -> Benchmark:
@@ -192,7 +160,7 @@ def find(name: str) -> Benchmark:
     """
     ours = {PREFIX + suite.replace("-", "_"): suite for suite in SUITES}
     if name in ours:
-        return Benchmark(name, f"the suite {ours[name]} within lmms-eval", (METRIC,), float, (METRIC,))
+        return Benchmark(name, f"the suite {ours[name]} within lmms-eval", (METRIC,))
     if name not in BENCHMARKS:
         raise UnknownNameError(f"unknown benchmark lmms:{name}; {nearest(name, BENCHMARKS)}")
     return BENCHMARKS[name]

@@ -15,7 +15,7 @@ CLASSES = {
     "foveate_qwen2_5_vl": {"chat": "Qwen25VLChat"},
     "foveate_qwen3_vl": {"chat": "Qwen3VLChat"},
 }
-"""Name -> classes of :mod:`foveate.eval_suites.lmms.models`; Qwen's simple class re-encodes pictures as JPEG and is left out."""
+"""Name -> classes of :mod:`foveate.eval_suites.lmms.models`; without Qwen's simple class, which re-encodes as JPEG."""
 
 MODELS = {
     "llava": "foveate_llava_hf",

@@ -1,4 +1,4 @@
-"""lmms-eval's models with a method on them: ``--model foveate_llava_hf --model_args pretrained=…,pruner=hiprune,keep=0.25,…``.
+"""lmms-eval's models with a method: ``--model foveate_llava_hf --model_args pretrained=…,pruner=hiprune,keep=0.25``.
 
 A method's parameters stand among the model's arguments because lmms-eval's answer cache looks at nothing else. What the
 decoder really sees is counted prompt by prompt; a budget that was not kept ends the run with an error.
@@ -28,7 +28,7 @@ from foveate.errors import FoveateError, InputError, ParameterError
 from foveate.eval_suites.lmms import arguments
 from foveate.eval_suites.lmms.watch import Said, Watch
 from foveate.eval_suites.running.meter import GREY, BudgetMismatch
-from foveate.pruners.core.method import Pruner, view_id
+from foveate.pruners.core import Pruner, view_id
 
 __all__ = ["Journal", "LlavaHf", "LlavaHfChat", "LlavaOnevision", "LlavaOnevisionChat", "Qwen3VLChat", "Qwen25VLChat"]
 
@@ -65,11 +65,11 @@ class Journal(Protocol):
 
 
 class Pruned:
-    """Mixed into a model of lmms-eval, in front of its class.
+    """Mixed into a model of lmms-eval, before its class.
 
     Args:
-        pruner: name of a method (``random@METHOD``: the control of one; ``no-image``: grey pictures); its parameters stand
-            beside it. None: nothing is pruned.
+        pruner: name of a method (``random@METHOD``: the control of one; ``no-image``: grey pictures); its parameters
+            stand beside it. None: nothing is pruned.
         positions: as for :func:`foveate.attach`.
         foveate_version: the installed version, see :func:`foveate.eval_suites.lmms.arguments.check_version`.
 
@@ -114,7 +114,7 @@ class Pruned:
             self._watch = None
 
     def clean(self) -> None:
-        """lmms-eval drops the model behind every evaluation; :attr:`kept_for_later` holds on to it."""
+        """lmms-eval drops the model after every evaluation; :attr:`kept_for_later` holds on to it."""
         if not self.kept_for_later:
             self.unuse()
             super().clean()
@@ -146,7 +146,7 @@ class Pruned:
 
     @property
     def rank(self) -> int:
-        """lmms-eval shows a bar per call where this is 0; with a journal there is a call per batch, and one bar for all."""
+        """lmms-eval shows a bar per call where this is 0; with a journal there is one bar for all calls."""
         return 1 if self._silent else super().rank
 
     def _said_or_failed(self, batch: Sequence[Instance]) -> list[Said]:
@@ -181,8 +181,8 @@ class Pruned:
         asked = [(request.task_name, request.doc_id) for request in requests]
         if len(watch.prompts) != len(self._docs) or not seen.keys() >= set(asked):
             raise BudgetMismatch(
-                f"the model was called with {len(watch.prompts)} prompts for {len(self._docs)} documents: what was pruned "
-                "for which is not known"
+                f"the model was called with {len(watch.prompts)} prompts for {len(self._docs)} documents: what was "
+                "pruned for which is not known"
             )
         counted = []
         for document, result in zip(asked, results, strict=True):
@@ -198,11 +198,8 @@ class Pruned:
         """The request, noting when its document is looked at; with grey pictures where nothing is to be seen."""
         shown = copy.copy(request)
         place, change = (2, self._simple) if self.is_simple else (1, self._chat)
-        shown.arguments = (
-            *request.args[:place],
-            change(request.args[place], request.task_name, request.doc_id),
-            *request.args[place + 1 :],
-        )
+        changed = change(request.args[place], request.task_name, request.doc_id)
+        shown.arguments = (*request.args[:place], changed, *request.args[place + 1 :])
         return shown
 
     def _simple(self, doc_to_visual: Callable[..., list[Any]], task: str, doc_id: Any) -> Callable[..., list[Any]]:
@@ -290,14 +287,8 @@ class _Batches(llava_hf.LlavaHf):
     @torch.no_grad()
     def _answer(self, asked: Sequence[tuple[str, list[Any], list[Any]]], settings: dict[str, Any]) -> list[str]:
         texts = [text for text, _, _ in asked]
-        media = {
-            kind: found
-            for kind, found in (
-                ("images", [image for _, images, _ in asked for image in images]),
-                ("videos", [video for _, _, videos in asked for video in videos]),
-            )
-            if found
-        }
+        images, videos = ([one for found in asked for one in found[place]] for place in (1, 2))
+        media = ({"images": images} if images else {}) | ({"videos": videos} if videos else {})
         inputs = self._image_processor(text=texts, padding=True, return_tensors="pt", **media)
         inputs = inputs.to(self._device, self.model.dtype)
         sampled = settings.get("temperature", 0) > 0

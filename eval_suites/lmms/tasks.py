@@ -1,7 +1,7 @@
 """Our suites as tasks of lmms-eval, written to a folder for ``--include_path``.
 
-A document is a sample's number: suites draw the same samples on every machine, so pictures and videos are made anew where
-they are needed, and scored by the suite's own rule. Nothing is downloaded.
+A document is a sample's number: suites draw the same samples on every machine, so pictures and videos are made anew
+where they are needed, and scored by the suite's own rule. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from foveate.eval_suites.suites import Sample, Suite
 __all__ = ["METRIC", "PREFIX", "add_arguments", "export", "main"]
 
 PREFIX = "foveate_"
-"""In front of a suite's name in lmms-eval, which has ``_`` where the suite has ``-``."""
+"""Before a suite's name in lmms-eval, which has ``_`` where the suite has ``-``."""
 METRIC = "right"
 
 _UTILS = '''"""Functions of the tasks beside this file; foveate has to be installed."""
@@ -79,17 +79,9 @@ def export(
         task = PREFIX + suite.name.replace("-", "_")
         drawn = suite.seed if seed is None else seed
         data = folder / f"{task}.jsonl"
+        head = {"suite": suite.name, "seed": drawn, "limit": limit}
         documents = [
-            {
-                "suite": suite.name,
-                "seed": drawn,
-                "limit": limit,
-                "number": number,
-                "id": sample.id,
-                "task": sample.task,
-                "question": sample.question,
-                "answer": sample.answer,
-            }
+            {**head, "number": number, **{name: getattr(sample, name) for name in ("id", "task", "question", "answer")}}
             for number, sample in enumerate(suite.samples(limit, drawn))
         ]
         data.write_text("".join(json.dumps(document) + "\n" for document in documents), encoding="utf-8")
@@ -118,7 +110,8 @@ def _sample(doc: dict[str, Any]) -> tuple[Suite, Sample]:
     sample = samples[doc["number"]]
     if (sample.id, sample.question, sample.answer) != (doc["id"], doc["question"], doc["answer"]):
         raise FoveateError(
-            f"task data of {doc['suite']} is of another version of foveate (sample {doc['id']}); run `foveate suites export` again"
+            f"task data of {doc['suite']} is of another version of foveate (sample {doc['id']}); run `foveate suites "
+            "export` again"
         )
     return suite, sample
 
@@ -191,6 +184,7 @@ def _export(args: argparse.Namespace) -> int:
     names = [name.strip() for name in args.suite.split(",") if name.strip()]
     tasks = export(args.folder, names, args.limit, args.seed)
     print(
-        f"wrote {', '.join(tasks)}; use them with: --include_path {Path(args.folder).resolve()} --tasks {','.join(tasks)}"
+        f"wrote {', '.join(tasks)}; use them with: --include_path {Path(args.folder).resolve()} --tasks "
+        f"{','.join(tasks)}"
     )
     return 0

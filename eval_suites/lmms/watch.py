@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,15 +12,22 @@ import torch
 from foveate.adapters import Session, attach
 from foveate.adapters.families.base import adapter_for
 from foveate.errors import UnsupportedModelError
-from foveate.eval_suites.running.meter import seen_pruned, seen_unpruned
-from foveate.pruners.core.method import Pruner
+from foveate.eval_suites.running.meter import prefill_widths, seen_pruned, seen_unpruned
+from foveate.pruners.core import Pruner
 
 __all__ = ["Said", "Seen", "Watch"]
 
 
 @dataclass(frozen=True)
 class Seen:
-    """Of one prompt: visual tokens that each decoder layer saw and caches, those asked for, and the tokens of its text."""
+    """What was counted of one prompt.
+
+    Attributes:
+        tokens: visual tokens that each decoder layer saw.
+        cached: visual tokens that each layer caches.
+        asked: visual tokens asked for.
+        text_tokens: tokens of its text.
+    """
 
     tokens: tuple[int, ...]
     cached: tuple[int, ...]
@@ -43,7 +51,8 @@ class Watch:
     Every prompt that goes through the model adds to :attr:`prompts`, in the order of the rows of its batch.
 
     Raises:
-        UnsupportedModelError: the method cannot work on this model, or works in front of the processor, which is not ours here.
+        UnsupportedModelError: the method cannot work on this model, or works before the processor, which is not
+            ours here.
     """
 
     def __init__(self, model: torch.nn.Module, pruner: Pruner | None, positions: str = "auto") -> None:
@@ -51,23 +60,18 @@ class Watch:
         self.prompts: list[Seen] = []
         if pruner is not None and not pruner.stages(self.adapter.info):
             raise UnsupportedModelError(
-                f"{pruner.name} works on pictures in front of the processor of a {type(model).__name__}; within lmms-eval "
+                f"{pruner.name} works on pictures before the processor of a {type(model).__name__}; within lmms-eval "
                 "only methods inside the model can be used"
             )
         self.session: Session | None = None if pruner is None else attach(model, pruner, positions=positions)
-        self._widths: list[int] = []
-        layers = list(self.adapter.text_model.layers)
-        self._handles = [layer.register_forward_pre_hook(self._layer, with_kwargs=True) for layer in layers]
-        self._handles += [
-            model.register_forward_pre_hook(self._begin, with_kwargs=True),
-            model.register_forward_hook(self._end, with_kwargs=True),
-        ]
+        self._hooks = ExitStack()
+        self._widths = self._hooks.enter_context(prefill_widths(self.adapter))
+        self._hooks.callback(model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
+        self._hooks.callback(model.register_forward_hook(self._end, with_kwargs=True).remove)
 
     def close(self) -> None:
         """Leave the model as it was."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._hooks.close()
         if self.session is not None:
             self.session.detach()
             self.session = None
@@ -81,9 +85,6 @@ class Watch:
         self._widths.clear()
         if self.session is not None and _is_prompt(kwargs):
             self.session.trace = None
-
-    def _layer(self, layer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self._widths.append((args[0] if args else kwargs["hidden_states"]).shape[1])
 
     def _end(self, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         if not _is_prompt(kwargs):

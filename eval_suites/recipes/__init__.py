@@ -1,7 +1,7 @@
 """``foveate reproduce``: settings that papers published, run with our code, and both numbers side by side.
 
-A recipe is an entry of a YAML file in this folder: method and parameters, model, the geometry it was published for, and the
-scores with their source. Scores are only what the source prints; nothing is filled in.
+A recipe is an entry of a YAML file in this folder: method and parameters, model, the geometry it was published for, and
+the scores with their source. Scores are only what the source prints; nothing is filled in.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from typing import Any
 from foveate.errors import FoveateError, ParameterError, UnknownNameError
 from foveate.eval_suites.lmms.benchmarks import BENCHMARKS
 from foveate.eval_suites.results.leaderboard import Leaderboard
-from foveate.eval_suites.terminal import console
-from foveate.pruners.core.method import Layout, Pruner
-from foveate.pruners.core.registry import create
+from foveate.eval_suites.terminal import call_text, console
+from foveate.pruners.core import Layout, Pruner, create
 
 __all__ = ["ELSEWHERE", "Recipe", "add_arguments", "find", "main", "recipes"]
 
@@ -43,12 +42,16 @@ class Recipe:
     """A published setting.
 
     Attributes:
-        name: ``hiprune-llava15-192``; method, parameters: ours; model: on the hub (no source names a
-            revision).
-        paper: where the method is from; source: where the scores are from; note: what to know when comparing.
+        name: ``hiprune-llava15-192``.
+        method, parameters: ours.
+        model: on the hub (no source names a revision).
+        paper: where the method is from.
+        source: where the scores are from.
+        note: what to know when comparing.
         unpruned, published: scores by benchmark, in the paper's units; {} where none could be read.
-        layout: grids of the published geometry, ``[[24, 24]]``, or ``{video: [frames, rows, columns]}``; kept: visual tokens
-            that the source names for it. share: the fraction it names where the geometry depends on the picture.
+        layout: grids of the published geometry, ``[[24, 24]]``, or ``{video: [frames, rows, columns]}``.
+        kept: visual tokens that the source names for it. share: the fraction it names where the geometry depends on the
+            picture.
         benchmarks: what is run where it is not what was published. needs: what keeps us from running it at all.
     """
 
@@ -175,21 +178,15 @@ def _print_all() -> None:
     table = Table(name, "method", Column("model", overflow="fold"), "tokens", "runs", "published, source", box=None)
     for recipe in recipes().values():
         tokens = recipe.kept if recipe.kept is not None else f"{recipe.share:.1%}" if recipe.share else ""
-        table.add_row(
-            recipe.name,
-            recipe.method,
-            recipe.model,
-            str(tokens),
-            "no: needs " + recipe.needs if recipe.needs else ", ".join(recipe.runs) or "-",
-            f"{recipe.paper}, {recipe.source}",
-        )
+        runs = f"no: needs {recipe.needs}" if recipe.needs else ", ".join(recipe.runs) or "-"
+        source = f"{recipe.paper}, {recipe.source}"
+        table.add_row(recipe.name, recipe.method, recipe.model, str(tokens), runs, source)
     console(220).print(table)
 
 
 def _announce(recipe: Recipe, model: str, chosen: list[str]) -> None:
-    parameters = ", ".join(f"{name}={value!r}" for name, value in recipe.parameters.items())
     geometry = recipe.geometry
-    print(f"{recipe.name}: {recipe.method}({parameters}) on {model}")
+    print(f"{recipe.name}: {call_text(recipe.method, recipe.parameters)} on {model}")
     print(f"source: {recipe.paper}, {recipe.source}")
     if recipe.kept is not None and geometry is not None:
         print(f"tokens: {recipe.kept} of {geometry.size} ({Fraction(recipe.kept, geometry.size)})")
@@ -200,7 +197,7 @@ def _announce(recipe: Recipe, model: str, chosen: list[str]) -> None:
 
 def _run(recipe: Recipe, model: str, chosen: list[str], args: argparse.Namespace) -> int:
     from foveate.eval_suites.lmms import bench as through
-    from foveate.eval_suites.running.meter import Run
+    from foveate.eval_suites.running.meter import MethodRun
 
     if recipe.needs:
         _compare(recipe, {})
@@ -208,16 +205,9 @@ def _run(recipe: Recipe, model: str, chosen: list[str], args: argparse.Namespace
     if not chosen:
         _compare(recipe, {})
         raise FoveateError(f"{recipe.name} cannot be run here: none of its benchmarks can (see the table)")
-    runs = [Run("unpruned", None), Run(recipe.method, recipe.pruner)]
-    boards = through.bench(
-        model,
-        ",".join(chosen),
-        runs=runs,
-        limit=args.limit,
-        batch_size=args.batch_size,
-        device=args.device,
-        out=args.out,
-    )
+    runs = [MethodRun("unpruned", None), MethodRun(recipe.method, recipe.pruner)]
+    options = {name: getattr(args, name) for name in ("limit", "batch_size", "device", "out")}
+    boards = through.bench(model, ",".join(chosen), runs=runs, **options)
     _compare(recipe, _ours(boards, through.PREFIX))
     if args.limit:
         print(f"only the first {args.limit} documents of each benchmark: these scores do not compare with the paper's")
@@ -238,7 +228,7 @@ def _ours(boards: Sequence[Leaderboard], prefix: str) -> dict[tuple[str, str], f
 
 
 def _compare(recipe: Recipe, ours: Mapping[tuple[str, str], float | None]) -> None:
-    """Print published scores and ours; ``ours`` by benchmark and label of the run, None (``?``) if there is no number."""
+    """Print published scores and ours, which are by benchmark and label of the run, None (``?``) without a number."""
     from rich.table import Table
 
     table = Table(box=None)

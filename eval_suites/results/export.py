@@ -1,4 +1,4 @@
-"""``foveate results``: take result files out (CSV, JSON, Parquet), put them together, and say where two of them differ."""
+"""``foveate results``: export result files (CSV, JSON, Parquet), put them together, and say where two differ."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from foveate.eval_suites.results.rows import Row, Status, mean_sd
@@ -18,13 +19,13 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
     from rich.table import Table
 
-    from foveate.pruners.core.method import Keep
+    from foveate.pruners.core import Keep
 
-__all__ = ["COLUMNS", "Column", "Leaderboard", "Line", "Section"]
+__all__ = ["COLUMNS", "Column", "Leaderboard", "MethodRows", "Section"]
 
 
 @dataclass
-class Line:
+class MethodRows:
     """What a table shows in one line: a row, or the rows of one method at one budget that differ in their seed."""
 
     rows: list[Row]
@@ -41,7 +42,7 @@ class Line:
 
     @property
     def leads(self) -> bool:
-        """Whether it is the best of its budget or not told from it; see :func:`foveate.eval_suites.running.compare.compare`."""
+        """Whether it is the best of its budget or not told from it (``running.compare``)."""
         return any(row.leads for row in self.rows)
 
     def mean(self, name: str) -> float | None:
@@ -50,7 +51,7 @@ class Line:
         return None if None in values else statistics.fmean(values)
 
     def timing(self, batch: int, name: str) -> float | None:
-        """An attribute of the timing in batches of ``batch``: of the first row that has one, for a method's seeds cost alike."""
+        """An attribute of the timing in batches of ``batch``, of the first row that has one: seeds cost alike."""
         values = (getattr(row.timings[batch], name) for row in self.rows if self.measured and batch in row.timings)
         return next((value for value in values if value is not None), None)
 
@@ -72,7 +73,7 @@ class Line:
 
     @property
     def versus_random(self) -> str:
-        """Percentage points, with a star if the difference from random choice is no accident."""
+        """Percentage points, with a star if the difference from random choice is not an accident."""
         found = self.first.versus_random
         if found is None:
             return ""
@@ -95,7 +96,7 @@ class Section:
     """Lines of equal budget: the best accuracy first, then what could not be measured."""
 
     title: str
-    lines: list[Line]
+    lines: list[MethodRows]
 
 
 # ------------------------------------------------------------------------------------------------------------ columns
@@ -106,35 +107,61 @@ class Column:
     """A column of the tables.
 
     Attributes:
-        head: its title; text: what it shows of a line; note: what a reader has to know.
-        rank: which columns go first where there is little room (the highest), None: never.
+        head: its title.
+        text: what it shows of a line.
         value: the number that it is sorted by, None where there is none.
+        rank: which columns go first where there is little room (the highest), None: never.
         markdown: whether Markdown shows it.
     """
 
     head: str
-    text: Callable[[Line], str]
-    value: Callable[[Line], float | None]
-    note: str = ""
+    text: Callable[[MethodRows], str]
+    value: Callable[[MethodRows], float | None]
     rank: int | None = None
     markdown: bool = True
 
+    @property
+    def note(self) -> str:
+        """What a reader has to know."""
+        name = "×8" if self.head.endswith("×8") else self.head
+        return f"{name}: {_NOTES[name]}" if name in _NOTES else ""
+
+
+_NOTES = {
+    "quoted": "the score as papers give it; ? where samples failed, or lmms-eval gave none.",
+    "vs random": "percentage points above random choice with as many tokens on the average; * differs from it "
+    f"(paired test, p < {ALPHA}, corrected for the number of methods).",
+    "rel.": "% of the unpruned accuracy.",
+    "hard": "accuracy on the samples that the downsampled picture of the same budget gets wrong.",
+    "loyal": "% of answers equal to the unpruned model's.",
+    "tokens": "that the decoder saw, mean over its layers.",
+    "last": "tokens in the last layer.",
+    "FLOPs": "of the decoder's prefill for a sample, by arithmetic from the tokens that each layer saw.",
+    "KV": "of the caches after it, likewise.",
+    "prefill": "milliseconds to the first token, one sample a call, warm, without the processor.",
+    "gain": "time to the first token of the unpruned model divided by the row's, one sample a call, measured in turns.",
+    "decode": "milliseconds per further token.",
+    "select": "milliseconds for choosing, a part of prefill; empty where it happens inside the vision tower.",
+    "peak": "most memory of tensors at once in a prefill, beyond weights and inputs.",
+    "×8": "eight samples a call, for all of them.",
+}
+
 
 def _column(
-    head: str, name: str, shown: Callable[[float], str], note: str = "", rank: int | None = None, markdown: bool = True
+    head: str, name: str, shown: Callable[[float], str], rank: int | None = None, markdown: bool = True
 ) -> Column:
     """Of an attribute of the rows; of ``name/8``, of their timing in batches of 8."""
     name, _, batch = name.partition("/")
 
-    def value(line: Line) -> float | None:
+    def value(line: MethodRows) -> float | None:
         return line.timing(int(batch), name) if batch else line.mean(name)
 
-    def text(line: Line) -> str:
+    def text(line: MethodRows) -> str:
         found = value(line)
         mark = "~" if line.first.adaptive and name.startswith("tokens") else ""
         return "" if found is None else mark + shown(found)
 
-    return Column(head, text, value, note, rank, markdown)
+    return Column(head, text, value, rank, markdown)
 
 
 def _percent_of(share: float) -> str:
@@ -164,91 +191,38 @@ def _size(unit: str) -> Callable[[float], str]:
     return shown
 
 
-def _difference(line: Line) -> float | None:
+def _difference(line: MethodRows) -> float | None:
     return None if line.first.versus_random is None else line.first.versus_random.mean
 
 
-def _quoted(line: Line) -> str:
+def _quoted(line: MethodRows) -> str:
     found = line.mean("quoted")
     return f"{found:.1f}" if found is not None else "?" if line.measured else ""
 
 
-_EIGHT = "×8: eight samples a call, for all of them."
+_wide = partial(_column, markdown=False)
 
 COLUMNS = (
     Column("accuracy", lambda line: line.accuracy, lambda line: line.mean("accuracy")),
-    Column(
-        "quoted",
-        _quoted,
-        lambda line: line.mean("quoted"),
-        "quoted: the score as papers give it; ? where samples failed, or lmms-eval gave none.",
-        rank=1,
-    ),
-    Column(
-        "vs random",
-        lambda line: line.versus_random,
-        _difference,
-        "vs random: percentage points above random choice with as many tokens on the average; * differs from it (paired "
-        f"test, p < {ALPHA}, corrected for the number of methods).",
-        rank=2,
-    ),
-    _column("rel.", "relative_accuracy", _percent_of, "rel.: % of the unpruned accuracy.", rank=3),
-    _column(
-        "hard",
-        "hard",
-        _percent_of,
-        "hard: accuracy on the samples that the downsampled picture of the same budget gets wrong.",
-        rank=5,
-    ),
-    _column("loyal", "loyalty", _percent_of, "loyal: % of answers equal to the unpruned model's.", rank=8),
-    _column("tokens", "tokens_mean", _count, "tokens: that the decoder saw, mean over its layers.", rank=0),
-    _column("last", "tokens_last", _count, "last: tokens in the last layer.", rank=13, markdown=False),
-    _column(
-        "FLOPs",
-        "prefill_flops",
-        _size(""),
-        "FLOPs: of the decoder's prefill for a sample, by arithmetic from the tokens that each layer saw.",
-        rank=9,
-        markdown=False,
-    ),
-    _column("KV", "cache_bytes", _size("B"), "KV: of the caches behind it, likewise.", rank=12, markdown=False),
-    _column(
-        "prefill",
-        "prefill/1",
-        _ms,
-        "prefill: milliseconds to the first token, one sample a call, warm, without the processor.",
-        rank=1,
-        markdown=False,
-    ),
-    _column(
-        "gain",
-        "prefill_speedup/1",
-        _times,
-        "gain: time to the first token of the unpruned model divided by the row's, one sample a call, measured in turns.",
-        rank=4,
-    ),
-    _column("decode", "decode/1", _ms, "decode: milliseconds per further token.", rank=14, markdown=False),
-    _column(
-        "select",
-        "selection/1",
-        _ms,
-        "select: milliseconds for choosing, a part of prefill; empty where it happens inside the vision tower.",
-        rank=11,
-        markdown=False,
-    ),
-    _column("prefill ×8", "prefill/8", _ms, _EIGHT, rank=16, markdown=False),
-    _column("gain ×8", "prefill_speedup/8", _times, _EIGHT, rank=10, markdown=False),
-    _column("decode ×8", "decode/8", _ms, _EIGHT, rank=18, markdown=False),
-    _column("select ×8", "selection/8", _ms, _EIGHT, rank=19, markdown=False),
-    _column(
-        "peak",
-        "peak_bytes/1",
-        _size("B"),
-        "peak: most memory of tensors at once in a prefill, beyond weights and inputs.",
-        rank=15,
-        markdown=False,
-    ),
-    _column("peak ×8", "peak_bytes/8", _size("B"), _EIGHT, rank=17, markdown=False),
+    Column("quoted", _quoted, lambda line: line.mean("quoted"), rank=1),
+    Column("vs random", lambda line: line.versus_random, _difference, rank=2),
+    _column("rel.", "relative_accuracy", _percent_of, rank=3),
+    _column("hard", "hard", _percent_of, rank=5),
+    _column("loyal", "loyalty", _percent_of, rank=8),
+    _column("tokens", "tokens_mean", _count, rank=0),
+    _wide("last", "tokens_last", _count, rank=13),
+    _wide("FLOPs", "prefill_flops", _size(""), rank=9),
+    _wide("KV", "cache_bytes", _size("B"), rank=12),
+    _wide("prefill", "prefill/1", _ms, rank=1),
+    _column("gain", "prefill_speedup/1", _times, rank=4),
+    _wide("decode", "decode/1", _ms, rank=14),
+    _wide("select", "selection/1", _ms, rank=11),
+    _wide("prefill ×8", "prefill/8", _ms, rank=16),
+    _wide("gain ×8", "prefill_speedup/8", _times, rank=10),
+    _wide("decode ×8", "decode/8", _ms, rank=18),
+    _wide("select ×8", "selection/8", _ms, rank=19),
+    _wide("peak", "peak_bytes/1", _size("B"), rank=15),
+    _wide("peak ×8", "peak_bytes/8", _size("B"), rank=17),
     _column("ms", "seconds_per_sample", _ms, rank=6),
     _column("speed", "speedup", _times, rank=7),
 )
@@ -262,7 +236,8 @@ class Leaderboard:
     """All rows in the order in which they ran, and what is needed to repeat them.
 
     Attributes:
-        rows: one per method, budget and seed; environment: versions, hardware, model, suite and seed.
+        rows: one per method, budget and seed.
+        environment: versions, hardware, model, suite and seed.
         tasks: names of the suite's tasks.
     """
 
@@ -272,16 +247,16 @@ class Leaderboard:
 
     @property
     def failures(self) -> list[Row]:
-        """Rows that went wrong, or some of whose samples did (what a model or a method cannot do is no failure)."""
+        """Rows that went wrong, or some of whose samples did (what a model or a method cannot do is not a failure)."""
         return [row for row in self.rows if row.status is Status.FAILED or row.errors]
 
     @property
     def sections(self) -> list[Section]:
         """Unpruned and no-image, then one section per budget in the order in which they ran."""
-        groups: dict[Any, dict[str, Line]] = {}
+        groups: dict[Any, dict[str, MethodRows]] = {}
         for row in self.rows:
             key = "whole" if row.method in ("unpruned", "no-image") else (type(row.keep), row.keep)
-            groups.setdefault(key, {}).setdefault(row.label, Line([])).rows.append(row)
+            groups.setdefault(key, {}).setdefault(row.label, MethodRows([])).rows.append(row)
         sections = []
         for key, group in groups.items():
             lines = list(group.values())
@@ -410,7 +385,7 @@ class Leaderboard:
 
     @property
     def versions(self) -> str:
-        """Of the packages that results depend on; equal for all rows (:data:`foveate.eval_suites.results.store.MUST_AGREE`)."""
+        """Of the packages that results depend on, which are equal for all rows (``MUST_AGREE`` of the store)."""
         return versions(self.environment, names=("foveate", "torch", "transformers", "lmms_eval"))
 
     @property
@@ -432,8 +407,8 @@ class Leaderboard:
         notes = [accuracy + (f", or ± standard deviation over {seeds} seeds." if seeds > 1 else ".")]
         if any(line.leads for line in lines):
             notes.append(
-                f"{bold}: the best of a budget by accuracy, and what the same samples cannot tell from it; not those that "
-                "see more tokens on the average than the budget."
+                f"{bold}: the best of a budget by accuracy, and what the same samples cannot tell from it; not those "
+                "that see more tokens on the average than the budget."
             )
         elif sum(not line.first.baseline and line.first.method != "unpruned" for line in lines) > 1:
             notes.append(
@@ -474,26 +449,21 @@ def _same(a: Keep, b: Keep) -> bool:
     return type(a) is type(b) and abs(a - b) < 1e-9
 
 
-def _rank(line: Line) -> tuple[Any, ...]:
+def _rank(line: MethodRows) -> tuple[Any, ...]:
     if not line.measured:
         return (1, 0.0, 0.0, line.name)
     return (0, -line.mean("accuracy"), line.mean("tokens_mean"), line.name)
 
 
-_HEAD_OF = {
-    Status.OK: "ERRORS",
-    Status.NOT_APPLICABLE: "n/a",
-    Status.UNFINISHED: "unfinished",
-    Status.FAILED: "FAILED",
-}
+_HEAD_OF = {Status.OK: "ERRORS", Status.NOT_APPLICABLE: "n/a", Status.UNFINISHED: "unfinished", Status.FAILED: "FAILED"}
 
 
-def _status(line: Line) -> Status:
+def _status(line: MethodRows) -> Status:
     """The worst of its rows'."""
     return max((row.status for row in line.rows), key=list(_HEAD_OF).index)
 
 
-def _budget_title(lines: list[Line]) -> str:
+def _budget_title(lines: list[MethodRows]) -> str:
     keep = lines[0].first.keep
     if keep is None:
         return "fixed budget"

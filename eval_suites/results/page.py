@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 
 from foveate.errors import UnknownNameError
-from foveate.eval_suites.results.leaderboard import Column, Leaderboard, Line, Section
+from foveate.eval_suites.results.leaderboard import Column, Leaderboard, MethodRows, Section
 from foveate.eval_suites.results.rows import mean_sd
 
 __all__ = ["page", "pareto", "plot"]
@@ -77,8 +77,8 @@ def _board(board: Leaderboard, colours: dict[str, str]) -> str:
         f'<section class="board" data-model="{escape(str(e["model"]))}" data-suite="{escape(str(e["suite"]))}">'
         f"<h2>{escape(str(e['model']))} on {escape(str(e['suite']))}</h2>"
         f'<p class="soft">{escape(facts)}</p>'
-        f'<div class="plots">{plots}</div><p class="soft">Dashed: no other row is as accurate with less. Whiskers: 95 % '
-        "interval, or the deviation over seeds.</p>"
+        f'<div class="plots">{plots}</div><p class="soft">Dashed: no other row is as accurate with less. '
+        "Whiskers: 95 % interval, or the deviation over seeds.</p>"
         f'<div class="card scroll">{_table(board)}</div><ul class="notes">{notes}</ul>{_heat(board)}</section>'
     )
 
@@ -100,13 +100,14 @@ def _table(board: Leaderboard) -> str:
             style += " first" if place == 0 and number else ""
             rows.append(
                 f'<tr class="{style}" data-keep="{escape(section.title)}">'
-                f'<th scope="row" data-value="{escape(line.name)}" title="{escape(line.first.label)}">{escape(line.name)}</th>'
+                f'<th scope="row" data-value="{escape(line.name)}" '
+                f'title="{escape(line.first.label)}">{escape(line.name)}</th>'
                 f'<td data-value="{-number}">{escape(_short(section))}</td>{cells}</tr>'
             )
     return f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
-def _cell(line: Line, column: Column) -> str:
+def _cell(line: MethodRows, column: Column) -> str:
     """A number with the value that it is sorted by."""
     value, shown, found = column.value(line), escape(column.text(line).strip()), line.first.versus_random
     if column.head == "vs random" and found:
@@ -134,8 +135,8 @@ def _heat(board: Leaderboard) -> str:
                 )
     return (
         '<details open><summary><strong>Accuracy by task</strong> <span class="soft">in %</span></summary>'
-        f'<div class="card scroll"><table class="heat"><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
-        "</div></details>"
+        f'<div class="card scroll"><table class="heat"><thead><tr>{heads}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div></details>"
     )
 
 
@@ -154,7 +155,7 @@ class _Dot:
     y: float
     low: float
     high: float
-    line: Line
+    line: MethodRows
     budget: str
 
 
@@ -168,21 +169,21 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     return front
 
 
-def _tokens(line: Line) -> float | None:
+def _tokens(line: MethodRows) -> float | None:
     return line.mean("tokens_mean")
 
 
-def _prefill(line: Line) -> float | None:
+def _prefill(line: MethodRows) -> float | None:
     seconds = line.timing(1, "prefill")
     return None if seconds is None else 1000 * seconds
 
 
-def _milliseconds(line: Line) -> float | None:
+def _milliseconds(line: MethodRows) -> float | None:
     return 1000 * line.mean("seconds_per_sample")
 
 
-def plot(board: Leaderboard, cost: Callable[[Line], float | None], unit: str, colours: dict[str, str]) -> str:
-    """Accuracy over the ``cost`` of a line, as SVG: a dot per line that has one, its interval, and the front of what is best."""
+def plot(board: Leaderboard, cost: Callable[[MethodRows], float | None], unit: str, colours: dict[str, str]) -> str:
+    """Accuracy over ``cost`` as SVG: a dot per line that has one, its interval, and the front of what is best."""
     dots = [
         _Dot(x, line.mean("accuracy"), *_interval(line), line, section.title)
         for section in board.sections
@@ -222,13 +223,14 @@ def plot(board: Leaderboard, cost: Callable[[Line], float | None], unit: str, co
         parts.append(
             f'<g class="point{" base" if dot.line.first.baseline else ""}" data-keep="{escape(dot.budget)}" '
             f'style="--c:{colours[dot.budget]}"><title>{escape(told)}</title>'
-            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/><circle cx="{x:.1f}" cy="{y:.1f}" r="4"/></g>'
+            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/><circle cx="{x:.1f}" cy="{y:.1f}" '
+            'r="4"/></g>'
         )
     parts += _labels(front, [place(dot.x, dot.y) for dot in dots], [place(dot.x, dot.y) for dot in front])
     return "".join([*parts, "</svg>"])
 
 
-def _interval(line: Line) -> tuple[float, float]:
+def _interval(line: MethodRows) -> tuple[float, float]:
     if len(line.rows) > 1:
         mean, sd = mean_sd([row.accuracy for row in line.rows])
         return max(0.0, mean - sd), min(1.0, mean + sd)
@@ -250,7 +252,8 @@ def _labels(
     for dot, (x, y) in zip(dots, places):
         width = _LETTER * len(dot.line.first.label[:24])
         for left, top in (
-            (x + 7, y - _LINE / 2), (x - width / 2, y + 7), (x + 4, y + 6), (x - width / 2, y - 7 - _LINE), (x - 7 - width, y - _LINE / 2),
+            (x + 7, y - _LINE / 2), (x - width / 2, y + 7), (x + 4, y + 6), (x - width / 2, y - 7 - _LINE),
+            (x - 7 - width, y - _LINE / 2),
         ):  # fmt: skip
             box = (left, top, left + width, top + _LINE)
             inside = box[0] > _LEFT and box[2] < _WIDTH and box[1] > 0 and box[3] < _HEIGHT - _BOTTOM
@@ -284,4 +287,6 @@ def _cards(methods: Iterable[str]) -> Iterable[str]:
         ]
         texts = "".join(f'<p class="soft">{escape(fact)}</p>' for fact in facts if fact)
         doc = escape(known.doc.split("\n\n")[0])
-        yield f'<article class="card"><h3>{escape(name)}</h3><p>{escape(known.title)}</p>{texts}<details><summary class="soft">more</summary><p>{doc}</p></details></article>'
+        more = f'<details><summary class="soft">more</summary><p>{doc}</p></details>'
+        title = f"<h3>{escape(name)}</h3><p>{escape(known.title)}</p>"
+        yield f'<article class="card">{title}{texts}{more}</article>'

@@ -13,7 +13,7 @@ from foveate.eval_suites.running.compare import Difference, resampled_means
 from foveate.eval_suites.running.cost import DecoderShape
 
 if TYPE_CHECKING:
-    from foveate.pruners.core.method import Keep
+    from foveate.pruners.core import Keep
 
 __all__ = ["Answer", "Row", "Status", "Timing", "agreement", "interval", "mean_sd", "share", "summarise", "wilson"]
 
@@ -40,8 +40,9 @@ def wilson(correct: float, n: int, confidence: float = 0.95) -> tuple[float, flo
 def interval(scores: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
     """Interval of the mean of scores in [0, 1].
 
-    Wilson's where all are right or wrong. Partial scores have another variance than a coin of the same mean, so theirs is
-    the percentile bootstrap's (Efron 1979), seeded; all of one value leave nothing to resample and get the wider one of Wilson.
+    Wilson's where all are right or wrong. Partial scores have another variance than a coin of the same mean, so theirs
+    is the percentile bootstrap's (Efron 1979), seeded; all of one value leave nothing to resample and get the wider one
+    of Wilson.
     """
     if set(scores) <= {0.0, 1.0} or len(set(scores)) < 2:
         return wilson(math.fsum(scores), len(scores), confidence)
@@ -71,12 +72,13 @@ class Answer:
     """What came of one sample in one run.
 
     Attributes:
-        number: the sample's place in the bench; sample, task: its id and task.
-        text: what the model said; score: in [0, 1], 1 is right. None if the sample failed; a text whose score is None waits
-            for it.
-        tokens: visual tokens that each decoder layer saw, separators counted; cached: those that its KV cache holds when the
-            prompt is through (files of format 2 and before do not tell); asked: tokens that the budget stands for
-            (None without a pruner).
+        number: the sample's place in the bench.
+        sample, task: its id and task.
+        text: what the model said.
+        score: in [0, 1], 1 is right. None if the sample failed; a text whose score is None waits for it.
+        tokens: visual tokens that each decoder layer saw, separators counted.
+        cached: those that its KV cache holds when the prompt is through (files of format 2 and before do not tell).
+        asked: tokens that the budget stands for (None without a pruner).
         text_tokens: length of the prompt without visual tokens.
         seconds: the sample's share of its batch, wall time.
         error: why the sample failed.
@@ -97,13 +99,17 @@ class Answer:
 
 @dataclass(frozen=True)
 class Timing:
-    """What one batch size costs, by :func:`foveate.eval_suites.running.timing.measure`: medians over the calls, for the whole batch.
+    """What one batch size costs (:func:`foveate.eval_suites.running.timing.measure`): medians, for the whole batch.
 
     Attributes:
-        batch: samples per call; repeats: calls that were timed, each beside one of the unpruned model.
-        prefill: seconds from the processed inputs to the first token; decode: per further token; selection: what choosing
-            took of the prefill, as the trace counts it (None where it is not counted apart: inside vision towers).
-        peak_bytes: most memory of tensors at once in a prefill, beyond weights and inputs; None where it cannot be told.
+        batch: samples per call.
+        repeats: calls that were timed, each beside one of the unpruned model.
+        prefill: seconds from the processed inputs to the first token.
+        decode: per further token.
+        selection: what choosing took of the prefill, as the trace counts it (None where it is not counted apart: inside
+            vision towers).
+        peak_bytes: most memory of tensors at once in a prefill, beyond weights and inputs; None where it cannot be
+            told.
         unpruned_prefill, unpruned_decode, unpruned_peak_bytes: the unpruned model's, in turns with the row's own.
         prefill_speedup, decode_speedup: the unpruned model's seconds divided by the row's, median over the turns.
         error: why nothing was measured; everything else is None then.
@@ -137,25 +143,36 @@ class Row:
     """One method at one budget with one seed, over all samples. What was not measured is None.
 
     Attributes:
-        method: registry name, ``"unpruned"`` or ``"no-image"``; label: the same with the parameters that were asked for.
+        method: registry name, ``"unpruned"`` or ``"no-image"``.
+        label: the same with the parameters that were asked for.
         keep: the budget asked for; None where there is none. seed: of the random choice, None where nothing is drawn.
-        baseline: reads no content; guided: the choice depends on the question; adaptive: the number of tokens depends on the content, or on the processor's rounding.
+        baseline: reads no content.
+        guided: the choice depends on the question.
+        adaptive: the number of tokens depends on the content, or on the processor's rounding.
         status, reason: what went wrong, if anything did.
-        parameters: all of the method's; positions: what was done with positions, by hook point.
-        kept_requested: visual tokens per image that the budget stands for; tokens_per_layer: visual tokens that each decoder
-            layer really saw, separators counted (both means over the images); tokens_mean, tokens_last: over the layers, and
-            of the last one.
-        n, correct, accuracy, interval: over all samples, with the 95 % :func:`interval`; tasks: accuracy by task.
+        parameters: all of the method's.
+        positions: what was done with positions, by hook point.
+        kept_requested: visual tokens per image that the budget stands for.
+        tokens_per_layer: visual tokens that each decoder layer really saw, separators counted (both means over the
+            images).
+        tokens_mean, tokens_last: over the layers, and of the last one.
+        n, correct, accuracy, interval: over all samples, with the 95 % :func:`interval`.
+        tasks: accuracy by task.
         errors: samples that failed; they count as wrong.
         quoted: the number that papers quote, of public benchmarks in which no sample failed.
-        relative_accuracy: accuracy divided by that of the unpruned model; loyalty: :func:`agreement`.
-        versus_random: accuracy minus that of random choice with as many tokens on the average; hard: accuracy on the ``hard_n``
-            samples that the downsampled picture of the same budget gets wrong; leads: not told from the best method of its
-            budget, which others are. See :func:`foveate.eval_suites.running.compare.compare`.
-        prefill_flops, cache_bytes: of the decoder for one sample, by :class:`foveate.eval_suites.running.cost.DecoderShape`.
-        seconds_per_sample: processor and generation, wall time; speedup: the unpruned model's divided by it.
+        relative_accuracy: accuracy divided by that of the unpruned model.
+        loyalty: :func:`agreement`.
+        versus_random: accuracy minus that of random choice with as many tokens on the average.
+        hard: accuracy on the ``hard_n`` samples that the downsampled picture of the same budget gets wrong.
+        leads: not told from the best method of its budget, which others are. See
+            :func:`foveate.eval_suites.running.compare.compare`.
+        prefill_flops, cache_bytes: of the decoder for one sample, by
+            :class:`foveate.eval_suites.running.cost.DecoderShape`.
+        seconds_per_sample: processor and generation, wall time.
+        speedup: the unpruned model's divided by it.
         timings: seconds and memory by batch size; empty if they were not measured.
-        answers: what the model said, in the order of the samples; scores: of the answers. Neither is part of the JSON.
+        answers: what the model said, in the order of the samples.
+        scores: of the answers. Neither is part of the JSON.
     """
 
     method: str

@@ -124,8 +124,8 @@ _TIMING = tuple(f.name for f in fields(Timing))
 _ANSWER = tuple(f.name for f in fields(Answer))
 _LISTS = ("tokens", "cached")
 _RUN = (
-    "method", "label", "keep", "seed", "baseline", "adaptive", "guided", "parameters", "positions", "status", "reason", "stopped_at",
-    "quoted",
+    "method", "label", "keep", "seed", "baseline", "adaptive", "guided", "parameters", "positions", "status", "reason",
+    "stopped_at", "quoted",
 )  # fmt: skip
 _INSERT = (
     f"INSERT INTO answer (run, {', '.join(_ANSWER)}) VALUES ({', '.join('?' * (1 + len(_ANSWER)))}) "
@@ -195,13 +195,14 @@ class Store:
         Args:
             facts: settings and environment: ``model``, ``suite``, ``limit`` and those of :data:`MUST_AGREE`.
             tasks: names of the suite's tasks.
-            fresh: ``"always"`` drops what there is of this model and suite first, ``"changed"`` where it does not agree.
+            fresh: ``"always"`` drops what there is of this model and suite first, ``"changed"`` where it does not
+                agree.
 
         Raises:
             StoreError: what is there was made with other settings or versions.
 
-        Facts that need not agree stay those of the first opening: ``commit`` may be older than a later run's, but the code
-        behind results is the same, for ``source_sha256`` must agree.
+        Facts that need not agree stay those of the first opening: ``commit`` may be older than a later run's, but the
+        code that makes results is the same, for ``source_sha256`` must agree.
         """
         model, suite = str(facts["model"]), str(facts["suite"])
         with self._transaction():
@@ -211,8 +212,9 @@ class Store:
                 self._db.execute("DELETE FROM bench WHERE id = ?", (there["id"],))
             elif changed:
                 raise StoreError(
-                    f"{self.path} holds {model} on {suite} with other settings: {'; '.join(changed)}. Rows of both would "
-                    "not compare: run with the settings of the file, give another file, or drop the old rows with --fresh"
+                    f"{self.path} holds {model} on {suite} with other settings: {'; '.join(changed)}. Rows of both "
+                    "would not compare: run with the settings of the file, give another file, or drop the old rows "
+                    "with --fresh"
                 )
             elif there:
                 return there["id"]
@@ -237,14 +239,15 @@ class Store:
                 ).fetchone()
                 if there and there["parameters"] != parameters:
                     raise StoreError(
-                        f"{self.path} holds {row.label} with other parameters: {there['parameters']} there, {parameters} "
-                        "now; give another file, or drop the old rows with --fresh"
+                        f"{self.path} holds {row.label} with other parameters: {there['parameters']} there, "
+                        f"{parameters} now; give another file, or drop the old rows with --fresh"
                     )
                 if there:
                     numbers.append(there["id"])
                     continue
                 made = self._db.execute(
-                    "INSERT INTO run (bench, label, keep, seed, method, baseline, adaptive, guided, parameters, positions, status) "
+                    "INSERT INTO run (bench, label, keep, seed, method, baseline, adaptive, guided, parameters, "
+                    "positions, status) "
                     "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, '{}', 'ok')",
                     (*where, row.method, row.baseline, row.adaptive, row.guided, parameters),
                 )
@@ -256,8 +259,8 @@ class Store:
     ) -> None:
         """Add the answers of a batch, all or none of them; answers that are there already stay as they are.
 
-        An answer without a score waits for it, and counts as missing; the same with a score gives it, with the text that
-        was scored.
+        An answer without a score waits for it, and counts as missing; the same with a score gives it, with the text
+        that was scored.
         """
         with self._transaction():
             self._db.executemany(_INSERT, [(run, *_values(answer)) for answer in answers])
@@ -282,10 +285,11 @@ class Store:
             self._db.execute("UPDATE run SET quoted = coalesce(quoted, ?) WHERE id = ?", (value, run))
 
     def give_up(self, run: int, status: Status, reason: str, at: int) -> None:
-        """Note that a run ended at sample ``at`` for a reason that is not the sample's; the first such sample counts."""
+        """Note that a run ended at sample ``at`` for a reason not the sample's own; the first such sample counts."""
         with self._transaction():
             self._db.execute(
-                "UPDATE run SET status = ?, reason = ?, stopped_at = ? WHERE id = ? AND (status = 'ok' OR stopped_at > ?)",
+                "UPDATE run SET status = ?, reason = ?, stopped_at = ? WHERE id = ? AND (status = 'ok' OR stopped_at > "
+                "?)",
                 (status.value, reason, at, run, at),
             )
 
@@ -512,7 +516,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         try:
             results = json.loads(Path(path).read_text(encoding="utf-8"))
         except ValueError:
-            raise StoreError(f"{path} is no readable JSON; export it again") from None
+            raise StoreError(f"{path} is not readable JSON; export it again") from None
         _check_format(results, str(path))
         return results
     with Store(path, create=False) as store:

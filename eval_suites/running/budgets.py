@@ -6,7 +6,8 @@ import re
 from fractions import Fraction
 
 from foveate.errors import BudgetError, ParameterError
-from foveate.pruners.core.method import Keep, check_keep
+from foveate.pruners.core import Keep
+from foveate.pruners.core.parameters import check_keep
 
 __all__ = ["parse_keep"]
 
@@ -21,9 +22,11 @@ def parse_keep(text: str) -> list[Keep]:
     for part in filter(None, map(str.strip, text.split(","))):
         try:
             whole = re.fullmatch(r"[+-]?\d+", part)
-            budgets.append(check_keep(int(part) if whole else float(Fraction(part) if "/" in part else part)))
+            budgets.append(check_keep("keep", int(part) if whole else float(Fraction(part) if "/" in part else part)))
         except BudgetError:
             raise
         except (ValueError, ZeroDivisionError):
-            raise ParameterError(f"keep={part!r} is no number; give fractions in (0, 1] or numbers of tokens") from None
+            raise ParameterError(
+                f"keep={part!r} is not a number; give fractions in (0, 1] or numbers of tokens"
+            ) from None
     return budgets

@@ -4,15 +4,17 @@ Three known pieces:
 
 - *Relative accuracy as a mean.* "The pruned model has at least ``target`` times the unpruned accuracy" says that
   ``d = pruned - target * unpruned``, sample by sample, has a mean above 0. ``d`` is bounded, and paired.
-- *A test by betting* that the mean is not above 0 (Waudby-Smith and Ramdas, "Estimating means of bounded random variables by
-  betting", JRSS B 86, 2024). Whoever stakes a share of the wealth on every ``d`` cannot expect to grow rich if its mean is at
-  most 0, so that great wealth is evidence, by Markov's inequality, for any number of samples and any distribution of the
-  scores: no normal approximation, no bootstrap, which both promise too much where hardly any answer changes.
-- *Learn then test* (Angelopoulos, Bates, Candès, Jordan and Lei, arXiv 2110.01052): every setting is a hypothesis, and the
-  chance that any certified setting breaks the promise is held to ``alpha``. Settings of a chain are tested in an order fixed
-  beforehand, from gentle to aggressive, each at the chain's full level, until the first that fails (fixed-sequence testing:
-  Maurer, Hothorn and Lehmacher 1995). Chains share ``alpha`` equally (Bonferroni). Walking a chain the other way, from
-  aggressive to gentle until something passes, would give every bad setting its own chance to pass by luck.
+- *A test by betting* that the mean is not above 0 (Waudby-Smith and Ramdas, "Estimating means of bounded random
+  variables by betting", JRSS B 86, 2024). Whoever stakes a share of the wealth on every ``d`` cannot expect to grow
+  rich if its mean is at most 0, so that great wealth is evidence, by Markov's inequality, for any number of samples and
+  any distribution of the scores: no normal approximation, no bootstrap, which both promise too much where hardly any
+  answer changes.
+- *Learn then test* (Angelopoulos, Bates, Candès, Jordan and Lei, arXiv 2110.01052): every setting is a hypothesis, and
+  the chance that any certified setting breaks the promise is held to ``alpha``. Settings of a chain are tested in an
+  order fixed beforehand, from gentle to aggressive, each at the chain's full level, until the first that fails
+  (fixed-sequence testing: Maurer, Hothorn and Lehmacher 1995). Chains share ``alpha`` equally (Bonferroni). Walking a
+  chain the other way, from aggressive to gentle until something passes, would give every bad setting its own chance to
+  pass by luck.
 """
 
 from __future__ import annotations
@@ -35,8 +37,8 @@ def p_value(pruned: Sequence[float], unpruned: Sequence[float], target: float) -
         pruned, unpruned: scores in [0, 1] of the same samples; target: > 0.
 
     Returns:
-        A valid p-value for any sample size: under the hypothesis it is at most ``a`` with probability at most ``a``. The
-        order of the samples does not matter; they may be drawn with or without replacement.
+        A valid p-value for any sample size: under the hypothesis it is at most ``a`` with probability at most ``a``.
+        The order of the samples does not matter; they may be drawn with or without replacement.
     """
     d = np.asarray(pruned, float) - target * np.asarray(unpruned, float)
     if not len(d):
@@ -64,7 +66,7 @@ def relative_accuracy(pruned: Sequence[float], unpruned: Sequence[float]) -> flo
 
 
 def least_samples(target: float, alpha: float, accuracy: float = 1.0) -> float:
-    """Samples that are needed to certify at level ``alpha`` a method that changes no answer at all; infinite if target >= 1."""
+    """Samples needed to certify at level ``alpha`` a method that changes no answer; infinite if target >= 1."""
     if target >= 1 or accuracy <= 0:
         return math.inf
     # every sample that is right before and after multiplies the bet's wealth by 1 + stake * (1 - target)

@@ -1,4 +1,4 @@
-"""Compare rows sample by sample: against random choice at equal cost, on the samples that need detail, and with each other."""
+"""Compare rows sample by sample: with random choice at equal cost, on samples that need detail, with each other."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ class Difference:
     """Mean difference of two rows' scores on the same samples.
 
     Attributes:
-        mean: of the differences; low, high: 95 % interval of the paired bootstrap.
+        mean: of the differences.
+        low, high: 95 % interval of the paired bootstrap.
         p: two-sided, of a sign-flip permutation test; :func:`compare` corrects it for the number of methods.
     """
 
@@ -36,8 +37,8 @@ class Difference:
 def paired(a: Sequence[float], b: Sequence[float], seed: int = 0) -> Difference:
     """``a`` minus ``b``, which are scores of the same samples in the same order.
 
-    The bootstrap draws samples with replacement (percentile interval); the test flips the signs of the differences, which
-    are as likely either way if the two do not differ.
+    The bootstrap draws samples with replacement (percentile interval); the test flips the signs of the differences,
+    which are as likely either way if the two do not differ.
     """
     import numpy as np
 
@@ -58,8 +59,10 @@ def resampled_means(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _grouped(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Different values, and how often each is there: what is equal can be drawn together. Of more than 1000 those within 0.001
-    are one, their mean, so that the largest suite takes little time and memory."""
+    """Different values, and how often each is there: what is equal can be drawn together.
+
+    Of more than 1000 those within 0.001 are one, their mean, so that the largest suite takes little time and memory.
+    """
     import numpy as np
 
     distinct, counts = np.unique(values, return_counts=True)
@@ -116,7 +119,7 @@ def _mark_leaders(methods: Sequence[Row]) -> None:
 
 
 class _Control:
-    """Random choice at any cost: its scores, interpolated between budgets by the mean tokens per layer, sample by sample.
+    """Random choice at any cost: its scores, sample by sample, interpolated between budgets by mean tokens per layer.
 
     A method that prunes inside the decoder sees more tokens than its budget says. What it has to beat is random choice
     with as many tokens on the average, which no single random row needs to have.
@@ -137,7 +140,7 @@ class _Control:
             self.points.append((whole.tokens_mean, np.asarray(whole.scores, float)))
 
     def difference(self, row: Row) -> Difference | None:
-        """``row`` minus random choice with as many tokens; None where that is not known (fewer than in any random row)."""
+        """``row`` minus random choice with as many tokens; None where that is not known (fewer than any random row)."""
         tokens = row.tokens_mean
         for (few, low), (many, high) in zip(self.points, self.points[1:]):
             if few <= tokens <= many:

@@ -29,7 +29,7 @@ class DecoderShape:
 
     @classmethod
     def of(cls, config: Any, item_bytes: int) -> DecoderShape | None:
-        """Read off a ``transformers`` text configuration; None where the decoder is of another kind (experts, no gate, …)."""
+        """Read off a ``transformers`` text configuration; None for decoders of another kind (experts, no gate, …)."""
         try:
             if getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):
                 return None
@@ -59,7 +59,8 @@ class DecoderShape:
     def prefill_flops(self, lengths: Sequence[float]) -> float:
         """Multiplications and additions of a prefill whose layer i works on ``lengths[i]`` tokens, text included.
 
-        Matrix products and attention (all pairs, as SDPA computes them without a causal kernel), and the last token's logits.
+        Matrix products and attention (all pairs, as SDPA computes them without a causal kernel), and the last token's
+        logits.
         """
         inner, outer = self.heads * self.head_dim, self.kv_heads * self.head_dim
         per_token = 2 * self.hidden * (2 * inner + 2 * outer + 3 * self.intermediate)

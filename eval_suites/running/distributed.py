@@ -17,8 +17,14 @@ _PATIENCE = datetime.timedelta(days=7)  # the slowest process may take that much
 
 @dataclass(frozen=True)
 class World:
-    """How many processes there are (``size``), which one this is (``rank``), which of its machine's (``local_rank``), and
-    which machine (``node``)."""
+    """The processes that share a bench.
+
+    Attributes:
+        rank: which one this is.
+        size: how many there are.
+        local_rank: which one this is on its machine.
+        node: which machine.
+    """
 
     rank: int = 0
     size: int = 1
@@ -62,7 +68,8 @@ def world(environment: Mapping[str, str] = os.environ) -> World:
     """The processes that the launcher started, by its environment variables.
 
     Raises:
-        ParameterError: `accelerate launch` was asked for several processes and started one, which would do all the work.
+        ParameterError: `accelerate launch` was asked for several processes and started one, which would do all the
+            work.
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK")

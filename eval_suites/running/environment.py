@@ -56,7 +56,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def version_of(package: str) -> str | None:
-    """The installed version of a package (by its name in the index, not for imports); None where it is not installed."""
+    """The installed version of a package (by its name in the index); None where it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -64,11 +64,12 @@ def version_of(package: str) -> str | None:
 
 
 def _source() -> str:
-    """Digest of the code that decides about results, which tells a changed checkout from its commit."""
+    """Digest of the code that decides about results (recipes of training do not), so that a changed checkout shows."""
     digest = hashlib.sha256()
     for part in ("adapters", "cuda", "eval_suites", "pruners"):
         folder = Path(importlib.import_module(f"foveate.{part}").__file__).parent
-        for path in sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".cu", ".cuh")):
+        sources = (path for path in folder.rglob("*") if path.suffix in (".py", ".cu", ".cuh"))
+        for path in sorted(path for path in sources if "training" not in path.relative_to(folder).parts):
             digest.update(f"{part}/{path.relative_to(folder).as_posix()}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()
 

@@ -23,17 +23,31 @@ from foveate.errors import BudgetError, FoveateError, UnsupportedModelError
 from foveate.eval_suites.results.rows import Answer, Row
 from foveate.eval_suites.running.models import Loaded
 from foveate.eval_suites.suites import Sample, Suite
-from foveate.pruners.core.method import Hook, Keep, Pruner, Stage, budget
+from foveate.pruners.core import (
+    AtPixels,
+    BeforeLayer,
+    InCache,
+    InMLP,
+    InTower,
+    Keep,
+    Layout,
+    ModelInfo,
+    Pruner,
+    Stage,
+    budget,
+)
+from foveate.pruners.core.method import content_decides
 
 __all__ = [
     "GREY",
     "BudgetMismatch",
     "Measured",
     "Meter",
-    "Run",
+    "MethodRun",
     "check_image",
     "check_resized",
     "placeholders",
+    "prefill_widths",
     "seen_pruned",
     "seen_unpruned",
 ]
@@ -45,12 +59,13 @@ GREY = (128, 128, 128)
 
 
 @dataclass(frozen=True)
-class Run:
+class MethodRun:
     """One run over all samples: a method, ready to attach (None: the bare model).
 
     Attributes:
         label: how tables call it; ``"no-image"`` hides the pictures.
-        seed: of the random choice; baseline: reads no content.
+        seed: of the random choice.
+        baseline: reads no content.
     """
 
     label: str
@@ -72,13 +87,19 @@ class Run:
         """A row with the run's names, and nothing measured."""
         row = Row(self.method, self.label, self.keep, self.seed, self.baseline)
         if self.pruner is not None:
-            row.parameters, row.adaptive = self.pruner.parameters(), bool(self.pruner.adaptive)
+            row.parameters, row.adaptive = self.pruner.parameters(), content_decides(self.pruner)
         return row
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A batch's answers, what was done with positions by hook point, and whether the processor's rounding set the budget."""
+    """What came of a batch.
+
+    Attributes:
+        answers: one per sample.
+        positions: what was done with positions, by hook point.
+        resized: whether the processor's rounding set the budget.
+    """
 
     answers: list[Answer]
     positions: dict[str, str]
@@ -111,16 +132,17 @@ class Meter:
         """How many samples there are in the batches that begin at ``firsts``."""
         return sum(len(self.numbers(first)) for first in firsts)
 
-    def measure(self, run: Run, firsts: Iterable[int]) -> Iterator[Measured]:
+    def measure(self, run: MethodRun, firsts: Iterable[int]) -> Iterator[Measured]:
         """Answer one batch after the other; ``firsts`` are the numbers of their first samples.
 
         A sample that fails has its error for an answer.
 
         Raises:
-            UnsupportedModelError, BudgetError, ParameterError: the method does not work on this model, or not with this budget.
+            UnsupportedModelError, BudgetError, ParameterError: the method does not work on this model, or not with this
+                budget.
             BudgetMismatch: it kept another number of tokens than it should.
         """
-        with self.attached(run) as session, _widths(self.adapter) as widths:  # hooks run in order
+        with self.attached(run) as session, prefill_widths(self.adapter) as widths:  # hooks run in order
             for first in firsts:
                 batch = self.samples[first : first + self.batch_size]
                 answers = self._answers(run, session, widths, first, batch)
@@ -129,7 +151,7 @@ class Meter:
                 yield Measured(answers, dict(trace.positions) if trace else {}, resized)
 
     def _answers(
-        self, run: Run, session: Session | None, widths: list[int], first: int, batch: Sequence[Sample]
+        self, run: MethodRun, session: Session | None, widths: list[int], first: int, batch: Sequence[Sample]
     ) -> list[Answer]:
         """The answers to a batch; if it fails, to its samples one by one."""
         try:
@@ -147,7 +169,7 @@ class Meter:
             return [Answer(first, batch[0].id, batch[0].task, error=f"{type(error).__name__}: {error}")]
 
     def _ask(
-        self, run: Run, session: Session | None, widths: list[int], first: int, batch: Sequence[Sample]
+        self, run: MethodRun, session: Session | None, widths: list[int], first: int, batch: Sequence[Sample]
     ) -> list[Answer]:
         if session is not None:
             session.trace, session.sample_ids = None, range(first, first + len(batch))
@@ -158,31 +180,20 @@ class Meter:
         texts, ids, lengths = self._answer(run, batch)
         seconds = (time.perf_counter() - began) / len(batch)
         if session is None:
-            seen = cached = self._unpruned(ids, widths, first)
+            seen = cached = seen_unpruned(self.adapter, ids, widths)
+            self.unpruned_counts.update((number, tokens[0]) for number, tokens in enumerate(seen, first))
             asked = [None] * len(batch)
         else:
             seen, cached, asked = self._pruned(run.pruner, session.trace, ids, widths, first)
-        written = [length - n for length, n in zip(lengths, self._placeholders(ids))]
+        written = [length - n for length, n in zip(lengths, placeholders(self.adapter, ids))]
+        counted = zip(map(tuple, seen), map(tuple, cached), asked, written)
         return [
-            Answer(
-                number=number,
-                sample=sample.id,
-                task=sample.task,
-                text=text,
-                score=float(self.suite.score(sample, text)),
-                tokens=tuple(tokens),
-                cached=tuple(held),
-                asked=want,
-                text_tokens=text_tokens,
-                seconds=seconds,
-            )
-            for number, (sample, text, tokens, held, want, text_tokens) in enumerate(
-                zip(batch, texts, seen, cached, asked, written), first
-            )
+            Answer(number, sample.id, sample.task, text, float(self.suite.score(sample, text)), *counts, seconds)
+            for number, (sample, text, counts) in enumerate(zip(batch, texts, counted), first)
         ]
 
     @contextmanager
-    def attached(self, run: Run) -> Iterator[Session | None]:
+    def attached(self, run: MethodRun) -> Iterator[Session | None]:
         """The run's method on the model, for the block; None if it has none."""
         if run.pruner is None:
             yield None
@@ -190,7 +201,7 @@ class Meter:
             with attach(self.model, run.pruner, positions=self.positions) as session:
                 yield session
 
-    def _answer(self, run: Run, batch: Sequence[Sample]) -> tuple[list[str], Tensor, list[int]]:
+    def _answer(self, run: MethodRun, batch: Sequence[Sample]) -> tuple[list[str], Tensor, list[int]]:
         """The answers, the prompts' token ids ``(B, L)``, and their lengths."""
         inputs = self.inputs(run, batch)
         output = self.generate(inputs, max_new_tokens=self.suite.max_new_tokens)
@@ -198,7 +209,7 @@ class Meter:
         new = self.processor.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
         return [text.strip() for text in new], ids, inputs["attention_mask"].sum(dim=1).tolist()
 
-    def inputs(self, run: Run, batch: Sequence[Sample]) -> Any:
+    def inputs(self, run: MethodRun, batch: Sequence[Sample]) -> Any:
         """What the model gets for a batch, on its device; pictures are prepared as the method wants them."""
         media = [_media(sample) for sample in batch]
         if run.method == "no-image":
@@ -212,7 +223,7 @@ class Meter:
 
     @torch.no_grad()
     def generate(self, inputs: Any, **options: Any) -> Tensor:
-        """Greedy token ids ``(B, L + new)`` behind the prompts' own."""
+        """Greedy token ids ``(B, L + new)`` after the prompts' own."""
         return self.model.generate(**inputs, **GREEDY, **options)
 
     def _prompt(self, sample: Sample) -> str:
@@ -238,7 +249,7 @@ class Meter:
             )
         return self._frame_scorer
 
-    def score_frames(self, session: Session, run: Run, batch: Sequence[Sample]) -> bool:
+    def score_frames(self, session: Session, run: MethodRun, batch: Sequence[Sample]) -> bool:
         """Give the session the frame scores that the method reads; whether it reads any."""
         stages = run.pruner.stages(self.adapter.info)
         reads = _is_video(batch[0]) and any(stage.reads_frame_scores for stage in stages)
@@ -248,18 +259,9 @@ class Meter:
 
     def _works_on_pixels(self, pruner: Pruner) -> bool:
         """Does it shrink the pictures inside the model? Then preparing them as well would shrink them twice."""
-        return any(stage.hook is Hook.PIXELS for stage in pruner.stages(self.adapter.info))
+        return any(isinstance(stage, AtPixels) for stage in pruner.stages(self.adapter.info))
 
     # ------------------------------------------------------------------------------------------------------ counting
-
-    def _unpruned(self, ids: Tensor, widths: list[int], first: int) -> list[list[int]]:
-        """Visual tokens seen by each layer, per picture."""
-        seen = seen_unpruned(self.adapter, ids, widths)
-        self.unpruned_counts.update((number, tokens[0]) for number, tokens in enumerate(seen, first))
-        return seen
-
-    def _placeholders(self, ids: Tensor) -> list[int]:
-        return placeholders(self.adapter, ids)
 
     def _pruned(
         self, pruner: Pruner, trace: Trace | None, ids: Tensor, widths: list[int], first: int
@@ -304,9 +306,10 @@ def seen_unpruned(adapter: Adapter, ids: Tensor, widths: Sequence[int]) -> list[
 def seen_pruned(
     adapter: Adapter, pruner: Pruner, trace: Trace | None, ids: Tensor, widths: Sequence[int]
 ) -> tuple[list[list[int]], list[list[int]], list[int]]:
-    """Visual tokens that each decoder layer saw of each prompt, those in its KV cache behind it, and the number asked for.
+    """Visual tokens that each decoder layer saw and cached of each prompt, and the number asked for.
 
-    A method that works in front of the processor (it has no stages) changes the pictures: then nothing is asked of these.
+    A method that works before the processor (it has no stages) changes the pictures: then nothing is asked of
+    these.
 
     Args:
         trace: what the session says of this call; ids, widths: see :func:`seen_unpruned`.
@@ -340,11 +343,10 @@ def seen_pruned(
     stages = pruner.stages(adapter.info)
     asked = []
     for row in rows:
-        wants = [pruner.kept_on(adapter.info, image.layout) if stages else image.layout.length for image in row]
-        for image, want in zip(row, wants):
-            if stages:
-                check_image(pruner, stages, image, want)
-        asked.append(sum(wants))
+        if stages:
+            asked.append(sum(check_image(pruner, stages, image, adapter.info) for image in row))
+        else:
+            asked.append(sum(image.layout.length for image in row))
     return seen, cached, asked
 
 
@@ -378,51 +380,62 @@ def _grey(shown: Any) -> Any:
 
 
 def _prepared(pruner: Pruner, shown: Any) -> Any:
-    """The picture, or every frame of the video, as the method wants it in front of the processor."""
+    """The picture, or every frame of the video, as the method wants it before the processor."""
     if isinstance(shown, np.ndarray):
         return np.stack([np.asarray(pruner.prepare(Image.fromarray(frame))) for frame in shown])
     return pruner.prepare(shown)
 
 
-def check_image(pruner: Pruner, stages: Sequence[Stage], image: ImageTrace, asked: int) -> None:
-    """Hold what happened to a picture against the budget.
+def check_image(pruner: Pruner, stages: Sequence[Stage], image: ImageTrace, info: ModelInfo) -> int:
+    """Hold what happened to a picture against the budget; returns that, in tokens.
 
     Raises:
-        BudgetMismatch: tokens counted twice, other tokens in a layer than the trace's, or not ``asked`` at the end (where
-            the content decides how many: more than ``asked``).
+        BudgetMismatch: tokens counted twice, other tokens in a layer than the trace's, or not the method's count at
+            the end (where the content decides how many: more than its budget).
     """
     layout, keep = image.layout, getattr(pruner, pruner.budget_parameter, None)
-    acts = [stage for stage in stages if stage.hook not in (Hook.LLM_MLP, Hook.LLM_CACHE)]  # these drop no token
+    acts = [stage for stage in stages if not isinstance(stage, (InMLP, InCache))]  # these drop no token
     competing = [stage.newlines == "compete" for stage in acts]
     compete = any(competing)  # separators count as tokens; how many another method has left is not known in advance
     whole, slack = (layout.length, 0 if all(competing) else len(layout.newlines)) if compete else (layout.size, 0)
     most = whole if keep is None else budget(keep, whole, math.ceil) + len(layout.views) - 1
-    if not pruner.adaptive and asked > most:
+    count = pruner.count(layout, info)
+    asked = _budget(pruner, layout, whole) if count is None else count
+    if count is not None and asked > most:
         raise BudgetMismatch(f"{pruner.name} announces {asked} tokens where keep={keep} of {layout.size} allows {most}")
-    acting = [stage.layer if stage.hook is Hook.LLM_LAYER else 0 for stage in acts] or [0]
-    # crops merge whole, and what of them was padding goes behind the tower: the picture's shape decides
-    cut = any(stage.hook is Hook.VIT_BLOCK for stage in stages) and len({view.size for view in layout.views}) > 1
-    adaptive = pruner.adaptive or cut
+    acting = [stage.layer if isinstance(stage, BeforeLayer) else 0 for stage in acts] or [0]
+    # crops merge whole, and what of them was padding goes after the tower: the picture's shape decides
+    cut = any(isinstance(stage, InTower) for stage in stages) and len({view.size for view in layout.views}) > 1
+    adaptive = count is None or cut
     for layer, seen in enumerate(image.tokens_per_layer):
         kept = image.kept_at(layer)
         if not bool((kept.diff() > 0).all()):
             raise BudgetMismatch(f"{pruner.name} kept some token twice, so that fewer than {len(kept)} are left")
         if not 0 <= seen - len(kept) <= len(layout.newlines):
             raise BudgetMismatch(f"{pruner.name}: layer {layer} saw {seen} tokens where {len(kept)} were kept")
-        count = seen if compete else len(kept)
+        found = seen if compete else len(kept)
         want = whole if layer < min(acting) else asked if layer >= max(acting) else None
-        if adaptive and layer >= min(acting) and count > asked + slack:
+        if adaptive and layer >= min(acting) and found > asked + slack:
             raise BudgetMismatch(
-                f"{pruner.name} kept {count} of {whole} tokens at decoder layer {layer}, more than its budget of {asked}"
+                f"{pruner.name} kept {found} of {whole} tokens at decoder layer {layer}, more than its budget of "
+                f"{asked}"
             )
-        if not adaptive and want is not None and not want <= count <= want + slack:
+        if not adaptive and want is not None and not want <= found <= want + slack:
             raise BudgetMismatch(
-                f"{pruner.name} kept {count} of {whole} tokens at decoder layer {layer} where its budget is {want}"
+                f"{pruner.name} kept {found} of {whole} tokens at decoder layer {layer} where its budget is {want}"
             )
+    return asked
+
+
+def _budget(pruner: Pruner, layout: Layout, whole: int) -> int:
+    """The most that a method whose count is its content's may keep of a picture of ``whole`` tokens."""
+    keep = getattr(pruner, pruner.budget_parameter, None)
+    free = keep is None or getattr(pruner, "count_markers", True) is False  # markers come on top
+    return whole if free else budget(keep, whole)
 
 
 def check_resized(pruner: Pruner, counted: int, asked: int) -> None:
-    """A picture that was made smaller in front of the processor, whose rounding of both sides decides the count.
+    """A picture that was made smaller before the processor, whose rounding of both sides decides the count.
 
     Raises:
         BudgetMismatch: the difference is more than such a rounding.
@@ -435,7 +448,7 @@ def check_resized(pruner: Pruner, counted: int, asked: int) -> None:
 
 
 @contextmanager
-def _widths(adapter: Adapter) -> Iterator[list[int]]:
+def prefill_widths(adapter: Adapter) -> Iterator[list[int]]:
     """A list that fills with the sequence length at each decoder layer during prefill; clear it before every call."""
     layers = list(adapter.text_model.layers)
     widths: list[int] = []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 
 from foveate.errors import FoveateError, ParameterError, nearest
 from foveate.eval_suites import suites
+from foveate.eval_suites.terminal import one_line
 
 __all__ = ["EMBEDDED", "Loaded", "check_folder", "digest", "load", "source"]
 
@@ -33,7 +33,8 @@ class Loaded:
 
     Attributes:
         name: as the user gave it.
-        weights_sha256: of the weights file (of all, one after the other, where there are several); None if not read from files.
+        weights_sha256: of the weights file (of all, one after the other, where there are several); None if not read
+            from files.
     """
 
     model: Any
@@ -80,8 +81,8 @@ def source(name: str) -> str:
         folder = str(Path(suites.__file__).parent / EMBEDDED[name] / name)
         if not os.path.isdir(folder):
             raise FoveateError(
-                f"the embedded model {name!r} is not at {folder}; install foveate again, or train it in a checkout with "
-                f"`python -m foveate.eval_suites.training.{name.replace('-', '_')} --out {folder}`"
+                f"the embedded model {name!r} is not at {folder}; install foveate again, or train it in a checkout "
+                f"with `python -m foveate.eval_suites.training.{name.replace('-', '_')} --out {folder}`"
             )
         return folder
     if os.path.isdir(name):
@@ -91,7 +92,8 @@ def source(name: str) -> str:
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return name
     raise FoveateError(
-        f"no model {name!r}: there is no such folder, and a name on the hub has the form OWNER/NAME; {nearest(name, EMBEDDED)}"
+        f"no model {name!r}: there is no such folder, and a name on the hub has the form OWNER/NAME; "
+        f"{nearest(name, EMBEDDED)}"
     )
 
 
@@ -102,16 +104,15 @@ def _from_pretrained(name: str, source: str, dtype: torch.dtype | str) -> tuple[
         processor = AutoProcessor.from_pretrained(source)
         model, report = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, output_loading_info=True)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, SafetensorError, … alike
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise FoveateError(
-            f"model {name!r} cannot be loaded: {reason}; check the name or the folder, and that it is a "
+            f"model {name!r} cannot be loaded: {one_line(error)}; check the name or the folder, and that it is a "
             "vision-language model which transformers knows"
         ) from error
     missing = sorted(report["missing_keys"])
     if missing:  # transformers would fill them with random numbers
         raise FoveateError(
-            f"model {name!r}: its weights lack {len(missing)} tensors that its config.json asks for (first: {missing[0]}); "
-            "download it again"
+            f"model {name!r}: its weights lack {len(missing)} tensors that its config.json asks for (first: "
+            f"{missing[0]}); download it again"
         )
     if not hasattr(processor, "tokenizer"):
         raise FoveateError(
@@ -159,23 +160,17 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _check_safetensors(path: Path) -> None:
-    """A safetensors file: 8 bytes of header length, a JSON header with the tensors' places, the tensors."""
+    """Read the header, whose places of tensors have to cover the rest of the file exactly."""
+    from safetensors import SafetensorError, safe_open
+
     if not path.is_file():
         raise _incomplete(path.parent, f"{path.name} is missing")
-    size = path.stat().st_size
     try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > size:
-                raise ValueError(length)
-            header = json.loads(file.read(length))
-        end = (
-            8 + length + max((t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"), default=0)
-        )
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError):
-        raise _incomplete(path.parent, f"{path.name} ({size} bytes) is cut short or is no safetensors file") from None
-    if size != end:
-        raise _incomplete(path.parent, f"{path.name} has {size} bytes where its header announces {end}")
+        with safe_open(path, framework="np"):
+            pass
+    except SafetensorError as error:
+        said = f"{path.name} ({path.stat().st_size} bytes) is cut short or is not a safetensors file ({error})"
+        raise _incomplete(path.parent, said) from None
 
 
 def _weight_files(source: str) -> list[Path]:

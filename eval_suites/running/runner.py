@@ -37,13 +37,15 @@ from foveate.eval_suites.running.budgets import parse_keep
 from foveate.eval_suites.running.cost import DecoderShape
 from foveate.eval_suites.running.distributed import World, world
 from foveate.eval_suites.running.environment import environment
-from foveate.eval_suites.running.meter import BudgetMismatch, Meter, Run
+from foveate.eval_suites.running.meter import BudgetMismatch, Meter, MethodRun
 from foveate.eval_suites.running.timing import BATCHES, measure
 from foveate.eval_suites.suites import Sample, Suite
+from foveate.eval_suites.terminal import call_text
+from foveate.pruners.core import Keep, Pruner, create
 from foveate.pruners.core.control import RandomLike
-from foveate.pruners.core.method import Keep, Pruner, check_keep, one_of
+from foveate.pruners.core.method import PRUNERS
+from foveate.pruners.core.parameters import check_choice, check_keep
 from foveate.pruners.core.preset import Preset, is_preset
-from foveate.pruners.core.registry import PRUNERS, create
 
 logger = logging.getLogger(__name__)
 
@@ -62,28 +64,19 @@ _POSITIONS = ("auto", "keep", "compact")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``foveate bench``."""
     add = parser.add_argument
-    add(
-        "--model",
-        metavar="NAME",
-        default="shapes-llava",
-        help=f"{', '.join(models.EMBEDDED)} (embedded), a folder, or a name on the hub; a vision model: shapes-clip, "
-        "timm/NAME[:WEIGHTS], open_clip/NAME:WEIGHTS, hf/OWNER/NAME, a folder",
-    )
+    help_ = f"{', '.join(models.EMBEDDED)} (embedded), a folder, or a name on the hub; a vision model: shapes-clip, "
+    help_ += "timm/NAME[:WEIGHTS], open_clip/NAME:WEIGHTS, hf/OWNER/NAME, a folder"
+    add("--model", metavar="NAME", default="shapes-llava", help=help_)
     add("--images", metavar="FOLDER", help="pictures for a vision model; sub-folders are classes")
     public = "or public benchmarks through lmms-eval, like lmms:pope,gqa (see `foveate suites list`)"
     add("--suite", metavar="NAME", default=_SUITE, help=f"one of: {', '.join(suites.SUITES)}; {public}")
     methods = (
-        'all, or methods like "fastv,todre(stage2=False)"; a preset that `foveate tune` wrote; random@METHOD keeps as many '
-        "tokens as METHOD in every layer; "
-        "the baselines always run"
+        'all, or methods like "fastv,todre(stage2=False)"; a preset that `foveate tune` wrote; random@METHOD keeps as '
+        "many tokens as METHOD in every layer; the baselines always run"
     )
     add("--pruners", metavar="NAMES", default="all", help=methods)
-    add(
-        "--keep",
-        metavar="BUDGETS",
-        default="0.5,0.25,0.11",
-        help="fractions like 0.25 or 1/9, or whole numbers of tokens like 64",
-    )
+    help_ = "fractions like 0.25 or 1/9, or whole numbers of tokens like 64"
+    add("--keep", metavar="BUDGETS", default="0.5,0.25,0.11", help=help_)
     add("--limit", metavar="N", type=int, default=200, help="number of samples (default: 200)")
     add("--seed", metavar="N", type=int, help="which samples are drawn (default: the suite's own)")
     add("--seeds", metavar="N", type=int, default=5, help="how often the random choice is repeated (default: 5)")
@@ -117,12 +110,9 @@ def main(args: argparse.Namespace) -> int:
 
     from foveate.eval_suites.vision import is_vision_model
 
-    written = {
-        "--out": args.out,
-        "--html": args.html,
-        "--json": args.json,
-        "--markdown": None if args.markdown == "-" else args.markdown,
-    }
+    written = {f"--{name}": getattr(args, name) for name in ("out", "html", "json", "markdown")}
+    if args.markdown == "-":
+        del written["--markdown"]
     for option, path in written.items():
         if path is not None:
             check_writable(option, path)
@@ -133,7 +123,8 @@ def main(args: argparse.Namespace) -> int:
 
         if args.suite != _SUITE:
             raise ParameterError(
-                f"--suite {args.suite} asks questions of vision-language models; {args.model} looks at pictures (see --images)"
+                f"--suite {args.suite} asks questions of vision-language models; {args.model} looks at pictures (see "
+                "--images)"
             )
         return vision_bench.main(args)
     if args.images:
@@ -264,22 +255,23 @@ def bench(
     """Measure methods on a suite, beside the unpruned model, a blind one and the baselines.
 
     Args:
-        model: the name of an embedded model, a folder, a name on the hub, or what :func:`foveate.eval_suites.running.models.load` returned.
+        model: the name of an embedded model, a folder, a name on the hub, or what
+            :func:`foveate.eval_suites.running.models.load` returned.
         suite: a name, or a suite.
         pruners: ``"all"``, or methods by name, class or instance, separated by commas in a string. Names may carry
-            parameters: ``"fastv(k=3)"``; ``"random@fastv"`` is the control that keeps as many tokens as FastV in every layer.
-            Whatever has a parameter ``keep`` runs at every budget; instances, and methods
-            whose ``keep`` is given in parentheses, run once as they are.
+            parameters: ``"fastv(k=3)"``; ``"random@fastv"`` is the control that keeps as many tokens as FastV in every
+            layer. Whatever has a parameter ``keep`` runs at every budget; instances, and methods whose ``keep`` is
+            given in parentheses, run once as they are.
         keep: budgets, fractions in (0, 1] or whole numbers of tokens per picture.
         limit: number of samples; seed: which ones (None: the suite's own choice).
         seeds: how often the random choice is repeated.
         batch_size: samples per call of the model.
         device, dtype: see :func:`foveate.eval_suites.running.models.load`; not for a loaded model.
         positions: as for :func:`foveate.attach`.
-        out: a result file (see :class:`foveate.eval_suites.results.store.Store`). What it holds of this bench is not done again,
-            and every batch is in it before the next one starts. None: nothing is kept.
-        fresh: ``"always"`` drops what ``out`` holds of this model and suite, ``"changed"`` only where it was made with other
-            settings or versions, which is refused otherwise.
+        out: a result file (see :class:`foveate.eval_suites.results.store.Store`). What it holds of this bench is not
+            done again, and every batch is in it before the next one starts. None: nothing is kept.
+        fresh: ``"always"`` drops what ``out`` holds of this model and suite, ``"changed"`` only where it was made with
+            other settings or versions, which is refused otherwise.
         retry: do the samples and methods again that failed.
         timing: measure prefill, decode, selection and memory of every row when all answers are there, see
             :func:`foveate.eval_suites.running.timing.measure`; a random choice is timed with its first seed only.
@@ -288,18 +280,19 @@ def bench(
     Under ``torchrun`` or ``accelerate launch`` the processes share the batches, and each returns the whole table.
 
     Returns:
-        A :class:`Leaderboard` of all rows of this model and suite in ``out``. A method that the model cannot serve, or that
-        failed, has a row that says why.
+        A :class:`Leaderboard` of all rows of this model and suite in ``out``. A method that the model cannot serve, or
+        that failed, has a row that says why.
 
     Raises:
         StoreError: ``out`` cannot be used, or its rows would not compare with these.
-        FoveateError: bad input, or a model that cannot answer at all. Everything that can be is checked before the model loads.
+        FoveateError: bad input, or a model that cannot answer at all. Everything that can be is checked before the
+            model loads.
     """
-    budgets = _distinct([check_keep(k) for k in (keep if isinstance(keep, Sequence) else [keep])])
+    budgets = _distinct([check_keep("keep", k) for k in (keep if isinstance(keep, Sequence) else [keep])])
     if not budgets:
         raise ParameterError("keep is empty; give at least one budget, for example 0.25")
     check_numbers(limit, seed, seeds, batch_size)
-    one_of("positions", positions, _POSITIONS)
+    check_choice("positions", positions, _POSITIONS)
     suite = suites.find(suite) if isinstance(suite, str) else suite
     runs = plan(pruners, budgets, seeds)
     others = world()
@@ -350,7 +343,7 @@ def _open(store: Store, facts: dict[str, Any], suite: Suite, others: World, fres
     return store.open_bench(facts, suite.tasks)
 
 
-def _measure(store: Store, bench: int, meter: Meter, runs: Sequence[Run], others: World, progress: bool) -> None:
+def _measure(store: Store, bench: int, meter: Meter, runs: Sequence[MethodRun], others: World, progress: bool) -> None:
     """Do what the store does not hold yet.
 
     Batches are always the same ones, whoever does them and whenever, so that a bench which was interrupted or shared
@@ -373,7 +366,7 @@ def _measure(store: Store, bench: int, meter: Meter, runs: Sequence[Run], others
 
 
 def _finish(
-    store: Store, number: int, meter: Meter, run: Run, firsts: Sequence[int], step: Callable[..., None]
+    store: Store, number: int, meter: Meter, run: MethodRun, firsts: Sequence[int], step: Callable[..., None]
 ) -> None:
     """Measure the batches that begin at ``firsts``; a method that cannot go on leaves its reason."""
     if not firsts:
@@ -396,8 +389,8 @@ def _finish(
     step(run.label, meter.count(left), skipped=True)
 
 
-def _time(store: Store, bench: int, meter: Meter, runs: Sequence[Run], others: World, progress: bool) -> None:
-    """Measure what the rows cost that the store does not know it of. One process does, while the others wait in silence."""
+def _time(store: Store, bench: int, meter: Meter, runs: Sequence[MethodRun], others: World, progress: bool) -> None:
+    """Measure what rows cost where the store does not know it. One process does, while the others wait."""
     if others.first:
         numbers = store.open_runs(bench, [run.row() for run in runs])
         left = [
@@ -431,7 +424,7 @@ def _check_reference(store: Store, number: int, meter: Meter) -> None:
         )
 
 
-def _guided(run: Run, meter: Meter) -> bool:
+def _guided(run: MethodRun, meter: Meter) -> bool:
     """Does the method read the question?"""
     try:
         return run.pruner is not None and any(s.text_guided for s in run.pruner.stages(meter.adapter.info))
@@ -446,8 +439,8 @@ def _share(store: Store, bench: int, others: World) -> None:
             store.merge(results)
 
 
-def _check_parameters(runs: Sequence[Run], meter: Meter) -> None:
-    """Raise :class:`ParameterError` if this model cannot do what a user asked a method for; defaults may be impossible."""
+def _check_parameters(runs: Sequence[MethodRun], meter: Meter) -> None:
+    """Raise :class:`ParameterError` if the model cannot do what a user asked for; defaults may be impossible."""
     for run in runs:
         if run.pruner is not None and run.label != run.method:
             try:
@@ -464,15 +457,15 @@ def _digest(samples: Sequence[Sample]) -> str:
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 
-def plan(methods: Any, budgets: Sequence[Keep], seeds: int) -> list[Run]:
-    """All runs in order: the bare model, then per budget the baselines and the methods, then what has its own budget."""
+def plan(methods: Any, budgets: Sequence[Keep], seeds: int) -> list[MethodRun]:
+    """All runs in order: the bare model, baselines and methods per budget, then what has its own budget."""
     swept, fixed = {name: create(name) for name in BASELINES}, []
     for label, pruner, sweeps in methods_of(methods):
         if sweeps:
             swept[label] = pruner
         if not sweeps or _keep(pruner) is None:  # left to itself it finds its own budget
             fixed.append((label, pruner))
-    runs = [Run("unpruned", None), Run("no-image", None, baseline=True)]
+    runs = [MethodRun("unpruned", None), MethodRun("no-image", None, baseline=True)]
     for keep, (label, pruner) in itertools.product(budgets, swept.items()):
         if isinstance(pruner, RandomLike):
             budgeted = pruner.at(keep)
@@ -481,14 +474,14 @@ def plan(methods: Any, budgets: Sequence[Keep], seeds: int) -> list[Run]:
         runs += _drawn(label, budgeted, seeds if label == "random" or isinstance(pruner, RandomLike) else 0)
     for label, pruner in fixed:
         runs += _drawn(label, pruner, seeds if isinstance(pruner, RandomLike) else 0)
-    distinct: dict[Any, Run] = {}
+    distinct: dict[Any, MethodRun] = {}
     for run in runs:
         distinct.setdefault((run.label, type(run.keep), run.keep, run.seed), run)
     return list(distinct.values())
 
 
 def methods_of(methods: Any) -> Iterator[tuple[str, Pruner, bool]]:
-    """Methods as :func:`bench` takes them: label, method, and whether it runs at every budget (False: once, as it is)."""
+    """Methods as :func:`bench` takes them: label, method, and whether it runs at every budget (else once)."""
     for pruner, given in _methods(methods):
         named = (pruner.pruner if isinstance(pruner, RandomLike) else pruner).budget_parameter
         yield (
@@ -503,15 +496,19 @@ _NO_BUDGET = object()
 
 def _keep(pruner: Pruner) -> Any:
     """The budget; :data:`_NO_BUDGET` of a method without one, or that its other parameters leave without."""
-    return getattr(pruner, pruner.budget_parameter, _NO_BUDGET) if pruner.takes_budget else _NO_BUDGET
+    name, inner = pruner.budget_parameter, pruner.pruner if isinstance(pruner, RandomLike) else pruner
+    with contextlib.suppress(FoveateError, TypeError):
+        replace(inner, **{inner.budget_parameter: 0.5})
+        return getattr(pruner, name, _NO_BUDGET)
+    return _NO_BUDGET
 
 
-def _drawn(label: str, pruner: Pruner, seeds: int) -> list[Run]:
+def _drawn(label: str, pruner: Pruner, seeds: int) -> list[MethodRun]:
     """A run per seed, or a single one."""
     blind = isinstance(pruner, RandomLike) or pruner.name in BASELINES
     if not seeds:
-        return [Run(label, pruner, None, blind)]
-    return [Run(label, replace(pruner, seed=seed), seed, blind) for seed in range(seeds)]
+        return [MethodRun(label, pruner, None, blind)]
+    return [MethodRun(label, replace(pruner, seed=seed), seed, blind) for seed in range(seeds)]
 
 
 def _methods(methods: Any) -> Iterator[tuple[Pruner, dict[str, Any] | None]]:
@@ -546,8 +543,7 @@ def _label(pruner: Pruner, given: dict[str, Any] | None) -> str:
     if given is None:
         usual = {f.name: f.default for f in dataclasses.fields(pruner)}
         given = {name: value for name, value in pruner.parameters().items() if usual.get(name) != value}
-    shown = ", ".join(f"{name}={value!r}" for name, value in given.items() if name != pruner.budget_parameter)
-    return f"{pruner.name}({shown})" if shown else pruner.name
+    return call_text(pruner.name, {name: x for name, x in given.items() if name != pruner.budget_parameter})
 
 
 def _distinct(budgets: Sequence[Keep]) -> list[Keep]:
@@ -556,28 +552,21 @@ def _distinct(budgets: Sequence[Keep]) -> list[Keep]:
 
 @contextmanager
 def progress_bar(shown: bool, total: int, unit: str = "samples") -> Iterator[Callable[..., None]]:
-    """A progress bar on stderr; yields ``step(what, samples, skipped=False)``. What is skipped does not count for the rate."""
+    """A progress bar on stderr; yields ``step(what, samples, skipped=False)``. The rate leaves out what is skipped."""
+    from rich import progress
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        ProgressColumn,
-        Task,
-        TextColumn,
-        TimeRemainingColumn,
-    )
 
-    class Rate(ProgressColumn):
-        def render(self, task: Task) -> str:
+    class Rate(progress.ProgressColumn):
+        def render(self, task: progress.Task) -> str:
             return "" if task.speed is None else f"{task.speed:.3g} {unit}/s"
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
+    columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn())
+    columns += (Rate(), progress.TimeRemainingColumn())
     console = Console(stderr=True)
     if not (shown and console.is_terminal):
         yield lambda what, samples, skipped=False: None
         return
-    with Progress(*columns, console=console, transient=True) as bar:
+    with progress.Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=total)
         skips = 0
 

@@ -1,7 +1,7 @@
-"""What a row costs in seconds and bytes, measured beside the unpruned model: in turns, warm, and with the device's work done.
+"""What a row costs in seconds and bytes, measured beside the unpruned model: in turns, warm, the device's work done.
 
-A pass of its own behind the accuracy pass, over a few samples in batches of 1 and of 8. It needs no right answers, so that
-generation always writes the same number of tokens.
+A pass of its own after the accuracy pass, over a few samples in batches of 1 and of 8. It needs no right answers, so
+that generation always writes the same number of tokens.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -16,8 +17,8 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from foveate.eval_suites.results.rows import Timing
-from foveate.eval_suites.running.meter import Meter, Run
-from foveate.eval_suites.speed.clock import Clock
+from foveate.eval_suites.running.meter import Meter, MethodRun
+from foveate.eval_suites.speed.harness import Clock, in_turns, ratios
 from foveate.eval_suites.suites import Sample
 
 __all__ = ["BATCHES", "REPEATS", "measure", "peak"]
@@ -26,7 +27,7 @@ BATCHES = (1, 8)
 """Samples per call."""
 REPEATS = 3
 _NEW = 3  # tokens written per call: the first ends the prefill, each of the others is a decoding step
-_UNPRUNED = Run("unpruned", None)
+_UNPRUNED = MethodRun("unpruned", None)
 
 
 class _Laps(StoppingCriteria):
@@ -49,30 +50,33 @@ class _Laid:
     selection: list[float | None] = field(default_factory=list)
 
 
-def measure(meter: Meter, run: Run, batch: int, repeats: int = REPEATS) -> Timing:
+def measure(meter: Meter, run: MethodRun, batch: int, repeats: int = REPEATS) -> Timing:
     """Time ``run`` and the unpruned model, call by call in turns, in batches of ``batch`` samples.
 
-    Every call has other samples, the same for all rows. The first call of either warms up, counts for the memory only, and
-    is not timed. Prefill lasts from the processed inputs to the first token, encoder and selection included; decode is
-    one further token; selection is what the trace has counted, which is a part of prefill. All are for the whole batch.
+    Every call has other samples, the same for all rows. The first call of either warms up, counts for the memory only,
+    and is not timed. Prefill lasts from the processed inputs to the first token, encoder and selection included; decode
+    is one further token; selection is what the trace has counted, which is a part of prefill. All are for the whole
+    batch.
 
     Raises:
         FoveateError, RuntimeError: whatever the model or the method raises.
     """
-    contenders = [run] if run.pruner is None and run.label == _UNPRUNED.label else [_UNPRUNED, run]
-    laid, memory = [_Laid() for _ in contenders], [None for _ in contenders]
-    for turn in range(repeats + 1):
-        samples = _samples(meter, turn, batch)
-        order = range(len(contenders)) if turn % 2 else reversed(range(len(contenders)))  # who goes first gains nothing
-        for i in order:
-            if turn:
-                _call(meter, contenders[i], samples, laid[i])
-            elif contenders[i] is run or batch not in meter.unpruned_memory:
-                memory[i] = _memory(meter, contenders[i], samples)
-            else:
-                memory[i] = meter.unpruned_memory[batch]
-    meter.unpruned_memory.setdefault(batch, memory[0])
-    whole, own = laid[0], laid[-1]
+    contenders = {"unpruned": _UNPRUNED} | ({} if run.pruner is None and run.label == "unpruned" else {"own": run})
+    laid, memory = {name: _Laid() for name in contenders}, {}
+
+    def turn(name: str, number: int) -> None:
+        samples = _samples(meter, number + 1, batch)
+        if number >= 0:
+            _call(meter, contenders[name], samples, laid[name])
+        elif name == "own" or batch not in meter.unpruned_memory:
+            memory[name] = _memory(meter, contenders[name], samples)
+        else:
+            memory[name] = meter.unpruned_memory[batch]
+
+    in_turns({name: partial(turn, name) for name in contenders}, repeats)
+    meter.unpruned_memory.setdefault(batch, memory["unpruned"])
+    last = list(contenders)[-1]
+    whole, own = laid["unpruned"], laid[last]
     chosen = [seconds for seconds in own.selection if seconds is not None]
     return Timing(
         batch=batch,
@@ -80,12 +84,12 @@ def measure(meter: Meter, run: Run, batch: int, repeats: int = REPEATS) -> Timin
         prefill=median(own.prefill),
         decode=median(own.decode),
         selection=median(chosen) if chosen else None,
-        peak_bytes=memory[-1],
+        peak_bytes=memory[last],
         unpruned_prefill=median(whole.prefill),
         unpruned_decode=median(whole.decode),
-        unpruned_peak_bytes=memory[0],
-        prefill_speedup=median(a / b for a, b in zip(whole.prefill, own.prefill)),
-        decode_speedup=median(a / b for a, b in zip(whole.decode, own.decode)),
+        unpruned_peak_bytes=memory["unpruned"],
+        prefill_speedup=median(ratios(whole.prefill, own.prefill)),
+        decode_speedup=median(ratios(whole.decode, own.decode)),
     )
 
 
@@ -95,7 +99,7 @@ def _samples(meter: Meter, turn: int, batch: int) -> list[Sample]:
 
 
 @torch.no_grad()
-def _call(meter: Meter, run: Run, samples: Sequence[Sample], into: _Laid) -> None:
+def _call(meter: Meter, run: MethodRun, samples: Sequence[Sample], into: _Laid) -> None:
     """Generate a few tokens from scratch, with the method attached for this one call."""
     inputs = meter.inputs(run, samples)
     with meter.attached(run) as session:
@@ -114,7 +118,7 @@ def _call(meter: Meter, run: Run, samples: Sequence[Sample], into: _Laid) -> Non
 
 
 @torch.no_grad()
-def _memory(meter: Meter, run: Run, samples: Sequence[Sample]) -> int | None:
+def _memory(meter: Meter, run: MethodRun, samples: Sequence[Sample]) -> int | None:
     """Most bytes of tensors that a prefill had at once, beyond the weights and its inputs."""
     inputs = meter.inputs(run, samples)
     with meter.attached(run) as session:

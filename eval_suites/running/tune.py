@@ -1,7 +1,8 @@
-"""``foveate tune``: how far can a model be pruned before it loses more accuracy than it may? The statistics are in ``certify``.
+"""``foveate tune``: how far can a model be pruned before it loses more accuracy than it may?
 
-Half of the questions calibrate: every method under every position policy is a chain of budgets from gentle to aggressive,
-tested in that order until one fails. Of all settings that hold the target the fastest is chosen, and checked once on the other half.
+Half of the questions calibrate: every method under every position policy is a chain of budgets from gentle to
+aggressive, tested in that order until one fails. Of all settings that hold the target the fastest is chosen, and
+checked once on the other half. The statistics are in ``certify``.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -23,18 +25,20 @@ from foveate.eval_suites.running import models
 from foveate.eval_suites.running.budgets import parse_keep
 from foveate.eval_suites.running.certify import least_samples, lower_bound, p_value, relative_accuracy
 from foveate.eval_suites.running.environment import environment
-from foveate.eval_suites.running.meter import BudgetMismatch, Meter, Run
+from foveate.eval_suites.running.meter import BudgetMismatch, Meter, MethodRun
 from foveate.eval_suites.running.runner import check_writable, methods_of, progress_bar
 from foveate.eval_suites.running.timing import measure
 from foveate.eval_suites.suites import Suite
-from foveate.pruners.core.method import Keep, Pruner, budget, check_keep, one_of
+from foveate.eval_suites.terminal import console
+from foveate.pruners.core import Keep, Pruner, budget
+from foveate.pruners.core.parameters import check_choice, check_keep
 from foveate.pruners.core.preset import Preset
 
 __all__ = ["Chain", "Setting", "Tuned", "add_arguments", "main", "search", "tune"]
 
 POLICIES = ("keep", "compact")
 _KEEP = "0.9,0.75,0.5,0.35,0.25,0.15,0.1"
-_UNPRUNED = Run("unpruned", None)
+_UNPRUNED = MethodRun("unpruned", None)
 _WORTH_IT = 1.05  # times as fast, below which a gain is not worth the words
 
 
@@ -44,37 +48,26 @@ _WORTH_IT = 1.05  # times as fast, below which a gain is not worth the words
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``foveate tune``."""
     add = parser.add_argument
-    add(
-        "--model",
-        metavar="NAME",
-        default="shapes-llava",
-        help=f"{', '.join(models.EMBEDDED)}, a folder, or a name on the hub",
+    help_ = f"{', '.join(models.EMBEDDED)}, a folder, or a name on the hub"
+    add("--model", metavar="NAME", default="shapes-llava", help=help_)
+    help_ = (
+        f"one of: {', '.join(suites.SUITES)}; or a JSONL file of yours with image, question and answer in every line"
     )
-    help_ = f"one of: {', '.join(suites.SUITES)}; or a JSONL file of your own, with image, question and answer in every line"
     add("--suite", metavar="NAME", default="shapes", help=help_)
     add("--target", metavar="SHARE", type=float, default=0.98, help="of the unpruned accuracy to keep (default: 0.98)")
     add("--confidence", metavar="SHARE", type=float, default=0.95, help="that it is kept (default: 0.95)")
     add("--pruners", metavar="NAMES", default="all", help="methods to search, as for `foveate bench` (default: all)")
     add("--keep", metavar="BUDGETS", default=_KEEP, help=f"budgets to search (default: {_KEEP})")
-    add(
-        "--positions",
-        metavar="POLICIES",
-        default=",".join(POLICIES),
-        help="position policies to search (default: keep,compact)",
-    )
+    help_ = "position policies to search (default: keep,compact)"
+    add("--positions", metavar="POLICIES", default=",".join(POLICIES), help=help_)
     add(
         "--limit",
         metavar="N",
         type=int,
         default=1000,
-        help="questions; half of them calibrate, half check (default: 1000)",
+        help="questions, half to calibrate, half to check (default: 1000)",
     )
-    add(
-        "--seed",
-        metavar="N",
-        type=int,
-        help="which questions are drawn, and how they are halved (default: the suite's own)",
-    )
+    add("--seed", metavar="N", type=int, help="draws and halves the questions (default: the suite's own)")
     help_ = "what makes the fastest: measured time, or fewest tokens in the decoder (default: time)"
     add("--by", choices=("time", "tokens"), default="time", help=help_)
     add("--batch-size", metavar="N", type=int, default=32, help="questions per call of the model (default: 32)")
@@ -99,21 +92,10 @@ def main(args: argparse.Namespace) -> int:
     for option, path in (("--out", args.out), ("--json", args.json)):  # a search takes minutes
         if path not in (None, "-"):
             check_writable(option, path)
-    found = tune(
-        args.model,
-        args.suite,
-        args.target,
-        confidence=args.confidence,
-        pruners=args.pruners,
-        keep=parse_keep(args.keep),
-        positions=tuple(filter(None, map(str.strip, args.positions.split(",")))),
-        limit=args.limit,
-        seed=args.seed,
-        by=args.by,
-        batch_size=args.batch_size,
-        device=args.device,
-        dtype=args.dtype,
-    )
+    names = ("confidence", "pruners", "limit", "seed", "by", "batch_size", "device", "dtype")
+    options = {name: getattr(args, name) for name in names}
+    policies = tuple(filter(None, map(str.strip, args.positions.split(","))))
+    found = tune(args.model, args.suite, args.target, keep=parse_keep(args.keep), positions=policies, **options)
     if found.chosen is not None:
         found.preset().write(args.out)
     if args.json:
@@ -121,8 +103,7 @@ def main(args: argparse.Namespace) -> int:
         if args.json == "-":
             print(text, end="")
         else:
-            with open(args.json, "w", encoding="utf-8") as file:
-                file.write(text)
+            Path(args.json).write_text(text, encoding="utf-8")
     if args.json != "-":
         found.print(args.out)
     return int(found.chosen is None)
@@ -136,9 +117,11 @@ class Setting:
     """A method at a budget under a position policy, and what the calibration half says of it.
 
     Attributes:
-        p: of the hypothesis that it loses too much; certified: whether its chain was tested up to it, and all held.
+        p: of the hypothesis that it loses too much.
+        certified: whether its chain was tested up to it, and all held.
         relative, bound: its relative accuracy, and the one-sided lower bound at the chain's level.
-        tokens: mean tokens over the decoder's layers; timing: of one sample a call, of certified settings only.
+        tokens: mean tokens over the decoder's layers.
+        timing: of one sample a call, of certified settings only.
         speedup: the unpruned model's time of an answer divided by this one's.
     """
 
@@ -170,7 +153,12 @@ class Setting:
 
 @dataclass
 class Chain:
-    """The settings of one method under one position policy, from gentle to aggressive; ``reason``: why it ended early."""
+    """The settings of one method under one position policy, from gentle to aggressive.
+
+    Attributes:
+        settings: in the order in which they are tested.
+        reason: why it ended early.
+    """
 
     settings: list[Setting]
     reason: str | None = None
@@ -181,8 +169,11 @@ class Tuned:
     """What was found.
 
     Attributes:
-        chains: all that was searched; level: of each chain's tests; chosen: the fastest that holds the target, or None.
-        checked: its relative accuracy on the other half; checked_bound: the one-sided lower bound of it.
+        chains: all that was searched.
+        level: of each chain's tests.
+        chosen: the fastest that holds the target, or None.
+        checked: its relative accuracy on the other half.
+        checked_bound: the one-sided lower bound of it.
         facts: model, suite, target, confidence, numbers of samples, versions.
     """
 
@@ -210,7 +201,10 @@ class Tuned:
     def preset(self) -> Preset:
         """The chosen setting, with how it was found."""
         chosen, facts = self.chosen, self.facts
-        names = ("model", "weights_sha256", "suite", "target", "confidence", "calibration", "check", "foveate", "torch", "transformers", "hardware", "date")  # fmt: skip
+        names = (
+            "model", "weights_sha256", "suite", "target", "confidence", "calibration", "check", "foveate", "torch",
+            "transformers", "hardware", "date",
+        )  # fmt: skip
         told = {name: facts[name] for name in names if facts.get(name) is not None}
         told |= {
             "relative_accuracy": round(chosen.relative, 4),
@@ -221,57 +215,49 @@ class Tuned:
         return Preset(chosen.pruner, chosen.positions, told)
 
     def as_json(self) -> dict[str, Any]:
+        plain = {name: getattr(self, name) for name in ("facts", "level", "checked", "checked_bound")}
         chains = [{"reason": c.reason, "settings": [s.as_json() for s in c.settings]} for c in self.chains]
-        return {
-            "facts": self.facts,
-            "level": self.level,
-            "chosen": None if self.chosen is None else self.chosen.as_json(),
-            "checked": self.checked,
-            "checked_bound": self.checked_bound,
-            "chains": chains,
-        }
+        return plain | {"chosen": None if self.chosen is None else self.chosen.as_json(), "chains": chains}
 
     def print(self, out: str) -> None:
         """Print on the terminal."""
         from rich import box
-        from rich.console import Console
         from rich.table import Table
         from rich.text import Text
 
-        facts = self.facts
-        console = Console(highlight=False)
-        console = console if console.is_terminal else Console(highlight=False, width=120)
+        facts, screen = self.facts, console()
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"{facts['model']} on {facts['suite']}")
         for head in ("method", "keep", "positions", "tokens", "rel. %", "at least", "speed", "holds"):
-            table.add_column(
-                head, justify="left" if head in ("method", "positions", "holds") else "right", no_wrap=True
-            )
+            left = head in ("method", "positions", "holds")
+            table.add_column(head, justify="left" if left else "right", no_wrap=True)
         front = {id(setting) for setting in self.front}
         for setting in sorted(self.measured, key=lambda s: (s.tokens, -s.accuracy)):
             if not (setting.certified or id(setting) in front):
                 continue
             name = ("▸ " if setting is self.chosen else "◆ " if id(setting) in front else "  ") + setting.label
-            cells = (
-                name, setting.budget, setting.positions, f"{setting.tokens:.1f}", f"{100 * setting.relative:.1f}",
-                f"{100 * setting.bound:.1f}", "" if setting.speedup is None else f"{setting.speedup:.2f}×", "yes" if setting.certified else "not shown",
-            )  # fmt: skip
+            shares = [f"{100 * share:.1f}" for share in (setting.relative, setting.bound)]
+            speed = "" if setting.speedup is None else f"{setting.speedup:.2f}×"
+            holds = "yes" if setting.certified else "not shown"
+            cells = (name, setting.budget, setting.positions, f"{setting.tokens:.1f}", *shares, speed, holds)
             style = "bold green" if setting is self.chosen else "" if setting.certified else "dim"
             table.add_row(*map(Text, cells), style=style)
-        console.print(table)
-        console.print(Text("\n".join(self.notes()), style="dim"))
-        console.print()
+        screen.print(table)
+        screen.print(Text("\n".join(self.notes()), style="dim"))
+        screen.print()
         for text in self.verdict(out):
-            console.print(Text(text))
+            screen.print(Text(text))
 
     def notes(self) -> list[str]:
         """How to read the table, and what could not be searched."""
         f = self.facts
         chains = f"all {n} chains together" if (n := len(self.chains)) > 1 else "the one chain of budgets"
         lines = [
-            f"{f['calibration']} questions calibrate, the unpruned model answers {100 * f['unpruned_accuracy']:.1f} % of them; {f['check']} others check.",
-            f"at least: one-sided bound at {100 * (1 - self.level):.2f} %, which is {100 * f['confidence']:g} % for {chains} "
-            "(betting test, fixed sequence from gentle to aggressive, Bonferroni over methods and policies).",
-            "▸ the choice; ◆ no other tested setting is more accurate with as few tokens. speed: the unpruned model's time of an answer divided by its own.",
+            f"{f['calibration']} questions calibrate, the unpruned model answers {100 * f['unpruned_accuracy']:.1f} % "
+            f"of them; {f['check']} others check.",
+            f"at least: one-sided bound at {100 * (1 - self.level):.2f} %, which is {100 * f['confidence']:g} % for "
+            f"{chains} (betting test, fixed sequence from gentle to aggressive, Bonferroni over methods and policies).",
+            "▸ the choice; ◆ no other tested setting is more accurate with as few tokens. speed: the unpruned model's "
+            "time of an answer divided by its own.",
         ]
         gentlest = [chain.settings[0] for chain in self.chains]
         if lost := [f"{s.label} ({s.positions})" for s in gentlest if s.p is not None and not s.certified]:
@@ -294,8 +280,9 @@ class Tuned:
             said = [f"Nothing holds {promise}."]
             if need > f["calibration"]:
                 said.append(
-                    f"{f['calibration']} calibrating questions could not show it even of a method that changes no answer: about "
-                    f"{2 * need} questions in all (--limit), fewer methods (--pruners) or a lower --target would."
+                    f"{f['calibration']} calibrating questions could not show it even of a method that changes no "
+                    f"answer: about {2 * need} questions in all (--limit), fewer methods (--pruners) or a lower "
+                    "--target would."
                 )
             else:
                 said.append("Allow a lower --target, larger budgets (--keep), or give more questions (--limit).")
@@ -305,7 +292,8 @@ class Tuned:
         speed = "" if c.speedup is None else f", {c.speedup:.2f} times as fast"
         said = [
             f"{c.label} keep {c.budget or 'of its own'}, positions {c.positions}{speed}: {promise}.",
-            f"On the {f['check']} questions that were not searched on it has {100 * self.checked:.1f} % (at least {100 * self.checked_bound:.1f} %): "
+            f"On the {f['check']} questions that were not searched on it has {100 * self.checked:.1f} % (at least "
+            f"{100 * self.checked_bound:.1f} %): "
             + ("the target is held." if self.checked >= f["target"] else "BELOW the target there."),
         ]
         if c.speedup is not None and c.speedup < _WORTH_IT:
@@ -329,8 +317,8 @@ def search(
     chains there are, and in which order their settings stand, must not depend on these scores.
 
     Args:
-        scores: gives a setting's scores on the calibrating samples, of which ``unpruned`` are the unpruned model's. What it
-            raises of :class:`FoveateError` ends the chain and is its reason.
+        scores: gives a setting's scores on the calibrating samples, of which ``unpruned`` are the unpruned model's.
+            What it raises of :class:`FoveateError` ends the chain and is its reason.
     """
     level = alpha / max(1, len(chains))
     for chain in chains:
@@ -369,8 +357,8 @@ def tune(
     """Find the fastest setting that keeps ``target`` of the unpruned accuracy.
 
     Args:
-        model, suite, pruners, keep, batch_size, device, dtype: as for :func:`foveate.eval_suites.running.runner.bench`; ``suite`` may
-            be a JSONL file.
+        model, suite, pruners, keep, batch_size, device, dtype: as for :func:`foveate.eval_suites.running.runner.bench`;
+            ``suite`` may be a JSONL file.
         target: relative accuracy in (0, 1); confidence: that no certified setting has less.
         positions: policies to search; limit: questions in all; seed: which ones, and how they are halved.
         by: ``"time"`` measures certified settings, ``"tokens"`` counts what the decoder sees.
@@ -380,15 +368,13 @@ def tune(
     """
     for name, share in (("target", target), ("confidence", confidence)):
         if not 0 < share < 1:
-            raise ParameterError(
-                f"{name}={share}: give a share between 0 and 1, for example {0.98 if name == 'target' else 0.95}"
-            )
-    one_of("by", by, ("time", "tokens"))
+            raise ParameterError(f"{name}={share}: give a share between 0 and 1, for example 0.95")
+    check_choice("by", by, ("time", "tokens"))
     for policy in positions:
-        one_of("positions", policy, ("auto", *POLICIES))
+        check_choice("positions", policy, ("auto", *POLICIES))
     if not positions:
         raise ParameterError("positions is empty; give keep, compact, or both")
-    budgets = [check_keep(k) for k in (keep if isinstance(keep, Sequence) else [keep])]
+    budgets = [check_keep("keep", k) for k in (keep if isinstance(keep, Sequence) else [keep])]
     if not budgets:
         raise ParameterError("keep is empty; give budgets to search, for example 0.5,0.25")
     suite = suites.find(suite) if isinstance(suite, str) else suite
@@ -403,8 +389,9 @@ def tune(
     meters = {policy: Meter(model, suite, halves[0], batch_size, policy) for policy in positions}
     meter = next(iter(meters.values()))
     facts = environment(model.model) | {
-        "model": model.name, "weights_sha256": model.weights_sha256, "suite": suite.name, "suite_seed": seed, "target": target,
-        "confidence": confidence, "calibration": len(halves[0]), "check": len(halves[1]), "positions": list(positions), "by": by,
+        "model": model.name, "weights_sha256": model.weights_sha256, "suite": suite.name, "suite_seed": seed,
+        "target": target, "confidence": confidence, "calibration": len(halves[0]), "check": len(halves[1]),
+        "positions": list(positions), "by": by,
     }  # fmt: skip
 
     reference = _answers(meter, _UNPRUNED)
@@ -413,8 +400,8 @@ def tune(
     unpruned = _scores(reference)
     if not any(unpruned):
         raise FoveateError(
-            f"{model.name} answers none of {len(unpruned)} questions of {suite.name} right, so that there is nothing to keep; "
-            "check the model, the suite and its prompt"
+            f"{model.name} answers none of {len(unpruned)} questions of {suite.name} right, so that there is nothing "
+            "to keep; check the model, the suite and its prompt"
         )
     facts["unpruned_accuracy"] = fmean(unpruned)
     count = round(fmean(meter.unpruned_counts.values()))
@@ -461,11 +448,11 @@ def plan(pruners: Any, budgets: Sequence[Keep], positions: Sequence[str], count:
             yield Chain([Setting(label, one, policy) for one in at])
 
 
-def _run(setting: Setting) -> Run:
-    return Run(setting.label, setting.pruner)
+def _run(setting: Setting) -> MethodRun:
+    return MethodRun(setting.label, setting.pruner)
 
 
-def _answers(meter: Meter, run: Run) -> list[Answer]:
+def _answers(meter: Meter, run: MethodRun) -> list[Answer]:
     """The answers to all samples.
 
     Raises:

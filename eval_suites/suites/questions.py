@@ -1,4 +1,4 @@
-"""The user's own questions as a suite: a JSONL file, one object per line with ``image``, ``question`` and ``answer``."""
+"""The user's own questions as a suite: a JSONL file whose objects have ``image``, ``question`` and ``answer``."""
 
 from __future__ import annotations
 
@@ -27,8 +27,11 @@ class Question:
     """A line of the file; the picture is opened when it is asked for.
 
     Attributes:
-        id: the line's ``id``, or its number; task: its ``task``, or ``"questions"``.
-        file: the picture; answer: the first right answer; answers: all of them.
+        id: the line's ``id``, or its number.
+        task: its ``task``, or ``"questions"``.
+        file: the picture.
+        answer: the first right answer.
+        answers: all of them.
     """
 
     id: str
@@ -62,8 +65,9 @@ def normalised(answer: str) -> str:
 def load(path: str | os.PathLike[str]) -> Suite:
     """The suite of a file.
 
-    Each line is a JSON object: ``image`` is a path, relative to the file's folder; ``answer`` a text, or a list of texts
-    any of which is right; ``id`` and ``task`` may be added. An answer is right if it is one of them, :func:`normalised`.
+    Each line is a JSON object: ``image`` is a path, relative to the file's folder; ``answer`` a text, or a list of
+    texts any of which is right; ``id`` and ``task`` may be added. An answer is right if it is one of them,
+    :func:`normalised`.
 
     Raises:
         ParameterError: a line is not that; the message names it.

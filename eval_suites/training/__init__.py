@@ -1,1 +1,1 @@
-"""How the shipped models were trained. Runs from a checkout; not part of the installed package."""
+"""How the shipped models were built, trained and checked. Runs from a checkout; not part of the installed package."""

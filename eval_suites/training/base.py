@@ -1,8 +1,8 @@
-"""What the recipes of the embedded models share: stages with checkpoints, a log and held-out figures; batches of questions.
+"""What the recipes of the embedded models share: stages with checkpoints, a log, held-out figures, and batches.
 
-A recipe subclasses :class:`Run`, says what each stage trains (`trained`), how a batch is drawn (`batch`) and what the
-loss is (`loss`); its `main` is :meth:`Run.main`. Every batch is a pure function of (seed, stage, step), so that a run can be
-resumed and repeated.
+A recipe subclasses :class:`TrainingRun`, says what each stage trains (`trained`), how a batch is drawn (`batch`) and
+what the loss is (`loss`); its `main` is :meth:`TrainingRun.main`. Every batch is a pure function of (seed, stage,
+step), so that a run can be resumed and repeated.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from foveate.eval_suites.suites.streams import CHECKS, TRAINING
 
-__all__ = ["Run", "Stage", "question_mask", "save_model", "some_places", "stream"]
+__all__ = ["Stage", "TrainingRun", "question_mask", "save_model", "some_places", "stream"]
 
 
 def stream(held_out: bool) -> int:
@@ -39,7 +39,8 @@ class Stage:
 
     Attributes:
         steps, batch, lr: number of steps, pictures a step, peak learning rate.
-        warmup: steps over which the rate rises; decay: share of the steps, the last ones, over which it falls to zero.
+        warmup: steps over which the rate rises.
+        decay: share of the steps, the last ones, over which it falls to zero.
     """
 
     name: str
@@ -50,11 +51,12 @@ class Stage:
     decay: float = 0.0
 
 
-class Run(ABC):
+class TrainingRun(ABC):
     """Modules, files and the loop of one run.
 
     Attributes:
-        model: what is trained and exported; modules: what checkpoints hold, by name.
+        model: what is trained and exported.
+        modules: what checkpoints hold, by name.
         stages: in the order in which they run.
     """
 
@@ -289,7 +291,7 @@ def save_model(model: nn.Module, processor: Any, folder: Path, without: Sequence
 
 
 def question_mask(block: Tensor, prefix: int) -> Tensor:
-    """Attention mask of several questions in one sequence behind a prefix of ``prefix`` places, which all of them see.
+    """Attention mask of several questions in one sequence after a prefix of ``prefix`` places, which all of them see.
 
     Args:
         block: ``(B, L)`` which question each further place belongs to, -1 for padding.

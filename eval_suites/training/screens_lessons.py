@@ -10,7 +10,7 @@ from torch import Tensor
 
 from foveate.eval_suites.suites.clips import scenes as clips
 from foveate.eval_suites.suites.screens import scenes as screens
-from foveate.eval_suites.suites.screens.model import (
+from foveate.eval_suites.training.screens_model import (
     COLOURS,
     COLUMNS,
     KINDS,
@@ -143,8 +143,8 @@ def question_blocks(questions: list[Asked], tokens: int, rng: np.random.Generato
 
     Returns:
         ids, block (number of the question, -1 padding) and offset (place in the block), (66,) int64; at (6,) where the
-        answer is to be said, -1 where there is no question; accept (6, V) bool right answers; evidence (6, M) bool; task
-        (6,) numbers in `TASKS`.
+        answer is to be said, -1 where there is no question; accept (6, V) bool right answers; evidence (6, M) bool;
+        task (6,) numbers in `TASKS`.
     """
     out = {name: np.zeros(BLOCK_LENGTH, np.int64) for name in ("ids", "block", "offset")}
     out["block"] -= 1

@@ -3,8 +3,8 @@
     python -m foveate.eval_suites.training.screens_scorer --model shapes-qwen --out patch_scorer.safetensors
 
 Labels are the paper's: how much of a token the box of the element asked for covers, and the UI graph, fused. The scorer
-reads visual tokens as they enter the decoder and the embeddings of the instruction's words. Pictures are drawn on line and
-looked at once each; every step asks for one element of each.
+reads visual tokens as they enter the decoder and the embeddings of the instruction's words. Pictures are drawn on line
+and looked at once each; every step asks for one element of each.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from foveate.eval_suites.running import models
 from foveate.eval_suites.suites.screens import scenes
-from foveate.eval_suites.suites.screens.model import PATCH, TOKEN, TOKENS, encode
 from foveate.eval_suites.training.base import stream
 from foveate.eval_suites.training.screens_lessons import hit
+from foveate.eval_suites.training.screens_model import PATCH, TOKEN, TOKENS, encode
 from foveate.eval_suites.training.shapes_qwen import see
 from foveate.pruners.core.patch_scorer import PatchScorer, save_scorer, scorer_loss
 from foveate.pruners.core.ui_graph import box_coverage, fused_label, image_blocks, ui_graph
@@ -30,7 +30,7 @@ from foveate.pruners.core.ui_graph import box_coverage, fused_label, image_block
 WORDS = 9  # most words of an instruction
 
 
-class Pictures:
+class ScorerPictures:
     """Screens with their visual tokens and UI graphs, and instructions on them drawn at will."""
 
     @torch.no_grad()
@@ -51,8 +51,8 @@ class Pictures:
         """One instruction on each of the chosen screens.
 
         Returns:
-            What the scorer reads: tokens (B, M, D), words (B, 9, D) and which of these are there (B, 9); labels (B, M); the
-            tokens whose middle is in the element (B, M) bool.
+            What the scorer reads: tokens (B, M, D), words (B, 9, D) and which of these are there (B, 9); labels (B, M);
+            the tokens whose middle is in the element (B, M) bool.
         """
         ids, labels, inside = torch.zeros(len(chosen), WORDS, dtype=torch.long), [], []
         for row, number in zip(ids, chosen):
@@ -88,7 +88,7 @@ def main() -> None:
     torch.manual_seed(options.seed)
     model = models.load(options.model, "cpu", "float32").model
     training, checking = (
-        Pictures(model, n, options.seed, held) for n, held in ((options.pictures, False), (256, True))
+        ScorerPictures(model, n, options.seed, held) for n, held in ((options.pictures, False), (256, True))
     )
     scorer = PatchScorer(model.config.text_config.hidden_size)
     optimizer = torch.optim.AdamW(scorer.parameters(), lr=options.lr)

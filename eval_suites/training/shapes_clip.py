@@ -2,10 +2,10 @@
 
     python -m foveate.eval_suites.training.shapes_clip --out shapes-clip
 
-The tower knows already what every patch shows; all of its blocks but the last stay as they are, so pictures are looked at
-once, before training. The last block, both projections and the text encoder learn to bring a picture and its caption
-together and everything else apart (InfoNCE over the batch). Captions name colour and shape of one to three objects, half
-of them also the places.
+The tower knows already what every patch shows; all of its blocks but the last stay as they are, so pictures are looked
+at once, before training. The last block, both projections and the text encoder learn to bring a picture and its caption
+together and everything else apart (InfoNCE over the batch). Captions name colour and shape of one to three objects,
+half of them also the places.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from transformers import (
 
 from foveate.eval_suites.suites.shapes import MODEL_PATH as SHAPES_LLAVA
 from foveate.eval_suites.suites.shapes import scenes
-from foveate.eval_suites.suites.shapes.model import MEAN, STD
-from foveate.eval_suites.training.base import Run, Stage, save_model
+from foveate.eval_suites.training.base import Stage, TrainingRun, save_model
+from foveate.eval_suites.training.shapes_model import MEAN, STD
 from foveate.eval_suites.vision.scenes import caption, draw
 
 STAGES = (Stage("clip", 2400, 96, 1.5e-3, warmup=100, decay=0.6),)
@@ -89,7 +89,7 @@ def normalised(pixels: np.ndarray) -> Tensor:
 
 
 def image_embeds(model: CLIPModel, rows: Tensor) -> Tensor:
-    """The last block and the head on ``rows (B, N, D)``, for the class token alone: nothing else of the block is read."""
+    """The last block and the head on ``rows (B, N, D)``, for the class token alone: the rest is not read."""
     block = model.vision_model.encoder.layers[-1]
     attention, x = block.self_attn, block.layer_norm1(rows)
     heads = (len(x), -1, attention.num_heads, attention.head_dim)
@@ -106,7 +106,7 @@ def recall(logits: Tensor, same: Tensor) -> Tensor:
     return same.gather(1, logits.argmax(dim=1, keepdim=True)).float().mean()
 
 
-class Training(Run):
+class Training(TrainingRun):
     """The one stage of shapes-clip."""
 
     stages = STAGES

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from foveate.eval_suites.suites.shapes import scenes
-from foveate.eval_suites.suites.shapes.model import CELL_COUNT, GRID, IMAGE_TOKENS, PATCH, TOKENS, encode
+from foveate.eval_suites.training.shapes_model import CELL_COUNT, GRID, IMAGE_TOKENS, PATCH, TOKENS, encode
 
 BLOCK_LENGTH = 72  # tokens of all the questions on one picture, padded
 DESCRIBE = "Describe the picture."
@@ -48,8 +48,8 @@ def question_blocks(questions: list[scenes.Question]) -> dict[str, np.ndarray]:
     """Questions in a row.
 
     Returns:
-        ids, targets (-100 where none), block (number of the question, -1 padding) and offset (place in the block), (72,)
-        int64; tasks (8,) numbers in `scenes.TASKS`, -1 where none.
+        ids, targets (-100 where none), block (number of the question, -1 padding) and offset (place in the block),
+        (72,) int64; tasks (8,) numbers in `scenes.TASKS`, -1 where none.
     """
     ids = np.zeros(BLOCK_LENGTH, np.int64)
     targets, block, offset = np.full_like(ids, -100), np.full_like(ids, -1), np.zeros_like(ids)

@@ -1,7 +1,7 @@
 """Train shapes-llava from nothing, in the order real vision-language models are built.
 
-1. *tower*: a CLIP vision model learns what every patch shows (dense labels on the layer the decoder will read) while its
-   class token is trained contrastively against captions and to name the colour-shape pairs present.
+1. *tower*: a CLIP vision model learns what every patch shows (dense labels on the layer the decoder will read) while
+   its class token is trained contrastively against captions and to name the colour-shape pairs present.
 2. *decoder*: a small Llama learns the questions on text only: each patch is the sum of the embeddings of the words for
    what it shows, so that no picture is needed.
 3. *align*: the projector alone learns to turn the frozen tower's patches into those word sums.
@@ -29,7 +29,16 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from foveate.eval_suites.suites.shapes import scenes
-from foveate.eval_suites.suites.shapes.model import (
+from foveate.eval_suites.training.base import Stage, TrainingRun, question_mask, save_model, stream
+from foveate.eval_suites.training.shapes_lessons import (
+    COLOUR_NAMES,
+    PAIRS,
+    WHAT_NAMES,
+    corrupt,
+    make_batch,
+    some_patches,
+)
+from foveate.eval_suites.training.shapes_model import (
     CELL_COUNT,
     IMAGE_TOKENS,
     MEAN,
@@ -38,15 +47,6 @@ from foveate.eval_suites.suites.shapes.model import (
     Sizes,
     build_model,
     build_processor,
-)
-from foveate.eval_suites.training.base import Run, Stage, question_mask, save_model, stream
-from foveate.eval_suites.training.shapes_lessons import (
-    COLOUR_NAMES,
-    PAIRS,
-    WHAT_NAMES,
-    corrupt,
-    make_batch,
-    some_patches,
 )
 
 STAGES = (
@@ -171,7 +171,7 @@ def answer_loss(
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-class Training(Run):
+class Training(TrainingRun):
     """The stages of shapes-llava."""
 
     stages = STAGES

@@ -4,7 +4,8 @@
 
 The tower and the projector stay those of shapes-llava. The processor cuts a wide picture into two crops of 96 x 96, in
 which objects have the size that the tower knows, and adds a thumbnail, in which they are squeezed. The decoder and the
-embedding that ends the crops' rows learn to read 444 tokens instead of 144. Pictures are looked at once, before training.
+embedding that ends the crops' rows learn to read 444 tokens instead of 144. Pictures are looked at once, before
+training.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from transformers import (
 )
 
 from foveate.eval_suites.suites.shapes import MODEL_PATH, WIDE, scenes
-from foveate.eval_suites.suites.shapes.model import GRID, IMAGE_TOKENS, PATCH, TOKENS
-from foveate.eval_suites.training.base import Run, Stage, save_model, some_places
+from foveate.eval_suites.training.base import Stage, TrainingRun, save_model, some_places
 from foveate.eval_suites.training.shapes_lessons import question_blocks
 from foveate.eval_suites.training.shapes_llava import answer_loss
+from foveate.eval_suites.training.shapes_model import GRID, IMAGE_TOKENS, PATCH, TOKENS
 
 STAGES = (Stage("next", 300, 16, 5e-4, warmup=20, decay=0.5),)
 COLUMNS = WIDE // PATCH
@@ -72,7 +73,7 @@ def build_processor() -> LlavaNextProcessor:
     )
 
 
-class Training(Run):
+class Training(TrainingRun):
     """The one stage of shapes-next."""
 
     stages = STAGES

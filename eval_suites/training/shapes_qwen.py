@@ -3,10 +3,10 @@
 1. *tower*: the vision tower with its merger learns what every visual token shows (dense labels, read off the merger's
    output by linear classifiers, which are then thrown away).
 2. *decoder*: the language model learns the questions on the frozen tower's tokens, which are computed once. A word's
-   embedding starts as its classifier's weights, so that a question's words point at the tokens that show them; the lower
-   half is made to tell each visual token's place, and two heads in the middle to look at what a question is about. Visual
-   tokens are left out at random, those that stay keep their positions: a model which never saw gaps would collapse under
-   any pruner.
+   embedding starts as its classifier's weights, so that a question's words point at the tokens that show them; the
+   lower half is made to tell each visual token's place, and two heads in the middle to look at what a question is
+   about. Visual tokens are left out at random, those that stay keep their positions: a model which never saw gaps would
+   collapse under any pruner.
 3. *joint*: everything together on new pictures, the classifiers' losses stay on.
 
 All data is drawn on line from the two suites' `scenes.py`, batch by batch from (seed, stage, step). Pictures carry
@@ -31,7 +31,19 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from foveate.eval_suites.suites.clips import scenes as clips
 from foveate.eval_suites.suites.screens import scenes as screens
-from foveate.eval_suites.suites.screens.model import (
+from foveate.eval_suites.training.base import Stage, TrainingRun, question_mask, save_model, some_places, stream
+from foveate.eval_suites.training.screens_lessons import (
+    BLOCK_LENGTH,
+    QUESTIONS,
+    TASKS,
+    clip_places,
+    joint_batch,
+    question_batch,
+    screen_places,
+    some_frame,
+    tower_batch,
+)
+from foveate.eval_suites.training.screens_model import (
     COLOURS,
     COLUMNS,
     KINDS,
@@ -49,18 +61,6 @@ from foveate.eval_suites.suites.screens.model import (
     build_model,
     build_processor,
     encode,
-)
-from foveate.eval_suites.training.base import Run, Stage, question_mask, save_model, some_places, stream
-from foveate.eval_suites.training.screens_lessons import (
-    BLOCK_LENGTH,
-    QUESTIONS,
-    TASKS,
-    clip_places,
-    joint_batch,
-    question_batch,
-    screen_places,
-    some_frame,
-    tower_batch,
 )
 
 STAGES = (
@@ -105,7 +105,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def see(visual: nn.Module, pixels: Tensor) -> Tensor:
-    """Visual tokens (B, M, text width), row by row: what `visual` computes, for equal pictures and without its loops."""
+    """Visual tokens (B, M, text width), row by row: what `visual` computes, for equal pictures, without loops."""
     patches, place = patchify(pixels)
     batch, count, _ = patches.shape
     height, width = pixels.shape[2] // WINDOW, pixels.shape[3] // WINDOW
@@ -181,7 +181,7 @@ def pointing(layer: nn.Module, hidden: Tensor, turn: tuple[Tensor, Tensor], at: 
     """Logarithms of how a layer's first two heads spread attention over the visual tokens, (B, Q, 2, K).
 
     Args:
-        hidden: (B, L, D) in front of the layer; at: (B, Q) places that attend; seen: where the visual tokens are.
+        hidden: (B, L, D) before the layer; at: (B, Q) places that attend; seen: where the visual tokens are.
     """
     heads = layer.self_attn
     x = layer.input_layernorm(hidden)
@@ -194,7 +194,7 @@ def pointing(layer: nn.Module, hidden: Tensor, turn: tuple[Tensor, Tensor], at: 
 
 
 class PlaceHead(nn.Module):
-    """Makes the lower half of the decoder tell every visual token's row and column, which rotary positions leave implicit."""
+    """Makes the lower half of the decoder tell visual tokens' rows and columns, implicit in rotary positions."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -222,8 +222,8 @@ def answer_loss(
         where: ascending places (B, K) of those that stay, None for all.
 
     Returns:
-        The loss; whether each question was answered rightly, (B, Q) float32, NaN where there is none or where nothing is
-        left of what it is about; the logits at the answers, (B, Q, V).
+        The loss; whether each question was answered rightly, (B, Q) float32, NaN where there is none or where nothing
+        is left of what it is about; the logits at the answers, (B, Q, V).
     """
     device, size, count = tokens.device, *tokens.shape[:2]
     of = lambda name: batch[f"{kind}_{name}"]  # noqa: E731
@@ -284,7 +284,7 @@ class Cache:
     tokens: dict[str, Tensor]
 
 
-class Training(Run):
+class Training(TrainingRun):
     """The stages of shapes-qwen."""
 
     stages = STAGES

@@ -1,6 +1,6 @@
 """Vision models by themselves: what merging tokens does to features, zero-shot accuracy and image-text retrieval.
 
-``foveate bench`` comes here for models that are no language models (``timm/NAME``, ``open_clip/NAME:WEIGHTS``,
+``foveate bench`` comes here for models that are not language models (``timm/NAME``, ``open_clip/NAME:WEIGHTS``,
 ``hf/OWNER/NAME``, folders) and for `shapes-clip`, a CLIP of ``transformers`` trained on captions of the shapes suite's
 scenes (`MODEL_PATH`; its data card is the README beside the weights). Importing this module loads neither torch nor
 transformers.
@@ -23,7 +23,7 @@ _TYPES = ("clip", "siglip", "vit", "dinov2", "dinov2_with_registers")
 
 
 def is_vision_model(name: str) -> bool:
-    """Whether ``name`` stands for a model that this package measures: a library's, an embedded one, or a folder of one."""
+    """Whether ``name`` stands for a model that this package measures: a library's, an embedded one, or a folder."""
     if name.startswith(_LIBRARIES) or name in EMBEDDED:
         return True
     try:

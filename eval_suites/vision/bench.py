@@ -17,15 +17,15 @@ from foveate.eval_suites.running import models
 from foveate.eval_suites.running.budgets import parse_keep
 from foveate.eval_suites.running.distributed import world
 from foveate.eval_suites.running.environment import machine, version_of
-from foveate.eval_suites.terminal import markdown_table, versions
+from foveate.eval_suites.terminal import call_text, markdown_table, versions
 from foveate.eval_suites.vision import EMBEDDED
-from foveate.eval_suites.vision.evaluate import Line, Run, at, class_places, evaluate
+from foveate.eval_suites.vision.evaluate import MergingFidelity, MergingRun, at, class_places, evaluate
 from foveate.eval_suites.vision.pictures import Pictures, folder, held_out_scenes
 from foveate.eval_suites.vision.subjects import Subject, load
 from foveate.pruners import ToMe, create
+from foveate.pruners.core import Keep, Pruner
 from foveate.pruners.core.control import RandomLike
 from foveate.pruners.core.merging import Merger
-from foveate.pruners.core.method import Keep, Pruner
 
 __all__ = ["main", "table"]
 
@@ -47,7 +47,8 @@ def main(args: argparse.Namespace) -> int:
     budgets, device = parse_keep(args.keep), models.find_device(args.device)
     if world().size > 1:
         raise ParameterError(
-            f"{world().size} processes would all do the same: vision models are measured by one; start it without torchrun"
+            f"{world().size} processes would all do the same: vision models are measured by one; start it without "
+            "torchrun"
         )
     unused = {"--out": args.out, "--html": args.html, "--fresh": args.fresh, "--retry": args.retry}
     for option, value in {**unused, "--positions": args.positions}.items():
@@ -84,7 +85,7 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def plan(subject: Subject, pictures: Pictures, methods: str, budgets: Sequence[Keep], seeds: int) -> list[Run]:
+def plan(subject: Subject, pictures: Pictures, methods: str, budgets: Sequence[Keep], seeds: int) -> list[MergingRun]:
     """Per budget the random control and every method without parameters of its own, then the others as they are.
 
     Raises:
@@ -94,7 +95,7 @@ def plan(subject: Subject, pictures: Pictures, methods: str, budgets: Sequence[K
 
     tower = tower_for(subject.model)
     if tower is None:
-        raise UnsupportedModelError(f"{type(subject.model).__name__} is no vision tower of a known family")
+        raise UnsupportedModelError(f"{type(subject.model).__name__} is not a vision tower of a known family")
     with torch.inference_mode():
         patches = _patches(subject, pictures, tower.blocks[0]) - tower.prefix
     swept: dict[str, Pruner] = {_RANDOM: RandomLike(ToMe())}
@@ -108,18 +109,14 @@ def plan(subject: Subject, pictures: Pictures, methods: str, budgets: Sequence[K
             raise ParameterError(
                 f"{name} does not merge inside vision towers; methods that do: {_ALL}, random, random@METHOD"
             )
-        shown = ", ".join(f"{key}={value!r}" for key, value in given.items())
-        label = f"{name}({shown})" if shown else name
-        (fixed if given else swept)[label] = RandomLike(method) if controlled else method
+        (fixed if given else swept)[call_text(name, given)] = RandomLike(method) if controlled else method
 
-    def drawn(label: str, method: Pruner, keep: Keep | None = None) -> Run:
-        return Run(
-            label, [replace(method, seed=i) for i in range(seeds)] if isinstance(method, RandomLike) else [method], keep
-        )
+    def drawn(label: str, method: Pruner, keep: Keep | None = None) -> MergingRun:
+        random = isinstance(method, RandomLike)
+        return MergingRun(label, [replace(method, seed=i) for i in range(seeds)] if random else [method], keep)
 
-    runs = [
-        drawn(label, at(method, keep, patches, tower.info), keep) for keep in budgets for label, method in swept.items()
-    ]
+    budgeted = ((label, method, keep) for keep in budgets for label, method in swept.items())
+    runs = [drawn(label, at(method, keep, patches, tower.info), keep) for label, method, keep in budgeted]
     return runs + [drawn(label, method) for label, method in fixed.items()]
 
 
@@ -144,7 +141,7 @@ _COLUMNS = {
 }
 
 
-def table(lines: Sequence[Line], facts: dict[str, Any], timed: bool = True) -> str:
+def table(lines: Sequence[MergingFidelity], facts: dict[str, Any], timed: bool = True) -> str:
     """The lines as Markdown; columns that nothing filled are left out, and speed unless ``timed``."""
     shown = [name for name in _COLUMNS if lines[0].__dict__[name] is not None]
     head = ["method", "keep", "rows left", *["speed"] * timed, *(_COLUMNS[name] for name in shown)]
@@ -160,7 +157,8 @@ def table(lines: Sequence[Line], facts: dict[str, Any], timed: bool = True) -> s
     text = markdown_table(head, rows)
     schedules = {tuple(line.rows): (line.method, line.keep) for line in reversed(lines) if len(line.rows) > 1}
     for rows_, (method, keep) in reversed(schedules.items()):
-        text += f"\n\nRows per block, {method}{'' if keep is None else f' at keep {keep:.4g}'}: {', '.join(map(str, rows_))}."
+        budget = "" if keep is None else f" at keep {keep:.4g}"
+        text += f"\n\nRows per block, {method}{budget}: {', '.join(map(str, rows_))}."
     if facts["classes"] and facts.get("no_accuracy"):
         text += f"\n\nNo accuracy: {facts['no_accuracy']}."
     packages = versions(facts, names=("foveate", "torch", "transformers", "timm", "open_clip"))

@@ -1,9 +1,9 @@
 """How much merging changes what a vision model says of a picture.
 
-*Fidelity* needs no labels: the cosine of every picture's final features (or logits) with those of the unmerged model, of its
-patch features after unmerging, and how often the first choice stays. With labels comes accuracy, zero-shot where the model
-has a text encoder; with captions recall@1 both ways. All methods look at a batch one after the other, in rotating order,
-so that times compare.
+*Fidelity* needs no labels: the cosine of every picture's final features (or logits) with those of the unmerged model,
+of its patch features after unmerging, and how often the first choice stays. With labels comes accuracy, zero-shot where
+the model has a text encoder; with captions recall@1 both ways. All methods look at a batch one after the other, in
+rotating order, so that times compare.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from torch import Tensor
 from foveate.adapters import attach
 from foveate.adapters.towers.base import tower_for
 from foveate.errors import BudgetError, UnsupportedModelError
-from foveate.eval_suites.speed.clock import now
+from foveate.eval_suites.speed.harness import now
 from foveate.eval_suites.vision.pictures import Pictures
 from foveate.eval_suites.vision.subjects import Subject
+from foveate.pruners.core import Keep, ModelInfo, Pruner, budget
 from foveate.pruners.core.control import RandomLike
-from foveate.pruners.core.method import Keep, ModelInfo, Pruner, budget
 
 
 @dataclass(frozen=True)
-class Run:
+class MergingRun:
     """One method to measure: several ``pruners`` are draws of one random choice, whose figures are averaged."""
 
     label: str
@@ -37,16 +37,19 @@ class Run:
 
 
 @dataclass
-class Line:
+class MergingFidelity:
     """One method. What the model or the pictures do not allow is None.
 
     Attributes:
-        method, keep: as asked for; draws: random choices averaged over.
+        method, keep: as asked for.
+        draws: random choices averaged over.
         rows: that enter each block, and that leave the last one; class, distillation and register rows count.
-        cosine: of final features with the unmerged model's; patch_cosine: of the tower's rows, unmerged to every patch.
+        cosine: of final features with the unmerged model's.
+        patch_cosine: of the tower's rows, unmerged to every patch.
         agreement: share of pictures whose first choice stays: of the classes, or without classes of the other pictures,
             by their unmerged features.
-        accuracy: share whose first choice is right; image_to_text, text_to_image: recall@1, equal captions being one.
+        accuracy: share whose first choice is right.
+        image_to_text, text_to_image: recall@1, equal captions being one.
         factor: pictures per second over the unmerged model's, the same batch measured back to back.
     """
 
@@ -74,7 +77,7 @@ class _Seen:
 
 
 def at(method: Pruner, keep: Keep, patches: int, model: ModelInfo) -> Pruner:
-    """The method with equal shares of its tokens merged in every block, so that ``keep`` of ``patches`` patches are left.
+    """The method with equal shares of its tokens merged in every block, so that ``keep`` of all patches are left.
 
     Raises:
         BudgetError: more would have to merge than half of a block's tokens.
@@ -86,7 +89,8 @@ def at(method: Pruner, keep: Keep, patches: int, model: ModelInfo) -> Pruner:
     before = [patches, *after[:-1]]
     if any(b < (a + 1) // 2 for a, b in zip(before, after)):
         raise BudgetError(
-            f"keep={keep}: {left} of {patches} patches cannot be left behind {depth} blocks, each of which at most halves them"
+            f"keep={keep}: {left} of {patches} patches cannot be left after {depth} blocks, each of which at most "
+            "halves them"
         )
     return method.removing(tuple(a - b for a, b in zip(before, after)), patches, model)
 
@@ -114,16 +118,18 @@ def class_places(subject: Subject, pictures: Pictures) -> tuple[list[int], str]:
     found = [whole.get(_plain(name)) or parts.get(_plain(name), set()) for name in names]
     for name, places in zip(names, found):
         if len(places) != 1:
-            what = "does not name its logits" if not subject.labels else "has no label" if not places else "has labels"
-            return (
-                [],
-                f"the model {what}{f' {name!r}' * bool(subject.labels)}{f' for logits {sorted(places)}' * bool(places)}",
-            )
+            if not subject.labels:
+                return [], "the model does not name its logits"
+            if not places:
+                return [], f"the model has no label {name!r}"
+            return [], f"the model has labels {name!r} for logits {sorted(places)}"
     return [place for places in found for place in places], ""
 
 
 @torch.inference_mode()
-def evaluate(subject: Subject, pictures: Pictures, runs: Sequence[Run], batch_size: int = 16) -> list[Line]:
+def evaluate(
+    subject: Subject, pictures: Pictures, runs: Sequence[MergingRun], batch_size: int = 16
+) -> list[MergingFidelity]:
     """Measure the runs beside the unmerged model, which comes first.
 
     Raises:
@@ -131,7 +137,7 @@ def evaluate(subject: Subject, pictures: Pictures, runs: Sequence[Run], batch_si
     """
     tower = tower_for(subject.model)
     if tower is None:
-        raise UnsupportedModelError(f"{type(subject.model).__name__} is no vision tower of a known family")
+        raise UnsupportedModelError(f"{type(subject.model).__name__} is not a vision tower of a known family")
     pruners: list[Pruner | None] = [None, *(pruner for run in runs for pruner in run.pruners)]
     seen = [_Seen() for _ in pruners]
     for turn, first in enumerate(range(0, len(pictures), batch_size)):
@@ -143,7 +149,7 @@ def evaluate(subject: Subject, pictures: Pictures, runs: Sequence[Run], batch_si
         for i in order[turn % max(1, len(order)) :] + order[: turn % max(1, len(order))]:
             _look(subject, pruners[i], pixels, seen[i], plain)
     reference = _Reference.of(subject, pictures, torch.cat(seen[0].final))
-    lines = [reference.line(Run("unmerged", [None]), [seen[0]], seen[0])]
+    lines = [reference.line(MergingRun("unmerged", [None]), [seen[0]], seen[0])]
     rest = iter(seen[1:])
     return lines + [reference.line(run, [next(rest) for _ in run.pruners], seen[0]) for run in runs]
 
@@ -200,11 +206,11 @@ class _Reference:
             same = ids[:, None] == ids
         return cls(final, classes, labels, captions, same)
 
-    def line(self, run: Run, seen: Sequence[_Seen], plain: _Seen) -> Line:
+    def line(self, run: MergingRun, seen: Sequence[_Seen], plain: _Seen) -> MergingFidelity:
         figures = [self._figures(torch.cat(one.final)) for one in seen]
         mean = {name: None if figures[0][name] is None else fmean(f[name] for f in figures) for name in figures[0]}
         ratios = [p / s for one in seen for p, s in zip(plain.seconds, one.seconds)]
-        return Line(
+        return MergingFidelity(
             run.label,
             run.keep,
             len(seen),

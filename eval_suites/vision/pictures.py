@@ -25,9 +25,12 @@ class Pictures:
     """Pictures and what is known of them.
 
     Attributes:
-        source: what they are, in words; open: one function per picture that loads it, RGB.
-        classes: names to choose from, empty if there are none; labels: for every picture the classes that are right.
-        prompt: what a class is called to a text encoder, with ``{}``; captions: one per picture, or None.
+        source: what they are, in words.
+        open: one function per picture that loads it, RGB.
+        classes: names to choose from, empty if there are none.
+        labels: for every picture the classes that are right.
+        prompt: what a class is called to a text encoder, with ``{}``.
+        captions: one per picture, or None.
     """
 
     source: str
@@ -67,7 +70,9 @@ def folder(path: Path, limit: int | None = None) -> Pictures:
         InputError: no such folder, no pictures in it, or captions that cannot be read.
     """
     if not path.is_dir():
-        raise InputError(f"{path} is no folder; give one with pictures, or with one sub-folder of pictures per class")
+        raise InputError(
+            f"{path} is not a folder; give one with pictures, or with one sub-folder of pictures per class"
+        )
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _ENDINGS)
     if not files:
         raise InputError(f"no pictures ({', '.join(_ENDINGS)}) below {path}")

@@ -18,7 +18,7 @@ def draw(rng: np.random.Generator, held_out: bool, count: int | None = None) -> 
 
 
 def caption(scene: scenes.Scene, places: bool = True) -> str:
-    """The scene in words: `"top left red circle, middle right blue star"`, or without places `"a red circle, a blue star"`."""
+    """The scene in words: `"top left red circle, middle right blue star"`, or without places `"a red circle, …"`."""
     if places:
         return scenes.caption(scene)
     return ", ".join(f"a {thing.colour} {thing.shape}" for thing in scene.things)

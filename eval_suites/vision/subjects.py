@@ -1,4 +1,4 @@
-"""Models of three libraries, read in one way: pixels in, the features a user reads out, and words where there are some."""
+"""Models of three libraries, read in one way: pixels in, the features a user reads out, and words if there are any."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from foveate.adapters import compat
 from foveate.errors import FoveateError, ParameterError
+from foveate.eval_suites.terminal import one_line
 from foveate.eval_suites.vision import EMBEDDED, MODEL_PATH
 
 
@@ -21,7 +22,8 @@ class Subject:
     """A vision model.
 
     Attributes:
-        name: as the user gave it; model: what a method is attached to.
+        name: as the user gave it.
+        model: what a method is attached to.
         prepare: pictures to pixels ``(B, 3, H, W)``, as the model was trained to see them.
         final: pixels to what a user reads of a picture, ``(B, C)``: features, or logits where ``classifies``.
         rows: the module whose output are the tower's last rows ``(B, N, C)``.
@@ -43,9 +45,9 @@ def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32) ->
     """Load a model by name.
 
     Args:
-        name: one of :data:`EMBEDDED`, ``timm/NAME[:WEIGHTS]``, ``open_clip/NAME:WEIGHTS``, ``hf/OWNER/NAME`` or a folder in the
-            ``transformers`` format. WEIGHTS is a tag that the library knows, a checkpoint file, or ``random``; timm's
-            own pre-trained weights are the default.
+        name: one of :data:`EMBEDDED`, ``timm/NAME[:WEIGHTS]``, ``open_clip/NAME:WEIGHTS``, ``hf/OWNER/NAME`` or a
+            folder in the ``transformers`` format. WEIGHTS is a tag that the library knows, a checkpoint file, or
+            ``random``; timm's own pre-trained weights are the default.
 
     Raises:
         FoveateError: the library is not installed, or knows no such model or weights.
@@ -64,8 +66,7 @@ def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32) ->
     except ImportError as error:
         raise FoveateError(f"model {name!r} needs {error.name}: pip install 'foveate[vit]'") from error
     except Exception as error:  # each library has errors of its own for names, networks and files
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise FoveateError(f"model {name!r} cannot be loaded: {reason}") from error
+        raise FoveateError(f"model {name!r} cannot be loaded: {one_line(error)}") from error
 
 
 def _embedded(name: str, device: torch.device, dtype: torch.dtype) -> Subject:

@@ -19,7 +19,7 @@ from foveate.pruners.core.parameters import Keep, check
 from foveate.pruners.core.selection import best, budget, keep_all, per_view, split_budget
 from foveate.pruners.core.signals import Signal
 from foveate.pruners.core.stages import AtEntry, Stage
-from foveate.pruners.core.tokens import Layout, Selection, Tokens
+from foveate.pruners.core.tokens import Layout, Selection, Tokens, View
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -141,7 +141,7 @@ class Pruner:
 
         None: its content decides. Everything else about numbers follows from this one answer.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not implement count()")
+        return None
 
     def prepare(self, image: Image) -> Image:
         """What to do to a picture before the processor sees it; the identity for all methods that act in the model."""
@@ -217,6 +217,13 @@ class Scorer(ByView):
         if kept >= tokens.count:
             return keep_all(tokens)
         return super().select(tokens, scores=self.score(tokens, **signals))
+
+
+def content_decides(pruner: Pruner) -> bool:
+    """Whether a picture's content may decide how many tokens the method keeps: of a plain one, or of one with crops."""
+    crops = tuple(View(24, 24, 576 + 24 * i, 48, kind="crop") for i in range(2))
+    layouts = Layout.grid(24, 24), Layout((View(24, 24, kind="thumbnail"), *crops))
+    return any(pruner.count(layout) is None for layout in layouts)
 
 
 # ------------------------------------------------------------------------------------------------------------ by name

@@ -11,7 +11,8 @@ import sys
 import pytest
 import torch
 
-from foveate.eval_suites.speed import kernels as bench
+from foveate.cli import main
+from foveate.eval_suites.speed import kernels
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 MOST = 300  # MiB beyond the inputs; a whole map would take 1 GiB. One token more than 16,384: blocks do not divide it
@@ -74,11 +75,15 @@ def test_references_stay_within_300_mib_at_16384_tokens(peaks):
     assert {name: peak for name, peak in peaks.items() if peak > MOST} == {}
 
 
+def bench(*argv: str) -> None:
+    assert main(["speed", "kernels", *argv]) == 0
+
+
 def test_bench_times_every_operation_and_says_what_ran(tmp_path, capsys):
     out = tmp_path / "bench.json"
-    bench.main(["--device", "cpu", "--sizes", "2x24", "--repeats", "1", "--no-compile", "--output", str(out)])
+    bench("--device", "cpu", "--sizes", "2x24", "--repeats", "1", "--no-compile", "--output", str(out))
     result = json.loads(out.read_text())
-    assert [row["operation"] for row in result["results"]] == [case.name for case in bench.CASES]
+    assert [row["operation"] for row in result["results"]] == [case.name for case in kernels.CASES]
     assert "no kernel ran" in result["environment"]["measured"]
     for row in result["results"]:
         assert row["agreement"] > 0.999, row
@@ -87,44 +92,33 @@ def test_bench_times_every_operation_and_says_what_ran(tmp_path, capsys):
     assert "torch references; no kernel ran, nothing here holds for a GPU" in " ".join(capsys.readouterr().out.split())
 
 
-def test_bench_extends_an_earlier_run_of_the_same_kind(tmp_path):
+def test_bench_extends_an_earlier_run_of_the_same_kind(tmp_path, capsys):
     out = tmp_path / "bench.json"
-    how = [
-        "--device",
-        "cpu",
-        "--repeats",
-        "1",
-        "--no-compile",
-        "--extend",
-        "--output",
-        str(out),
-        "--operations",
-        "gather",
-    ]
-    bench.main([*how, "--sizes", "1x24", "2x24"])
+    how = ["--device", "cpu", "--repeats", "1", "--no-compile", "--extend", "--output", str(out)]
+    how += ["--operations", "gather"]
+    bench(*how, "--sizes", "1x24", "2x24")
     before = json.loads(out.read_text())["results"]
-    bench.main([*how, "--sizes", "2x24", "3x24"])
+    bench(*how, "--sizes", "2x24", "3x24")
     result = json.loads(out.read_text())
     assert [row["B"] for row in result["results"]] == [1, 2, 3]
     assert result["results"][0] == before[0]
     result["environment"]["device"] = "another"
     out.write_text(json.dumps(result))
-    with pytest.raises(SystemExit, match="was made with device another"):
-        bench.main([*how, "--sizes", "1x24"])
+    assert main(["speed", "kernels", *how, "--sizes", "1x24"]) == 2
+    assert "was made with device another" in capsys.readouterr().err
 
 
 def test_bench_refuses_unknown_operations(capsys):
-    with pytest.raises(SystemExit):
-        bench.main(["--operations", "sort"])
+    assert main(["speed", "kernels", "--operations", "sort"]) == 2
     assert "no operation is called sort; there are: received_attention" in capsys.readouterr().err
 
 
 def test_bench_compares_selection_with_a_prefill(tmp_path, monkeypatch, capsys):
-    small = bench.Geometry(patches=36, text=4, tower=(2, 32, 2, 64), decoder=(3, 48, 3, 96))
-    monkeypatch.setattr(bench, "Geometry", lambda: small)
+    small = kernels.Prefill(patches=36, text=4, tower=(2, 32, 2, 64), decoder=(3, 48, 3, 96))
+    monkeypatch.setattr(kernels, "Prefill", lambda: small)
     out = tmp_path / "bench.json"
     how = ["--device", "cpu", "--sizes", "1x24", "--repeats", "1", "--operations", "match_counts"]
-    bench.main([*how, "--prefill", "--output", str(out)])  # with torch.compile
+    bench(*how, "--prefill", "--output", str(out))  # with torch.compile
     result = json.loads(out.read_text())
     assert result["prefill_shares"]["prefill_ms"] > 0
     assert result["prefill_shares"]["diverse_subset"] > 0

@@ -1,4 +1,4 @@
-"""What the app does without a browser: uploads are checked, users do not meet, failures harm nobody, exports repeat it."""
+"""The app without a browser: uploads are checked, users do not meet, failures harm nobody, exports repeat it."""
 
 from __future__ import annotations
 

@@ -19,7 +19,8 @@ from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_play
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 EXAMPLES = BY_MODEL["shapes-llava"]
-FLAGS = "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync --no-first-run"
+FLAGS = "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync"
+FLAGS += " --no-first-run"
 PATIENCE = 60_000  # ms: a loaded machine is slow, not wrong
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium found (Debian: apt install chromium)")
@@ -171,7 +172,8 @@ def test_eight_visitors_at_once_do_not_meet(browser, address, app):
     """Each asks with another method or about another picture, and all have asked before any answer is read."""
     names = ("random", "divprune", "hiprune", "grid", "fopru", "visionzip", "random", "divprune")
     wanted = list(zip(names, (0, 1, 2, 3, 1, 2, 3, 0)))
-    # a page keeps a connection open and a browser opens six to a server, so four share a window (and what it has loaded)
+    # a page keeps a connection open and a browser opens six to a server, so four share a window (and what it has
+    # loaded)
     pages = [visit(context, address) for context in (window(browser), window(browser)) for _ in range(4)]
     for page, (_, index) in zip(pages, wanted):
         if index:  # the first one is there already

@@ -20,7 +20,8 @@ from foveate.eval_suites.suites import shapes
 from tests.models import EOS, IMAGE, PAD, PATCH, SIDE, VIDEO, VISION_END, VISION_START, tiny
 
 CHAT_TEMPLATE = (
-    "{% for part in messages[0]['content'] %}{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% for part in messages[0]['content'] %}{% if part['type'] == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>"
     "{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
 )
 

@@ -1,4 +1,4 @@
-"""foveate within the real lmms-eval, on the small trained models that come with the code. ``make test-lmms`` runs these."""
+"""foveate within the real lmms-eval, on the small trained models of the code. ``make test-lmms`` runs these."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def timeless(row: Row) -> dict:
 
 @pytest.mark.timeout(600)
 def test_a_crash_is_no_empty_answer(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """lmms-eval's own loop answers "" where the model crashes; here the document has its error, and the exit code says so."""
+    """lmms-eval's own loop answers "" where the model crashes; here the document has its error, see the exit code."""
     from foveate.eval_suites.lmms.models import LlavaHfChat
 
     sick, real = [3], LlavaHfChat._ask
@@ -241,7 +241,7 @@ def test_one_error_document_after_document_ends_the_run(monkeypatch: pytest.Monk
         return real(self, args)
 
     monkeypatch.setattr(LlavaHfChat, "_ask", ask)
-    runs = [runner.Run("unpruned", None), runner.plan("divprune", [0.25], 1)[-1]]
+    runs = [runner.MethodRun("unpruned", None), runner.plan("divprune", [0.25], 1)[-1]]
     options = {"limit": 8, "batch_size": 2, "device": "cpu", "runs": runs}
     (board,) = through.bench("shapes-llava", "foveate_shapes", **options)
     assert (board.rows[1].status, board.rows[1].errors) == (Status.FAILED, 0)
@@ -285,13 +285,12 @@ def test_a_prompt_that_is_not_counted_fails(monkeypatch: pytest.MonkeyPatch) -> 
     """Answers without a prompt that was seen going through the model are refused."""
     lm = through.load("shapes-llava", "foveate_llava_hf", 2, "cpu", None)
     lm.watch._end = None
-    for handle in lm.watch._handles:
-        handle.remove()
+    lm.watch._hooks.close()
     benchmark = through.benchmarks.find("foveate_shapes")
     with through.tasks_at_hand([benchmark], "foveate_llava_hf", 2) as manager:
         monkeypatch.setattr(lm, "use", lambda *args, **options: None)
         with pytest.raises(BudgetMismatch, match="0 prompts for 2 documents"):
-            through.run(lm, runner.Run("unpruned", None), benchmark, manager, "auto", 2)
+            through.run(lm, runner.MethodRun("unpruned", None), benchmark, manager, "auto", 2)
 
 
 def test_public_data_that_is_not_there_is_one_line() -> None:
@@ -303,14 +302,14 @@ def test_public_data_that_is_not_there_is_one_line() -> None:
 def test_qwen_runs_with_a_method() -> None:
     """Qwen2.5-VL through lmms-eval's own loop, pruned, batch 2, counted."""
     pytest.importorskip("qwen_vl_utils")
-    runs = [runner.Run("unpruned", None), *runner.plan("divprune", [0.25], 1)[-1:]]
+    runs = [runner.MethodRun("unpruned", None), *runner.plan("divprune", [0.25], 1)[-1:]]
     (board,) = through.bench("shapes-qwen", "foveate_screens", limit=4, batch_size=2, device="cpu", runs=runs)
     assert not board.failures
     bare, pruned = board.rows
     assert pruned.tokens_per_layer[-1] == pruned.kept_requested < bare.tokens_per_layer[-1]
 
 
-# ----------------------------------------------------------------------------------------------------- public benchmarks
+# ---------------------------------------------------------------------------------------------------- public benchmarks
 
 BOX = {"bbox": [0.0, 0.0, 0.5, 0.5]}
 ASKED = {
@@ -322,15 +321,18 @@ ASKED = {
     "seedbench": ({"answer": "B", "data_type": "image", "question_id": 1}, "B", "A"),
     "refcoco": ({"answer": "x", "question_id": 1, **BOX}, "[0.0, 0.0, 0.5, 0.4]", "[0.4, 0.4, 1.0, 1.0]"),
     "screenspot": (
-        {"instruction": "x", "file_name": "f", "data_type": "icon", "data_source": "web", **BOX}, "[0.0, 0.0, 0.5, 0.4]", "nowhere",
+        {"instruction": "x", "file_name": "f", "data_type": "icon", "data_source": "web", **BOX},
+        "[0.0, 0.0, 0.5, 0.4]", "nowhere",
     ),
     "videomme": (
-        {"answer": "B", "domain": "d", "sub_category": "s", "task_type": "t", "question_id": 1, "duration": "short", "videoID": "v"},
+        {"answer": "B", "domain": "d", "sub_category": "s", "task_type": "t", "question_id": 1, "duration": "short",
+         "videoID": "v"},
         "B.", "A.",
     ),
     "mlvu": ({"answer": "B", "question": "?", "task_type": "t"}, "B", "C"),
     "longvideobench": (
-        {"option0": "a", "option1": "b", "option2": "N/A", "id": 1, "duration_group": 15, "question_category": "T", "correct_choice": 1},
+        {"option0": "a", "option1": "b", "option2": "N/A", "id": 1, "duration_group": 15, "question_category": "T",
+         "correct_choice": 1},
         "B", "A",
     ),
 }  # fmt: skip

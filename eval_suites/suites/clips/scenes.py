@@ -1,11 +1,11 @@
 """Seeded synthetic clips in which few frames hold the answer, and the questions on them.
 
 A clip is 16 frames of 64 x 64 pixels on a drifting, noisy background. Three or four events happen one after the other,
-each for two or three frames: an object (a shape in a colour) or a sign (a letter on a coloured plate) appears somewhere,
-drifts a little and is gone. Frames between events show nothing but specks. A question is about one event.
+each for two or three frames: an object (a shape in a colour) or a sign (a letter on a coloured plate) appears
+somewhere, drifts a little and is gone. Frames between events show nothing but specks. A question is about one event.
 
-Layout, question and pixels all come from one `numpy.random.Generator`; shapes and letters are those of the shapes suite.
-Held-out clips are disjoint from training clips by construction: the CRC-32 of the layout decides the split.
+Layout, question and pixels all come from one `numpy.random.Generator`; shapes and letters are those of the shapes
+suite. Held-out clips are disjoint from training clips by construction: the CRC-32 of the layout decides the split.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class Event:
         what: a shape, or a letter (upper case) on a plate.
         colour: of the object or of the plate.
         start, length: first frame and number of frames.
-        x, y: left and top in the first frame; dx, dy: pixels it moves a frame.
+        x, y: left and top in the first frame.
+        dx, dy: pixels it moves a frame.
         size: side of the box.
     """
 

@@ -27,7 +27,9 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "purple": (136, 66, 178),
     "teal": (24, 152, 160),
 }
-ACTIONS: tuple[str, ...] = ("Save", "Open", "Send", "Copy", "Help", "Edit", "Find", "Stop", "Next", "Back", "Play", "Undo")  # fmt: skip
+ACTIONS: tuple[str, ...] = (
+    "Save", "Open", "Send", "Copy", "Help", "Edit", "Find", "Stop", "Next", "Back", "Play", "Undo",
+)  # fmt: skip
 SUBJECTS: tuple[str, ...] = ("Mail", "Chat", "Date", "Name", "City", "Note")
 """Words on fields and in title bars; the same word may be on one of each."""
 

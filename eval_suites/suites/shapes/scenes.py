@@ -91,7 +91,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Picture:
+class RenderedScene:
     """A rendered scene and where everything is, in pixels.
 
     Attributes:
@@ -198,7 +198,8 @@ def _outline(shape: str) -> list[tuple[float, float]]:
         return [(0, -1), (1, 0.9), (-1, 0.9)]
     if shape == "cross":
         a = 0.32
-        return [(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a), (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a), (-a, -a)]  # fmt: skip
+        half = [(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a)]
+        return half + [(-x, -y) for x, y in half]
     angles = np.arange(10) * np.pi / 5
     radii = np.where(np.arange(10) % 2 == 0, 1.0, 0.42)
     return list(zip((radii * np.sin(angles)).tolist(), (-radii * np.cos(angles)).tolist()))
@@ -240,10 +241,11 @@ def stretch(cells: int, length: int) -> np.ndarray:
     return np.maximum(0, 1 - np.abs(position[:, None] - np.arange(cells)[None])).astype(np.float32)
 
 
-def render(scene: Scene, rng: np.random.Generator, width: int = IMAGE_SIZE) -> Picture:
+def render(scene: Scene, rng: np.random.Generator, width: int = IMAGE_SIZE) -> RenderedScene:
     """Draw a scene: textured background, objects with jittered size, place, turn and colour, the code, pixel noise.
 
-    A picture of more than 96 pixels' `width` has wider cells; what is in them keeps its size, anywhere from side to side.
+    A picture of more than 96 pixels' `width` has wider cells; what is in them keeps its size, anywhere from side to
+    side.
     """
     canvas = np.empty((IMAGE_SIZE, width, 3), np.float32)
     canvas[:] = rng.uniform(60, 130) + rng.uniform(-15, 15, 3)
@@ -260,11 +262,11 @@ def render(scene: Scene, rng: np.random.Generator, width: int = IMAGE_SIZE) -> P
     if scene.code is not None:
         _print_code(canvas, owner, scene, rng)
     canvas += rng.standard_normal(canvas.shape, np.float32) * np.float32(rng.uniform(4, 10))
-    return Picture(np.clip(canvas, 0, 255).astype(np.uint8), owner)
+    return RenderedScene(np.clip(canvas, 0, 255).astype(np.uint8), owner)
 
 
 def _corner(cell: int, height: int, width: int, across: int, rng: np.random.Generator) -> tuple[int, int]:
-    """Top-left pixel of a box of the given size near the middle of a cell, kept inside a picture `across` pixels wide."""
+    """Top-left pixel of a box of this size near a cell's middle, kept inside a picture `across` pixels wide."""
     spare = across // 3 - CELL_SIZE
     jitter = rng.integers((-_JITTER, -_JITTER - spare // 2), (_JITTER + 1, _JITTER + spare // 2 + 1))
     top = (cell // 3) * CELL_SIZE + (CELL_SIZE - height) // 2 + int(jitter[0])

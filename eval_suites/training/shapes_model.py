@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from . import scenes
+from foveate.eval_suites.suites.shapes import scenes
 
 SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<image>")
 PATCH = 8

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from foveate.cli import main
-from foveate.eval_suites.speed.clock import now
-from foveate.eval_suites.speed.vit import Line, table
+from foveate.eval_suites.speed.harness import now
+from foveate.eval_suites.speed.vit import TowerSpeed, table
 
 
 @pytest.mark.parametrize(("threads", "its"), [(1, "process_time"), (2, "perf_counter")])
 def test_only_one_thread_is_timed_by_its_own_clock(threads, its, monkeypatch):
-    """Statement: the process's time, a sum over threads, is read with one thread only; several are timed on the wall."""
+    """Statement: the process's time, a sum over threads, is read with one thread only; others on the wall."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(time, "process_time", lambda: "process_time")
     monkeypatch.setattr(time, "perf_counter", lambda: "perf_counter")
@@ -27,10 +27,10 @@ def test_measurements_gather_in_one_file(tmp_path, capsys):
     pytest.importorskip("timm")
     out = tmp_path / "speed.json"
 
-    def measure(batch: str, method: str, *options: str) -> list[list[Line]]:
+    def measure(batch: str, method: str, *options: str) -> list[list[TowerSpeed]]:
         command = ["speed", "vit", "--model", "vit_tiny_patch16_224", "--batch", batch, "--method", method]
         assert main([*command, "--rounds", "1", "--out", str(out), *options]) == 0
-        return [[Line(**line) for line in one["lines"]] for one in json.loads(out.read_text())]
+        return [[TowerSpeed(**line) for line in one["lines"]] for one in json.loads(out.read_text())]
 
     (first,) = measure("1", "tome(r=13),pitome(ratio=0.9)")
     assert [(line.method, line.rows) for line in first] == [
@@ -60,5 +60,5 @@ def test_nothing_is_measured_in_no_rounds(option, capsys):
     """Statement: without a round or a process there is an error, and no table."""
     assert main(["speed", "vit", "--model", "vit_tiny_patch16_224", option, "0"]) == 2
     said = capsys.readouterr()
-    assert "give at least 1 of both" in said.err
+    assert f"{option}=0: give at least 1" in said.err
     assert not said.out

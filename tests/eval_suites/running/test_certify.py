@@ -19,7 +19,7 @@ from foveate.pruners import Grid
 def draw(
     rng: np.random.Generator, n: int, accuracy: float, relative: float, churn: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scores of an unpruned model and of a pruned one with ``relative`` times its accuracy; ``churn``: answers that turn right."""
+    """Scores of an unpruned model and of one with ``relative`` times its accuracy; ``churn``: answers turned right."""
     unpruned = (rng.random(n) < accuracy).astype(float)
     gains = churn / (1 - accuracy)
     losses = 1 - relative + churn / accuracy
@@ -103,7 +103,7 @@ def test_chains_share_the_error():
 
 
 def test_searching_many_settings_certifies_a_bad_one_no_more_often_than_promised():
-    """8 methods x 3 budgets, the first budget just too bad by a hair, the others worse: 700 searches, at most 5 % go wrong."""
+    """8 methods x 3 budgets, the first too bad by a hair, the others worse: of 700 searches at most 5 % go wrong."""
     rng = np.random.default_rng(5)
     wrong = 0
     for _ in range(700):

@@ -423,7 +423,7 @@ def test_page_of_nothing_measured_is_still_a_page():
 @pytest.fixture
 def results(tmp_path):
     from foveate.eval_suites.results.store import Store
-    from tests.eval_suites.test_store import FACTS, TASKS, answer, rows
+    from tests.eval_suites.results.test_store import FACTS, TASKS, answer, rows
 
     path = tmp_path / "results.db"
     with Store(path) as store:
@@ -450,7 +450,7 @@ def test_command_shows_writes_and_filters(results, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("more", "said"),
-    [(["--model", "mm"], "no results of model 'mm'"), (["--keep", "two"], "keep='two' is no number")],
+    [(["--model", "mm"], "no results of model 'mm'"), (["--keep", "two"], "keep='two' is not a number")],
 )
 def test_command_says_what_is_wrong(results, capsys, more, said):
     assert main(["leaderboard", str(results), *more]) == 2

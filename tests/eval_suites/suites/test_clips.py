@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from foveate.eval_suites import suites
-from foveate.eval_suites.running import evaluate, models
+from foveate.eval_suites.running import models
 from foveate.eval_suites.suites import clips
 from foveate.eval_suites.suites.clips import scenes
+from foveate.eval_suites.training import evaluate
 
 FLOOR = 0.90  # 0.96 on 400 questions
 

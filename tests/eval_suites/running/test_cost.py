@@ -12,7 +12,7 @@ from tests.models import IMAGE, cache_of, inputs, picture, tiny
 
 
 def counted(model: torch.nn.Module, call: dict[str, torch.Tensor]) -> int:
-    """FLOPs of the decoder and of the last token's logits, without the angles of positions, once a product of matrices."""
+    """FLOPs of the decoder and of the last token's logits, without the angles of positions (a matrix product)."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(**call, logits_to_keep=1)
     found = counter.get_flop_counts()

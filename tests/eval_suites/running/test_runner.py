@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import foveate
-from foveate.adapters.engine.sequence import SequenceWriter
+from foveate.adapters.engine.prefill import Prefill
 from foveate.adapters.session import Session
 from foveate.adapters.trace import ImageTrace, StageTrace
 from foveate.cli import main
@@ -27,8 +27,21 @@ from foveate.eval_suites.results.rows import Row, Status
 from foveate.eval_suites.running import models
 from foveate.eval_suites.running.meter import GREY, BudgetMismatch, Meter, check_image
 from foveate.eval_suites.running.runner import BASELINES, bench, parse_keep, parse_methods
-from foveate.pruners import PRUNERS, Downsample, FastV, Hook, Layout, ModelInfo, Pruner, Random, Selection, Stage
-from foveate.pruners.core.method import keep_all
+from foveate.pruners import (
+    PRUNERS,
+    AtEntry,
+    BeforeLayer,
+    Downsample,
+    FastV,
+    Layout,
+    ModelInfo,
+    Pruner,
+    Random,
+    Selection,
+    Stage,
+)
+from foveate.pruners.core import keep_all
+from foveate.pruners.core.method import content_decides
 from tests.eval_suites.conftest import qwen_processor
 from tests.models import tiny
 
@@ -151,7 +164,7 @@ def test_content_dependent_methods_are_marked(board):
     marked = {row.method for row in board.rows if row.adaptive}
     assert "todre" in marked
     methods = [row for row in board.rows if registered(row) in PRUNERS]
-    assert marked == {row.method for row in methods if PRUNERS[registered(row)]().adaptive}
+    assert marked == {row.method for row in methods if content_decides(PRUNERS[registered(row)]())}
 
 
 def test_loyalty_is_agreement_with_the_unpruned_answers(board):
@@ -274,17 +287,18 @@ class Toy(Pruner):
     name = "toy"
 
     def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
-        return (Stage(Hook.LLM_LAYER if self.layer else Hook.LLM_INPUT, self.work, layer=self.layer),)
+        return ((BeforeLayer if self.layer else AtEntry)(self.work, layer=self.layer),)
 
-    def budgets(self, layout: Layout) -> tuple[int, ...]:
-        return (self.announce,)
+    def count(self, layout: Layout, model: ModelInfo | None = None) -> int | None:
+        return self.announce
 
 
 @dataclass(frozen=True)
 class Deciding(Toy):
-    """Lets the content decide, up to what it announces."""
+    """Lets the content decide, up to its budget."""
 
-    adaptive = True
+    def count(self, layout: Layout, model: ModelInfo | None = None) -> int | None:
+        return None
 
 
 def _first(tokens: Any, k: int) -> Selection:
@@ -332,20 +346,20 @@ def test_an_honest_method_passes(loaded):
 
 def test_a_trace_that_differs_from_the_decoder_fails(loaded, monkeypatch):
     """Tokens are counted where the decoder works: the trace's own word is not enough."""
-    count = SequenceWriter.count
+    count = Prefill._count
 
-    def flattered(self, prompt, layer, *more):
-        count(self, prompt, layer, *more)
-        for item in prompt.items:
+    def flattered(self, layer, *more):
+        count(self, layer, *more)
+        for item in self.items:
             item.trace.tokens_per_layer[layer:] = [n // 2 for n in item.trace.tokens_per_layer[layer:]]
 
-    monkeypatch.setattr(SequenceWriter, "count", flattered)
+    monkeypatch.setattr(Prefill, "_count", flattered)
     board = quick(loaded, limit=3)
     assert all("the decoder's layers saw" in row.reason for row in board.rows[2:])
 
 
 def test_a_method_that_never_worked_fails(loaded, monkeypatch):
-    monkeypatch.setattr(Session, "begin", lambda self, *args: False)
+    monkeypatch.setattr(Session, "begin", lambda self, *args: None)
     assert all("did not see the pictures' " in row.reason for row in quick(loaded, limit=3).rows[2:])
 
 
@@ -357,20 +371,16 @@ def test_layers_in_front_of_a_stage_must_see_everything():
     layout, pruner = Layout.grid(4, 4), Toy(layer=2)
     stages = pruner.stages(ModelInfo())
     late = ImageTrace(0, "image", layout, [StageTrace("llm_layer", 2, torch.arange(4))], [16, 16, 4, 4])
-    check_image(pruner, stages, late, 4)
+    check_image(pruner, stages, late, ModelInfo())
     with pytest.raises(BudgetMismatch, match="at decoder layer 0 where its budget is 16"):
-        check_image(pruner, stages, image_trace(layout, [0, 1, 2, 3], [4, 4, 4, 4]), 4)
+        check_image(pruner, stages, image_trace(layout, [0, 1, 2, 3], [4, 4, 4, 4]), ModelInfo())
 
 
 def test_adaptive_methods_may_keep_any_number_but_not_twice_the_same():
-    @dataclass(frozen=True)
-    class Adaptive(Toy):
-        adaptive = True
-
-    layout, pruner = Layout.grid(4, 4), Adaptive()
-    check_image(pruner, pruner.stages(ModelInfo()), image_trace(layout, [0, 7], [2, 2]), 4)
+    layout, pruner = Layout.grid(4, 4), Deciding()
+    check_image(pruner, pruner.stages(ModelInfo()), image_trace(layout, [0, 7], [2, 2]), ModelInfo())
     with pytest.raises(BudgetMismatch, match="twice"):
-        check_image(pruner, pruner.stages(ModelInfo()), image_trace(layout, [7, 7], [2, 2]), 4)
+        check_image(pruner, pruner.stages(ModelInfo()), image_trace(layout, [7, 7], [2, 2]), ModelInfo())
 
 
 def test_what_the_model_lacks_is_no_failure_and_a_crash_is_one(loaded):
@@ -502,7 +512,7 @@ def test_an_interrupt_is_one_line(checkpoint, tmp_path, monkeypatch, capsys):
         (["--pruners", "fopru(strateg='row')"], "fopru has no parameter 'strateg'; did you mean 'strategy'?"),
         (["--pruners", "fastv(k=0)"], "k=0 is no layer that follows one"),
         (["--pruners", "fastv(k='two')"], "give an int >= 1"),
-        (["--keep", "1/0"], "keep='1/0' is no number"),
+        (["--keep", "1/0"], "keep='1/0' is not a number"),
         (["--pruners", "fastv(2)"], "method 'fastv(2)' cannot be read"),
         (["--keep", "0"], "keep=0 tokens leaves no visual token"),
         (["--keep", "0.0"], "keep=0.0 is no fraction in (0, 1]"),
@@ -510,7 +520,7 @@ def test_an_interrupt_is_one_line(checkpoint, tmp_path, monkeypatch, capsys):
         (["--keep=-3"], "keep=-3 tokens leaves no visual token"),
         (["--keep", "0.5,1.5"], "keep=1.5 is no fraction"),
         (["--keep", "nan"], "keep=nan is no fraction"),
-        (["--keep", "half"], "keep='half' is no number"),
+        (["--keep", "half"], "keep='half' is not a number"),
         (["--keep", ","], "keep is empty"),
         (["--limit", "0"], "limit=0"),
         (["--limit=-4"], "limit=-4"),
@@ -584,9 +594,9 @@ DAMAGES: dict[str, tuple[Callable[[pathlib.Path], Any], str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), "config.json is missing"),
     "half a config": (lambda f: cut(f / "config.json", 0.5), "config.json is cut short or damaged"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "the weights are missing"),
-    "most of the weights": (lambda f: cut(f / "model.safetensors", 0.9), "bytes where its header announces"),
-    "start of the weights": (lambda f: cut(f / "model.safetensors", 0.01), "is cut short or is no safetensors file"),
-    "no byte of the weights": (lambda f: cut(f / "model.safetensors", 0), "is cut short or is no safetensors file"),
+    "most of the weights": (lambda f: cut(f / "model.safetensors", 0.9), "file not fully covered"),
+    "start of the weights": (lambda f: cut(f / "model.safetensors", 0.01), "cut short or is not a safetensors file"),
+    "no byte of the weights": (lambda f: cut(f / "model.safetensors", 0), "cut short or is not a safetensors file"),
     "a tensor missing": (drop_tensor, "its weights lack 1 tensors"),
     "a shard missing": (lose_shard, "model-00001-of-00002.safetensors is missing"),
     "no tokenizer": (lambda f: [p.unlink() for p in f.glob("tokenizer*")], "the tokenizer is missing"),
@@ -624,6 +634,6 @@ def test_a_model_that_no_adapter_knows_is_refused(loaded):
 
 
 def test_a_missing_embedded_model_says_how_to_get_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "__file__", str(tmp_path / "models.py"))
+    monkeypatch.setattr(models.suites, "__file__", str(tmp_path / "__init__.py"))
     with pytest.raises(FoveateError, match="install foveate again, or train it"):
         models.load("shapes-llava")

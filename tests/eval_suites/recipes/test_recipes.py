@@ -12,7 +12,7 @@ from foveate.eval_suites.lmms.benchmarks import BENCHMARKS
 from foveate.eval_suites.recipes import ELSEWHERE, Recipe, find, recipes
 from foveate.eval_suites.results.leaderboard import Leaderboard
 from foveate.eval_suites.results.rows import Row, Status
-from foveate.pruners.core.method import Layout, ModelInfo
+from foveate.pruners.core import Layout, ModelInfo
 
 ALL = list(recipes().values())
 THE_NINE = {"fopru", "hiprune", "todre", "transprune", "corematching", "pitome", "globalcom2", "quota", "focusui"}
@@ -35,13 +35,13 @@ def test_recipe_says_what_is_run_and_where_its_numbers_are_from(recipe: Recipe) 
 
 @pytest.mark.parametrize("recipe", [r for r in ALL if r.kept is not None], ids=lambda recipe: recipe.name)
 def test_as_many_tokens_as_published_on_the_published_geometry(recipe: Recipe) -> None:
-    assert recipe.pruner.kept_on(CLIP, recipe.geometry) == recipe.kept
+    assert recipe.pruner.count(recipe.geometry, CLIP) == recipe.kept
 
 
 @pytest.mark.parametrize("recipe", [r for r in ALL if r.share is not None], ids=lambda recipe: recipe.name)
 def test_the_published_share_of_pictures_of_any_size(recipe: Recipe) -> None:
     layout = Layout.grid(40, 50)
-    assert recipe.pruner.kept_on(CLIP, layout) == pytest.approx(recipe.share * layout.size, abs=1)
+    assert recipe.pruner.count(layout, CLIP) == pytest.approx(recipe.share * layout.size, abs=1)
 
 
 def test_every_method_of_this_library_that_was_published_here_has_one() -> None:

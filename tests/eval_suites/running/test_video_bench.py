@@ -9,7 +9,7 @@ import pytest
 
 from foveate.eval_suites import suites
 from foveate.eval_suites.results.rows import Status
-from foveate.eval_suites.running.meter import FrameScorer, Meter, Run
+from foveate.eval_suites.running.meter import FrameScorer, Meter, MethodRun
 from foveate.eval_suites.running.models import Loaded
 from foveate.eval_suites.running.runner import bench
 from foveate.pruners import QuoTA, Random
@@ -50,9 +50,9 @@ def test_only_methods_that_read_frame_scores_pay_for_them(monkeypatch: pytest.Mo
     suite = suites.find("clips")
     samples = list(suite.samples(LIMIT, suite.seed))
     meter = Meter(loaded(), suite, samples, LIMIT, "auto")
-    answered(meter, Run("random", Random(keep=0.5)))
+    answered(meter, MethodRun("random", Random(keep=0.5)))
     assert not asked
-    answered(meter, Run("quota", QuoTA(keep=0.5)))
+    answered(meter, MethodRun("quota", QuoTA(keep=0.5)))
     assert asked == 2 * [sample.question for sample in samples]  # the first batch of a method runs twice
     assert meter.frame_scorer.prompts.yes is None
 
@@ -64,9 +64,9 @@ def test_a_processor_without_chat_template_shows_frames_as_pictures() -> None:
     suite = suites.find("clips")
     suite = replace(suite, prompt=lambda q: f"<|vision_start|><|video_pad|><|vision_end|>{q}")
     samples = list(suite.samples(LIMIT, suite.seed))
-    answers = answered(Meter(model, suite, samples, LIMIT, "auto"), Run("quota", QuoTA(keep=0.5)))
+    answers = answered(Meter(model, suite, samples, LIMIT, "auto"), MethodRun("quota", QuoTA(keep=0.5)))
     assert [answer.error for answer in answers] == [None] * LIMIT
 
 
-def answered(meter: Meter, run: Run) -> list[Any]:
+def answered(meter: Meter, run: MethodRun) -> list[Any]:
     return [answer for batch in meter.measure(run, [0]) for answer in batch.answers]

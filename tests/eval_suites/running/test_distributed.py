@@ -16,7 +16,7 @@ from foveate.eval_suites.results.store import Store, read
 from foveate.eval_suites.running import runner
 from foveate.eval_suites.running.distributed import World, world
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+ROOT = pathlib.Path(__file__).resolve().parents[3]
 BENCH = [
     "bench",
     "--suite",
@@ -86,7 +86,8 @@ def test_processes_that_keep_nothing_on_disk_gather_all_answers(checkpoint, alon
 def test_accelerate_that_starts_one_process_for_two_is_refused(checkpoint):
     pytest.importorskip("accelerate")
     done = launch(
-        ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+        ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+         "--mixed_precision", "no",
          "--dynamo_backend", "no"],
         "--model", str(checkpoint),
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """Held-out accuracy of an embedded model, whole, on blank pictures and with visual tokens dropped at random.
 
-    python -m foveate.eval_suites.running.evaluate --model shapes-qwen --suite screens --limit 2000 --out evaluation.json
+    python -m foveate.eval_suites.training.evaluate --model shapes-qwen --suite screens --out evaluation.json
 
 Answers are greedy, from the processor's own output and `model.generate`. Random dropping is the floor that a pruner has
 to beat: the kept tokens are drawn uniformly per question.

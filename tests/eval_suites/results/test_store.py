@@ -1,4 +1,4 @@
-"""No finished answer is lost or counted twice, whoever writes and whatever happens, and what does not compare is refused."""
+"""No finished answer is lost or counted twice, whoever writes, whatever happens; what does not compare is refused."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from foveate.eval_suites.results.leaderboard import Leaderboard
 from foveate.eval_suites.results.rows import Answer, Row, Status
 from foveate.eval_suites.results.store import MUST_AGREE, SCHEMA, Store, read
 from foveate.eval_suites.running import models, runner
-from foveate.eval_suites.running.meter import Meter, Run
+from foveate.eval_suites.running.meter import Meter, MethodRun
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+ROOT = pathlib.Path(__file__).resolve().parents[3]
 FACTS = {"model": "m", "suite": "s", "limit": 3, **{key: f"<{key}>" for key in MUST_AGREE if key != "limit"}}
 TASKS = ("a", "b")
 
@@ -256,7 +256,7 @@ def python(*argv: str, **more: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(("model", "stub"), [("tiny", ["stub"]), ("shapes-llava", [])])
 def test_a_bench_killed_at_20_random_moments_ends_with_the_same_table(checkpoint, model, stub):
     name = str(checkpoint) if model == "tiny" else model
-    done = python("-m", "tests.eval_suites.killed", name, "20", *stub)
+    done = python("-m", "tests.eval_suites.results.killed", name, "20", *stub)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert told["status"] == 0
@@ -269,7 +269,8 @@ def test_a_bench_killed_at_20_random_moments_ends_with_the_same_table(checkpoint
 
 def test_several_processes_write_one_new_file(path):
     code = (
-        "import sys; from foveate.eval_suites.results.store import Store; from foveate.eval_suites.results.rows import Answer, Row\n"
+        "import sys; from foveate.eval_suites.results.store import Store; from foveate.eval_suites.results.rows import "
+        "Answer, Row\n"
         f"store = Store({str(path)!r}); bench = store.open_bench({FACTS | {'limit': 400}!r}, ('a', 'b'))\n"
         "(run,) = store.open_runs(bench, [Row('unpruned', 'unpruned')]); me = int(sys.argv[1])\n"
         "for n in range(0, 400, 2): store.add(run, [Answer(n + me % 2, 's', 'a', 'x', 1.0, (4,), seconds=0.1)])\n"
@@ -301,7 +302,7 @@ def test_more_methods_join_the_table(loaded, path, monkeypatch):
     quick(loaded, path, "fastv")
     labels, real = [], Meter.measure
 
-    def watch(self: Meter, run: Run, firsts: Any) -> Any:
+    def watch(self: Meter, run: MethodRun, firsts: Any) -> Any:
         labels.append(run.label)
         return real(self, run, firsts)
 
@@ -333,7 +334,7 @@ def test_an_interrupt_leaves_what_was_done_and_the_next_run_goes_on(loaded, path
 def test_a_failed_sample_is_recorded_and_done_again_on_demand(loaded, path, monkeypatch):
     sick, real = True, Meter._answer
 
-    def fails_on_4(self: Meter, run: Run, batch: Any) -> Any:
+    def fails_on_4(self: Meter, run: MethodRun, batch: Any) -> Any:
         if sick and run.label == "fastv" and self.samples[4] in batch:
             raise OSError("picture 4 is damaged")
         return real(self, run, batch)

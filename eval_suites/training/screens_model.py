@@ -15,9 +15,9 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from ..clips import scenes as clips
-from ..shapes import scenes as shapes
-from . import scenes as screens
+from foveate.eval_suites.suites.clips import scenes as clips
+from foveate.eval_suites.suites.screens import scenes as screens
+from foveate.eval_suites.suites.shapes import scenes as shapes
 
 PATCH, MERGE, WINDOW = 8, 2, 64
 TOKEN = PATCH * MERGE  # pixels a side
@@ -46,7 +46,8 @@ CHAT_TEMPLATE = (
 # Dense labels of a visual token; the first of each means nothing.
 KINDS = ("nothing", *screens.TASKS, "object", "sign")
 COLOURS = ("nothing", *dict.fromkeys([*screens.COLOURS, *clips.COLOURS]))
-WORDS = ("nothing", *dict.fromkeys(word.lower() for word in (*screens.ACTIONS, *screens.SUBJECTS, *screens.SIGNS, *shapes.SHAPES, *clips.ALPHABET)))  # fmt: skip
+_SHOWN = (*screens.ACTIONS, *screens.SUBJECTS, *screens.SIGNS, *shapes.SHAPES, *clips.ALPHABET)
+WORDS = ("nothing", *dict.fromkeys(word.lower() for word in _SHOWN))
 
 LETTERS = tuple(screens.GLYPHS)
 
@@ -75,7 +76,8 @@ def points() -> list[str]:
 
 def vocabulary() -> list[str]:
     """Every token, special ones first, points last."""
-    text = "system user assistant click the title of window button icon field . ? what colour is shape object letter on sign"
+    text = "system user assistant click the title of window button icon field . ? what colour is shape object letter on"
+    text += " sign"
     words = [*text.split(), *COLOURS, *KINDS, *WORDS]
     return [*SPECIAL, *dict.fromkeys(words), *points()]
 

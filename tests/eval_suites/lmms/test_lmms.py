@@ -22,10 +22,10 @@ from foveate.eval_suites.results.store import Store
 from foveate.eval_suites.running import models
 from foveate.eval_suites.running.meter import BudgetMismatch
 from foveate.eval_suites.suites import shapes
+from foveate.pruners.core import create
 from foveate.pruners.core.control import RandomLike
-from foveate.pruners.core.registry import create
 
-DATA = pathlib.Path(__file__).parent.parent / "data" / "lmms"
+DATA = pathlib.Path(__file__).parents[2] / "data" / "lmms"
 HERE = pathlib.Path(manifests.__file__).parent
 
 
@@ -87,7 +87,7 @@ def test_no_parameter_of_a_method_is_an_argument_of_lmms_evals_models() -> None:
         "max_pixels",
     }
     theirs |= {"total_pixels", "fps", "system_prompt", "interleave_visuals", "enable_thinking", "reasoning_prompt"}
-    from foveate.pruners.core.registry import PRUNERS
+    from foveate.pruners.core.method import PRUNERS
 
     for name in PRUNERS:
         assert not theirs & arguments.parameters(name), name
@@ -326,5 +326,5 @@ def test_several_pictures_of_a_prompt_are_counted_together(loaded: models.Loaded
 
 def test_methods_in_front_of_the_processor_are_refused() -> None:
     qwen = models.load("shapes-qwen", "cpu", "float32")
-    with pytest.raises(UnsupportedModelError, match="in front of the processor"):
+    with pytest.raises(UnsupportedModelError, match="before the processor"):
         Watch(qwen.model, create("downsample", keep=0.25))

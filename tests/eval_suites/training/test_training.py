@@ -1,4 +1,4 @@
-"""Statement: a recipe runs from nothing to a folder that loads, and a run that was stopped goes on as if it had not been."""
+"""Statement: a recipe runs from nothing to a folder that loads; a stopped run goes on as if it had not been."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from foveate.eval_suites.running import models
-from foveate.eval_suites.suites.shapes import train
+from foveate.eval_suites.training import shapes_llava as recipe
 
 SMALL = ("--width", "32", "--depth", "2", "--text-width", "32", "--text-depth", "2", "--no-compile", "--no-bf16")
-NAMES = [stage.name for stage in train.STAGES]
+NAMES = [stage.name for stage in recipe.STAGES]
 
 
-class Quick(train.Training):
+class Quick(recipe.Training):
     """The recipe of shapes-llava with few held-out pictures."""
 
     def check(self, stage: str, batches: int = 1) -> dict[str, float]:
@@ -67,12 +67,12 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, monkeypa
 def test_workers_that_are_not_forked_draw_the_same_batches(tmp_path, monkeypatch):
     """They get the recipe pickled: compiled functions must not be in it, nor the model."""
     runs = []
-    monkeypatch.setattr(train.Training, "train", lambda self, stage: runs.append(self))
+    monkeypatch.setattr(recipe.Training, "train", lambda self, stage: runs.append(self))
     options = [option for option in SMALL if option != "--no-compile"]
     monkeypatch.setattr(
         sys, "argv", ["train", "--out", str(tmp_path), *options, *steps(1, "decoder"), "--stages", "decoder"]
     )
-    train.Training.main("a recipe")
+    recipe.Training.main("a recipe")
     worker = pickle.loads(pickle.dumps(runs[0].batch))
     assert not {"model", "modules", "see", "decode"} & vars(worker.__self__).keys()
     drawn, there = runs[0].batch("decoder", 0), worker("decoder", 0)

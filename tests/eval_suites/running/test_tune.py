@@ -17,7 +17,7 @@ from foveate.errors import BudgetError, FoveateError, ParameterError, UnknownNam
 from foveate.eval_suites import suites
 from foveate.eval_suites.results.rows import Answer, Timing
 from foveate.eval_suites.running import models, runner, tune
-from foveate.eval_suites.running.meter import Measured, Meter, Run
+from foveate.eval_suites.running.meter import Measured, Meter, MethodRun
 from foveate.eval_suites.suites.questions import load, normalised
 from foveate.pruners import Grid
 from foveate.pruners.core.preset import Preset
@@ -33,7 +33,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Answers by rule: the unpruned model is right on 9 of 10, a method on as many of these as ``keeps`` says."""
     facts: dict[str, Any] = {"keeps": lambda run, meter: 1.0, "asked": [], "seconds": lambda run: 0.5}
 
-    def measure(self: Meter, run: Run, firsts: Any) -> Any:
+    def measure(self: Meter, run: MethodRun, firsts: Any) -> Any:
         facts["asked"].append((run.label, run.keep, self.positions, [sample.id for sample in self.samples]))
         share = 1.0 if run.pruner is None else facts["keeps"](run, self)
         for first in firsts:
@@ -45,7 +45,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             self.unpruned_counts.update(dict.fromkeys(self.numbers(first), 16))
             yield Measured(answers, {}, False)
 
-    def timed(meter: Meter, run: Run, batch: int) -> Timing:
+    def timed(meter: Meter, run: MethodRun, batch: int) -> Timing:
         return Timing(batch, 3, facts["seconds"](run), 0.01, unpruned_prefill=1.0, unpruned_decode=0.01)
 
     monkeypatch.setattr(Meter, "measure", measure)
@@ -111,7 +111,7 @@ def test_too_few_questions_are_said_to_be_too_few(loaded, world):
 def test_a_target_that_breaks_on_the_other_half_is_told(loaded, world):
     first: list[Any] = []
 
-    def keeps(run: Run, meter: Meter) -> float:
+    def keeps(run: MethodRun, meter: Meter) -> float:
         first.append(meter.samples[0].id) if not first else None
         return 1.0 if meter.samples[0].id == first[0] else 0.5
 
@@ -132,7 +132,7 @@ def test_fewest_tokens_win_where_time_does_not_count(loaded, world, monkeypatch)
 def test_methods_that_do_not_work_here_are_named(loaded, world, monkeypatch):
     real = Meter.measure
 
-    def refuses(self: Meter, run: Run, firsts: Any) -> Any:
+    def refuses(self: Meter, run: MethodRun, firsts: Any) -> Any:
         if run.label == "divprune":
             raise UnsupportedModelError("no such tower")
         return real(self, run, firsts)
@@ -145,7 +145,9 @@ def test_methods_that_do_not_work_here_are_named(loaded, world, monkeypatch):
 
 @pytest.mark.parametrize(
     ("more", "said"),
-    [({"confidence": 1.0}, "confidence=1.0"), ({"positions": ["sideways"]}, "sideways"), ({"positions": []}, "positions is empty"), ({"keep": []}, "keep is empty"), ({"by": "luck"}, "luck"), ({"limit": 3}, "halved")],
+    [({"confidence": 1.0}, "confidence=1.0"), ({"positions": ["sideways"]}, "sideways"),
+     ({"positions": []}, "positions is empty"), ({"keep": []}, "keep is empty"), ({"by": "luck"}, "luck"),
+     ({"limit": 3}, "halved")],
 )  # fmt: skip
 def test_bad_input_is_refused(loaded, more, said):
     with pytest.raises(ParameterError, match=said):

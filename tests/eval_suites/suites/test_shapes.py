@@ -11,9 +11,13 @@ import pytest
 import torch
 
 from foveate.eval_suites import suites
-from foveate.eval_suites.running import evaluate, models
+from foveate.eval_suites.running import models
 from foveate.eval_suites.suites import shapes
-from foveate.eval_suites.suites.shapes import lessons, model, scenes, train
+from foveate.eval_suites.suites.shapes import scenes
+from foveate.eval_suites.training import evaluate
+from foveate.eval_suites.training import shapes_lessons as lessons
+from foveate.eval_suites.training import shapes_llava as recipe
+from foveate.eval_suites.training import shapes_model as model
 
 FLOOR = 0.92  # 0.977 on 2,000 questions
 NEXT_FLOOR = 0.60
@@ -166,7 +170,7 @@ def test_packed_training_gives_the_served_logits(shipped):
     try:
         with torch.no_grad():
             patches = torch.stack(list(llava.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output))
-            train.answer_loss(llava.model.language_model, llava, patches, batch)
+            recipe.answer_loss(llava.model.language_model, llava, patches, batch)
     finally:
         head.remove()
     block, said = batch["block"][0], batch["targets"][0] != -100

@@ -1,4 +1,4 @@
-"""`foveate speed serving` beside an engine: what it makes of its measurements, and what it says where there is no vLLM."""
+"""`foveate speed serving` without an engine: what it makes of measurements, and what it says without vLLM."""
 
 from __future__ import annotations
 

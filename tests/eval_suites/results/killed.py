@@ -1,6 +1,6 @@
 """Run a bench that is killed again and again, and compare it with one that is not; prints what happened as JSON.
 
-    python -m tests.eval_suites.killed MODEL KILLS [stub]
+    python -m tests.eval_suites.results.killed MODEL KILLS [stub]
 
 A process of its own, because children are forked from it: each must start within milliseconds, with the model loaded.
 ``stub`` answers by rule instead of by the model.
@@ -25,7 +25,7 @@ import torch
 from foveate.eval_suites.results.rows import Answer
 from foveate.eval_suites.results.store import Store
 from foveate.eval_suites.running import models, runner
-from foveate.eval_suites.running.meter import Measured, Meter, Run
+from foveate.eval_suites.running.meter import Measured, Meter, MethodRun
 
 LIMIT, BATCH, BUDGET = 12, 2, 0.25
 
@@ -33,7 +33,7 @@ LIMIT, BATCH, BUDGET = 12, 2, 0.25
 class Stub(Meter):
     """Answers by rule, a batch in five milliseconds."""
 
-    def measure(self, run: Run, firsts: Iterable[int]) -> Iterator[Measured]:
+    def measure(self, run: MethodRun, firsts: Iterable[int]) -> Iterator[Measured]:
         for first in firsts:
             time.sleep(0.005)
             answers = []
@@ -48,7 +48,8 @@ class Stub(Meter):
 
 def bench(loaded: models.Loaded, path: pathlib.Path) -> None:
     runner.bench(
-        loaded, "shapes", "divprune", BUDGET, LIMIT, batch_size=BATCH, seeds=2, out=path, positions="keep", timing=False, progress=False
+        loaded, "shapes", "divprune", BUDGET, LIMIT, batch_size=BATCH, seeds=2, out=path, positions="keep",
+        timing=False, progress=False
     )  # fmt: skip
 
 

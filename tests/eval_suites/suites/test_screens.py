@@ -12,9 +12,13 @@ from PIL import Image
 
 from foveate.adapters import compat
 from foveate.eval_suites import suites
-from foveate.eval_suites.running import evaluate, models
+from foveate.eval_suites.running import models
 from foveate.eval_suites.suites import clips, screens
-from foveate.eval_suites.suites.screens import lessons, model, scenes, train
+from foveate.eval_suites.suites.screens import scenes
+from foveate.eval_suites.training import evaluate
+from foveate.eval_suites.training import screens_lessons as lessons
+from foveate.eval_suites.training import screens_model as model
+from foveate.eval_suites.training import shapes_qwen as recipe
 
 FLOOR = 0.93  # 0.99 on 400 questions
 
@@ -206,9 +210,9 @@ def test_packed_training_gives_the_served_logits(shipped, kind):
     stacked = torch.from_numpy(pixels)
     stacked = stacked[None, None] if kind == "screen" else stacked.unflatten(0, (-1, 2))
     with torch.no_grad():
-        tokens = train.see(shipped.model.model.visual, stacked).flatten(0, 1)[None]
-        place = train.PlaceHead(tokens.shape[-1])
-        packed = train.answer_loss(shipped.model, place, kind, tokens, batch)[2][0]
+        tokens = recipe.see(shipped.model.model.visual, stacked).flatten(0, 1)[None]
+        place = recipe.PlaceHead(tokens.shape[-1])
+        packed = recipe.answer_loss(shipped.model, place, kind, tokens, batch)[2][0]
         media = {"images": [Image.fromarray(pixels)]} if kind == "screen" else {"videos": [pixels]}
         for number, question in enumerate(asked):
             inputs = shipped.processor(text=[module.prompt(question.text)], return_tensors="pt", **media)
