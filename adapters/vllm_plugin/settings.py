@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from foveate.errors import ParameterError
@@ -22,7 +21,7 @@ class Settings:
     Attributes:
         pruner: the method.
         separators: ``"keep"`` all newline embeddings of AnyRes pictures or ``"drop"`` them; None: as the method says, and
-            ``"keep"`` where the method would keep those of rows that keep a token, for nobody knows their number beforehand.
+            ``"keep"`` where it would keep those of rows that keep a token, for nobody knows their number beforehand.
     """
 
     pruner: Pruner
@@ -55,19 +54,10 @@ def merged(engine: Any, request: Any = None) -> dict[str, Any] | None:
 def _entry(given: Any, where: str) -> dict[str, Any]:
     if not isinstance(given, Mapping):
         raise ParameterError(
-            f"foveate={given!r} in {where} is no settings; give for example "
+            f"foveate={given!r} in {where} is not a JSON object; give for example "
             '{"foveate": {"pruner": "hiprune", "keep": 0.25}}'
         )
     return dict(given)
-
-
-def parse(entry: Entry) -> Settings:
-    """The method that a merged entry describes.
-
-    Raises:
-        FoveateError: unknown method or parameter, bad value.
-    """
-    return _parse(canonical(entry))
 
 
 def canonical(entry: Entry | None) -> str:
@@ -82,12 +72,16 @@ def canonical(entry: Entry | None) -> str:
         raise ParameterError(f"foveate: {entry!r} holds more than JSON can say") from None
 
 
-@lru_cache(maxsize=256)
-def _parse(text: str) -> Settings:
-    given = json.loads(text)
+def parse(entry: Entry) -> Settings:
+    """The method that a merged entry describes.
+
+    Raises:
+        FoveateError: unknown method or parameter, bad value.
+    """
+    given = json.loads(canonical(entry))
     name, separators = given.pop("pruner"), given.pop("separators", None)
     if not isinstance(name, str):
-        raise ParameterError(f"foveate: pruner={name!r} is no method's name; see `foveate list`")
+        raise ParameterError(f"foveate: pruner={name!r} is not a method's name; see `foveate list`")
     if separators is not None and separators not in SEPARATORS:
         raise ParameterError(f"foveate: separators={separators!r} is not one of {', '.join(map(repr, SEPARATORS))}")
     return Settings(create(name, **given), separators)

@@ -105,7 +105,7 @@ def test_longer_answers_stay_equal(engine):
         ({"keep": 1.5}, "keep=1.5"),
         ({"pruner": "cdpruner"}, "reads the question"),
         ({"pruner": "fastv"}, "inside the decoder"),
-        (3, "no settings"),
+        (3, "not a JSON object"),
     ],
 )
 def test_bad_requests_fail_alone(engine, entry, says):

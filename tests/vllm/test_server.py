@@ -136,7 +136,7 @@ def test_thirty_two_requests_at_once_are_answered_as_one_by_one(expected, client
         ({"keep": 7.5}, "keep=7.5"),
         ({"pruner": "cdpruner"}, "reads the question"),
         ({"kep": 3}, "did you mean 'keep'"),
-        ("half", "no settings"),
+        ("half", "not a JSON object"),
     ],
 )
 def test_bad_requests_are_answered_with_our_message_and_the_server_lives_on(client, entry, says):
