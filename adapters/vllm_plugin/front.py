@@ -110,6 +110,6 @@ def _require_plugin() -> None:
     allowed = os.environ.get("VLLM_PLUGINS")
     if "foveate" not in names or (allowed is not None and "foveate" not in allowed.split(",")):
         raise UnsupportedModelError(
-            "vLLM would not load foveate's plugin: install the package (pip install foveate), and name it in VLLM_PLUGINS "
-            "if you set that"
+            "vLLM would not load foveate's plugin: install the package (pip install foveate), and name it in "
+            "VLLM_PLUGINS if you set that"
         )

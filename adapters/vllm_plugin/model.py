@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,15 +14,7 @@ from foveate.adapters.engine.decoder import Kept
 from foveate.adapters.families.base import Adapter, Encoded
 from foveate.adapters.taps import Values
 from foveate.adapters.vllm_plugin.processor import FIELD, Reservation
-from foveate.adapters.vllm_plugin.serving import (
-    ServedMethod,
-    applied,
-    check_start,
-    deepest_block,
-    served,
-    skeleton,
-    whole,
-)
+from foveate.adapters.vllm_plugin.serving import ServedMethod, applied, deepest_block, served, skeleton, whole
 from foveate.adapters.vllm_plugin.towers import VllmTowerTap
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.pruners.core import Layout, Signal
@@ -44,7 +36,6 @@ class PrunedModel:
             super().__init__(vllm_config=vllm_config, prefix=prefix)
             self.foveate_adapter: Adapter | None = None
             return
-        check_start(model_config.architecture, model_config.hf_config, engine)
         if getattr(vllm_config.compilation_config, "compile_mm_encoder", False):
             raise UnsupportedModelError("foveate cannot read a compiled vision tower: leave compile_mm_encoder off")
         adapter = skeleton(model_config.hf_config)
@@ -54,10 +45,9 @@ class PrunedModel:
 
     # ------------------------------------------------------------------------------------- what a family must answer
 
-    @contextlib.contextmanager
-    def _building(self, config: Any, adapter: Adapter, block: int) -> Iterator[None]:
+    def _building(self, config: Any, adapter: Adapter, block: int) -> contextlib.AbstractContextManager[None]:
         """While this holds, vLLM builds the vision tower up to ``block`` at least."""
-        yield
+        return contextlib.nullcontext()
 
     def _tap(self, signals: Sequence[Signal], values: Values, call: dict[str, Any]) -> VllmTowerTap:
         """A tap on the vision tower for one call, which puts what it reads into ``values``."""
@@ -93,8 +83,8 @@ class PrunedModel:
             return super().embed_multimodal(**kwargs)
         if fields is None and "pixel_values" in kwargs:
             raise InputError(
-                "a picture came without foveate's count of its tokens: whatever prepared it had not loaded the plugin; send "
-                "requests through vLLM's own front end in Python, with foveate installed there, too"
+                "a picture came without foveate's count of its tokens: whatever prepared it had not loaded the plugin; "
+                "send requests through vLLM's own front end in Python, with foveate installed there, too"
             )
         if fields is None:  # videos, and embeddings that the user computed
             return [self._finished(row, None, None) for row in super().embed_multimodal(**kwargs)]
@@ -117,7 +107,7 @@ class PrunedModel:
             entering = self._finished(applied(kept, row, width), kept, layout)
             if len(entering) != one.rows:  # vLLM would cut or misread it without a word
                 raise InputError(
-                    f"{one.entry} announced {one.rows} tokens for a picture of {one.length}, and kept {len(entering)}"
+                    f"{one.entry} announced {one.rows} places for a picture of {one.length} and filled {len(entering)}"
                 )
             made.append(entering)
         return made

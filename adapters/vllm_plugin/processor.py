@@ -1,15 +1,14 @@
 """vLLM's front end: reserve as many places as each picture will take, before any encoder runs.
 
-Everything a request can get wrong is found here, as a ``ValueError`` that vLLM's server turns into an answer with status
-400. The worker learns of a picture's settings through the field :data:`FIELD` beside its pixels.
+Everything a request can get wrong is found here, as a ``ValueError`` that vLLM's server answers with status 400. The
+worker learns of a picture's settings through the field :data:`FIELD` beside its pixels.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -82,16 +81,18 @@ class PrunedProcessor:
         if signals and self.info.ctx.get_mm_config().mm_encoder_tp_mode == "data":
             blind = [n for n in servable(self._adapter) if not served(self._adapter, {"pruner": n}).signals]
             raise UnsupportedModelError(
-                f"{entry['pruner']} reads the vision tower, which the engine's processes share by pictures; start it without "
-                f"--mm-encoder-tp-mode data, or use {', '.join(blind)}"
+                f"{entry['pruner']} reads the vision tower, which the engine's processes share by pictures; start it "
+                f"without --mm-encoder-tp-mode data, or use {', '.join(blind)}"
             )
         return entry
 
     # ------------------------------------------------------------------------------------------ what vLLM asks, by name
 
     def apply(self, *args: Any, **kwargs: Any) -> Any:
-        with _as_value_error():
+        try:
             return super().apply(*args, **kwargs)
+        except FoveateError as error:  # vLLM answers a request that raised a ValueError, and goes on
+            raise ValueError(f"foveate: {error}") from error
 
     def _get_mm_hashes(self, inputs: Any) -> Any:
         """Features of one picture differ with the settings: no cache, in this engine or shared, may confuse them."""
@@ -113,8 +114,8 @@ class PrunedProcessor:
             return made
         if "image_embeds" in made and entry is not None:
             raise InputError(
-                "foveate cannot prune pictures that come as precomputed embeddings; send pictures, or switch pruning off "
-                'for this request with mm_processor_kwargs={"foveate": false}'
+                "foveate cannot prune pictures that come as precomputed embeddings; send pictures, or switch pruning "
+                'off for this request with mm_processor_kwargs={"foveate": false}'
             )
         if "pixel_values" in made:
             facts = {name: made[name] for name in ("image_sizes", "image_grid_thw") if name in made}
@@ -155,18 +156,9 @@ def _shortened(update: Any, out_mm_kwargs: Any) -> PromptReplacement:
         reserved = Reservation.unpacked(item[FIELD].data)
         if len(full) != reserved.length:
             raise InputError(
-                f"vLLM gives picture {number} {len(full)} tokens and foveate {reserved.length}; the model's configuration "
-                "lays out pictures as this version of vLLM does not"
+                f"vLLM gives picture {number} {len(full)} tokens and foveate {reserved.length}; the model's "
+                "configuration lays out pictures as this version of vLLM does not"
             )
         return full[: reserved.rows]
 
     return PromptReplacement(modality="image", target=update.target, replacement=replacement)
-
-
-@contextlib.contextmanager
-def _as_value_error() -> Iterator[None]:
-    """vLLM answers a request that raised a ValueError, and goes on."""
-    try:
-        yield
-    except FoveateError as error:
-        raise ValueError(f"foveate: {error}") from error

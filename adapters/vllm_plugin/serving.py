@@ -1,7 +1,7 @@
 """A method on a served model: may it run there, how many places will a picture take, and what enters the decoder.
 
-Nothing here needs vLLM. The front-end process asks :meth:`ServedMethod.length` before any encoder runs, the worker calls
-:meth:`ServedMethod.select` on the features; both reach the same number from the same layout.
+Nothing here needs vLLM. The front-end process asks :meth:`ServedMethod.length` before any encoder runs, the worker
+calls :meth:`ServedMethod.select` on the features; both reach the same number from the same layout.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _REHEARSED = 8192  # tokens of the largest picture that is rehearsed
 _WHY_NOT: dict[type[Stage], str] = {
     AtPixels: "changes the pictures; resize them before you send them",
     InTower: "merges inside the vision tower, and vLLM's towers keep all rows",
-    BeforeLayer: "drops tokens inside the decoder, and vLLM keeps one list of cache blocks for all layers of a sequence",
+    BeforeLayer: "drops tokens inside the decoder, and vLLM keeps one list of cache blocks for all layers of a prompt",
     InMLP: "runs parts of the decoder's MLPs, which vLLM has fused",
     InCache: "erases parts of the cache, which sequences with a common prefix share",
 }
@@ -87,8 +87,8 @@ def check_version() -> None:
 
     if not vllm.__version__.startswith(tuple(f"{minor}." for minor in TESTED)):
         raise UnsupportedModelError(
-            f"foveate prunes inside vLLM {' and '.join(TESTED)}, and this is vLLM {vllm.__version__}: pip install "
-            "'foveate[vllm]'"
+            f"foveate prunes inside vLLM {' and '.join(TESTED)}, and this is vLLM {vllm.__version__}: "
+            "pip install 'foveate[vllm]'"
         )
 
 
@@ -101,8 +101,8 @@ def check_front_end() -> None:
     given = os.environ.get("VLLM_USE_RUST_FRONTEND", "0")
     if given.strip() != "0":  # vLLM itself stops at what is not a number
         raise UnsupportedModelError(
-            f"VLLM_USE_RUST_FRONTEND={given}: vLLM's front end in Rust loads no plugin, and pictures would not be pruned; "
-            "unset it (and start `vllm serve`, not `vllm-rs serve`), or remove the foveate entry to serve the model unpruned"
+            f"VLLM_USE_RUST_FRONTEND={given}: vLLM's front end in Rust loads no plugin, and pictures would not be "
+            "pruned; unset it (and start `vllm serve`, not `vllm-rs serve`), or remove the foveate entry"
         )
 
 
@@ -127,10 +127,10 @@ def check_start(architectures: str | Sequence[str], config: Any, engine: Any, im
 
 
 def deepest_block(adapter: Adapter, engine: Any) -> int:
-    """The last block of the vision tower that an engine loads: the one that feeds the projector, or one that is read."""
+    """The last block of the vision tower that an engine loads: the projector's, or one that its method reads."""
     entry = merged(engine)
-    read = [] if entry is None else [signal.layer for signal in served(adapter, entry).signals]
-    return max([adapter.info.feature_layer, *read])
+    read = () if entry is None else served(adapter, entry).signals
+    return max([adapter.info.feature_layer, *(signal.layer for signal in read)])
 
 
 def check_request(adapter: Adapter, engine: Any, entry: Entry) -> ServedMethod:
@@ -169,12 +169,10 @@ def obstacle(adapter: Adapter, pruner: Pruner, stages: Sequence[Stage]) -> str |
         if isinstance(signal, (PatchPixels, UnpooledFrames)):
             return "reads the pictures' pixels, which vLLM's towers have packed by then"
         adapter.check(signal)
-    policy = stage.positions or ("keep" if adapter.info.mrope else "compact")
-    if (policy == "keep") != adapter.info.mrope:
-        return (
-            f"needs {'gaps between positions' if policy == 'keep' else 'positions without gaps'}, and vLLM numbers the "
-            f"tokens of {adapter.info.family} models {'with' if adapter.info.mrope else 'without'} gaps"
-        )
+    here = "keep" if adapter.info.mrope else "compact"
+    if stage.positions not in (None, here):
+        needs, gets = ("positions without gaps", "with") if here == "keep" else ("gaps between positions", "without")
+        return f"needs {needs}, and vLLM numbers the tokens of {adapter.info.family} models {gets} gaps"
     return None
 
 
@@ -220,7 +218,7 @@ class ServedMethod:
         adapter: of the family.
         pruner: the method.
         stage: the one point where it acts.
-        newlines: what becomes of separators: ``"keep"``, ``"drop"``, or ``"rows"`` where the layout alone tells which stay.
+        newlines: the policy for separators; ``"rows"`` only where the layout alone tells which stay.
 
     Raises:
         FoveateError: the method cannot be served on the model; the message says why and what can.
@@ -239,8 +237,9 @@ class ServedMethod:
     def _refusal(self, why: str) -> UnsupportedModelError:
         changes = helpful_changes(self.adapter, self.pruner).items()
         hint = "".join(f"add {json.dumps(name)}: {json.dumps(value)}; or: " for name, value in changes)
+        others = ", ".join(servable(self.adapter))
         return UnsupportedModelError(
-            f"{self.pruner.name} cannot be served by vLLM: it {why}; {hint}{', '.join(servable(self.adapter))} can be served"
+            f"{self.pruner.name} cannot be served by vLLM: it {why}; {hint}{others} can be served"
         )
 
     @property
@@ -251,8 +250,8 @@ class ServedMethod:
     def length(self, layout: Layout) -> int:
         """Places that a picture of this layout takes, separators counted.
 
-        The method runs once on made-up features, so that what it would refuse it refuses here and not in the worker; only
-        for very large pictures without separators its own count is believed.
+        The method runs once on made-up features, so that what it would refuse it refuses here and not in the worker;
+        only for very large pictures without separators its own count is believed.
 
         Raises:
             FoveateError: the method cannot meet its budget on this layout, or content decides how many tokens stay.
@@ -266,8 +265,8 @@ class ServedMethod:
         kept = selection.index[selection.index >= 0]
         if count is not None and len(kept) != count:
             raise ParameterError(
-                f"{self.pruner.name} announces {count} tokens for a picture of {layout.size} and keeps {len(kept)}; vLLM "
-                "needs both to be equal: mend the method's count()"
+                f"{self.pruner.name} announces {count} tokens for a picture of {layout.size} and keeps {len(kept)}; "
+                "vLLM needs both to be equal: mend the method's count()"
             )
         return len(entering(layout, kept, self.newlines, selection.order))
 
@@ -277,12 +276,10 @@ class ServedMethod:
         def noise(*shape: int) -> Tensor:
             return torch.rand(1, *shape, generator=draw)
 
-        signals = {
-            name: noise(
-                len(layout.views) if signal.per_view else layout.size, *[_WIDTH] * (signal.channels or signal.per_view)
-            )
-            for name, signal in self.stage.signals.items()
-        }
+        signals = {}
+        for name, signal in self.stage.signals.items():
+            channels = (_WIDTH,) if signal.channels else ()
+            signals[name] = noise(len(layout.views) if signal.per_view else layout.size, *channels)
         tokens = Tokens(noise(layout.size, _WIDTH), layout, (0,), embed=_EmbedsAnything(1, _WIDTH))
         tokens.project = None if self.adapter.project is None else lambda features: features
         return tokens, signals
@@ -298,7 +295,7 @@ class ServedMethod:
     ) -> list[Kept]:
         """What enters of pictures of one layout; ``rows`` are ``(length, D)`` each, ``signals`` ``(N, …)`` each.
 
-        A picture is encoded once for all prompts, so it has no number: what is drawn at random depends on its layout alone.
+        A picture is encoded once for all prompts, so it has no number: what is drawn depends on its layout alone.
         """
         embeds = torch.stack(list(rows))[:, layout.places(rows[0].device)]
         tokens = Tokens(embeds, layout, (0,) * len(rows), project=project, embed=embed)

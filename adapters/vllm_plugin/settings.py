@@ -20,8 +20,8 @@ class Settings:
 
     Attributes:
         pruner: the method.
-        separators: ``"keep"`` all newline embeddings of AnyRes pictures or ``"drop"`` them; None: as the method says, and
-            ``"keep"`` where it would keep those of rows that keep a token, for nobody knows their number beforehand.
+        separators: ``"keep"`` all newline embeddings of AnyRes pictures or ``"drop"`` them; None: as the method says,
+            and ``"keep"`` where it would keep those of rows that keep a token, whose number nobody knows beforehand.
     """
 
     pruner: Pruner
@@ -46,7 +46,7 @@ def merged(engine: Any, request: Any = None) -> dict[str, Any] | None:
     whole = request if "pruner" in request else {**engine, **request}
     if "pruner" not in whole:
         raise ParameterError(
-            f'foveate: {request!r} names no pruner, and the engine has none; add "pruner": "hiprune" (see `foveate list`)'
+            f'foveate: {request!r} names no pruner, and the engine has none; add "pruner" (see `foveate list`)'
         )
     return dict(whole)
 
@@ -88,7 +88,7 @@ def parse(entry: Entry) -> Settings:
 
 
 def identity(entry: Entry | None, version: str) -> str:
-    """What tells apart the features of one picture under different settings, for caches: method, all parameters, version."""
+    """What tells features of one picture under different settings apart, for caches: method, parameters, version."""
     if entry is None:
         return f"foveate {version}: none"
     settings = parse(entry)
