@@ -2,7 +2,7 @@
 
 vLLM finds this package through its entry point ``vllm.general_plugins`` and calls :func:`register` in every process.
 The architectures of :data:`ARCHITECTURES` are then served by subclasses of vLLM's own models, which do nothing unless
-the model's configuration has a ``foveate`` entry: ``--hf-overrides '{"foveate": {"pruner": "hiprune", "keep": 0.25}}'``.
+their configuration has a ``foveate`` entry: ``--hf-overrides '{"foveate": {"pruner": "hiprune", "keep": 0.25}}'``.
 
 How it fits together: vLLM reserves each picture's places before any encoder runs, in another process
 (``processor.py``). :class:`~foveate.adapters.vllm_plugin.serving.ServedMethod` counts them from the picture's layout

