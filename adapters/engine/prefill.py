@@ -630,3 +630,24 @@ def mixed(mixtures: list[tuple[int, Tensor, Tensor, Callable]], visual: Tensor, 
         mine = source[rows[sample, places.to(level.device)]]
         level[rows[sample, survivors.to(level.device)]] = resample(mine).to(level.dtype)
     return level
+
+
+# ---------------------------------------------------------------------------------------------------- one whole picture
+
+
+def entering(layout: Layout, chosen: Tensor, newlines: str, order: Tensor | None = None) -> Tensor:
+    """Which of a picture's places go on, in order of entry, ``(R,)``: those of tokens, and of separators that stay.
+
+    Args:
+        layout: of the picture.
+        chosen: its surviving tokens, ascending, ``(K,)``.
+        newlines: the policy for separators, as for :func:`separators_left`; where all tokens stay, all separators do.
+        order: of a selection; columns beyond its own survivors are passed over, and it may name no separators.
+    """
+    tokens = layout.places(chosen.device)[chosen]
+    if order is not None:
+        return tokens[order[(order >= 0) & (order < len(chosen))].to(chosen.device)]
+    separators = layout.separators(chosen.device)
+    if len(chosen) < layout.size:
+        separators = separators[separators_left(layout, newlines, chosen, False)]
+    return torch.cat([tokens, separators]).sort().values

@@ -1,13 +1,13 @@
 """foveate inside vLLM: pictures enter vLLM's decoder with fewer tokens, chosen by the same methods as everywhere else.
 
-vLLM finds this package through its entry point ``vllm.general_plugins`` and calls :func:`register` in every process. The
-architectures of :data:`ARCHITECTURES` are then served by subclasses of vLLM's own models, which do nothing unless the
-model's configuration has a ``foveate`` entry, as from ``--hf-overrides '{"foveate": {"pruner": "hiprune", "keep": 0.25}}'``.
+vLLM finds this package through its entry point ``vllm.general_plugins`` and calls :func:`register` in every process.
+The architectures of :data:`ARCHITECTURES` are then served by subclasses of vLLM's own models, which do nothing unless
+their configuration has a ``foveate`` entry: ``--hf-overrides '{"foveate": {"pruner": "hiprune", "keep": 0.25}}'``.
 
-How it fits together: vLLM announces how many tokens each picture takes before any encoder runs, in another process
-(``processor.py``). :class:`~foveate.adapters.vllm_plugin.serving.Serving` answers that from the picture's layout alone, and
-later, in the worker, picks exactly so many rows (``model.py``), reading what the method needs from vLLM's vision towers
-(``towers.py``). Three-axis positions follow their tokens (``mrope.py``).
+How it fits together: vLLM reserves each picture's places before any encoder runs, in another process
+(``processor.py``). :class:`~foveate.adapters.vllm_plugin.serving.ServedMethod` counts them from the picture's layout
+alone, and later, in the worker, picks exactly so many rows (``model.py``), reading what the method needs from vLLM's
+vision towers (``towers.py``). Three-axis positions follow their tokens (``mrope.py``).
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ def register() -> None:
     _check_at_start(ModelRegistry)
 
 
-def _check_at_start(registry: object) -> None:
-    """Let vLLM refuse, when it reads a model's configuration, what cannot be pruned: otherwise it would serve it unpruned."""
+def _check_at_start(registry: Any) -> None:
+    """Let vLLM refuse, when it reads a model's configuration, what it would otherwise serve unpruned."""
     inspect = registry.inspect_model_cls
     if hasattr(inspect, "foveate"):
         return
 
-    def checked(architectures: str | list[str], model_config: object) -> object:
+    def checked(architectures: str | list[str], model_config: Any) -> Any:
         given = getattr(model_config.hf_config, "foveate", None)
         if given is not None:
             from foveate.adapters.vllm_plugin.serving import check_front_end, check_start, check_version
@@ -61,7 +61,7 @@ def _check_at_start(registry: object) -> None:
 
 
 def _check_requests() -> None:
-    """Let vLLM refuse requests that ask for pruning where one of its own processors serves them: that would not hear them."""
+    """Let vLLM refuse requests for pruning where one of its own processors, which would not hear them, serves them."""
     from vllm.multimodal.processing import BaseMultiModalProcessor
 
     apply = BaseMultiModalProcessor.apply
@@ -74,8 +74,8 @@ def _check_requests() -> None:
             from foveate.errors import ParameterError
 
             raise ParameterError(
-                f"foveate={asked!r}: vLLM serves {self.info.ctx.model_config.architecture} with {type(self).__name__}, which "
-                "foveate cannot prune; leave it out of mm_processor_kwargs to ask the model unpruned"
+                f"foveate={asked!r}: vLLM serves {self.info.ctx.model_config.architecture} with {type(self).__name__}, "
+                "which foveate cannot prune; leave it out of mm_processor_kwargs to ask the model unpruned"
             )
         return apply(self, inputs, *args, **kwargs)
 

@@ -11,6 +11,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 from foveate.adapters.vllm_plugin.serving import check_front_end
@@ -22,14 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``foveate serve``; all others are vLLM's."""
     add = parser.add_argument
     add("model", metavar="MODEL", help="folder or name of a model that vLLM serves")
-    add(
-        "--pruner",
-        metavar="NAME",
-        help="method that prunes every picture (`foveate list`); none: only where a request asks",
-    )
+    add("--pruner", metavar="NAME", help="prunes every picture (`foveate list`); none: only where a request asks")
     add("--keep", metavar="K", help="fraction (0.25, 1/9) or number of tokens to keep of every picture")
     add("--set", metavar="NAME=VALUE", action="append", default=[], help="another parameter of the method, repeatable")
     add("--separators", choices=SEPARATORS, help="newline embeddings of AnyRes pictures (default: as the method says)")
+    add("--hf-overrides", metavar="JSON", default="{}", help="vLLM's own; the method is added to it")
     add("--dry-run", action="store_true", help="print the command instead of running it")
     parser.epilog = "All other arguments go to `vllm serve` as they are: --port 8000 --tensor-parallel-size 2 ..."
     parser.set_defaults(takes_rest=True)
@@ -41,14 +39,14 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         FoveateError: bad settings, no vLLM, or a front end of vLLM that does not prune.
     """
-    entry = _entry(args)
-    rest = list(args.rest)
-    overrides = _taken(rest, "--hf-overrides")
+    entry, overrides = _entry(args), _value(args.hf_overrides)
+    if not isinstance(overrides, dict):
+        raise ParameterError(f"--hf-overrides {args.hf_overrides} is not a JSON object")
     if "foveate" in overrides:
         raise ParameterError(
             '--hf-overrides says "foveate" already; give --pruner and --keep, or the whole entry there'
         )
-    command = server(args.model, ["--hf-overrides", json.dumps({**overrides, "foveate": entry}), *rest])
+    command = server(args.model, ["--hf-overrides", json.dumps({**overrides, "foveate": entry}), *args.rest])
     if args.dry_run:
         print(shlex.join(command))
         return 0
@@ -73,7 +71,7 @@ def _entry(args: argparse.Namespace) -> dict[str, Any]:
     """The settings on the command line, checked as far as they can be without the model."""
     entry: dict[str, Any] = {}
     if args.keep is not None:
-        entry["keep"] = _number(args.keep)
+        entry["keep"] = _budget(args.keep)
     if args.separators is not None:
         entry["separators"] = args.separators
     for given in args.set:
@@ -89,12 +87,11 @@ def _entry(args: argparse.Namespace) -> dict[str, Any]:
     return entry
 
 
-def _number(text: str) -> int | float:
-    numerator, slash, denominator = text.partition("/")
+def _budget(text: str) -> int | float:
     try:
-        return float(numerator) / float(denominator) if slash else json.loads(text)
+        return float(Fraction(text)) if "/" in text else json.loads(text)
     except (ValueError, ZeroDivisionError):
-        raise ParameterError(f"--keep {text} is no fraction and no number of tokens; give 0.25, 1/9 or 64") from None
+        raise ParameterError(f"--keep {text} is not a fraction or a number of tokens; give 0.25, 1/9 or 64") from None
 
 
 def _value(text: str) -> Any:
@@ -107,29 +104,12 @@ def _value(text: str) -> Any:
     return text
 
 
-def _taken(rest: list[str], name: str) -> dict[str, Any]:
-    """Take a JSON argument, ``--name JSON`` or ``--name=JSON``, out of ``rest``."""
-    for i, argument in enumerate(rest):
-        if argument == name or argument.startswith(f"{name}="):
-            stop = i + 1 if "=" in argument else i + 2
-            text = argument.partition("=")[2] if "=" in argument else " ".join(rest[i + 1 : stop])
-            del rest[i:stop]
-            try:
-                given = json.loads(text)
-            except ValueError:
-                given = None
-            if not isinstance(given, dict):
-                raise ParameterError(f"{name} {text} is no JSON object")
-            return given
-    return {}
-
-
 def _require_plugin() -> None:
     """vLLM serves unpruned, without a word, when it does not find the plugin."""
     names = {point.name for point in importlib.metadata.entry_points(group="vllm.general_plugins")}
     allowed = os.environ.get("VLLM_PLUGINS")
     if "foveate" not in names or (allowed is not None and "foveate" not in allowed.split(",")):
         raise UnsupportedModelError(
-            "vLLM would not load foveate's plugin: install the package (pip install foveate), and name it in VLLM_PLUGINS "
-            "if you set that"
+            "vLLM would not load foveate's plugin: install the package (pip install foveate), and name it in "
+            "VLLM_PLUGINS if you set that"
         )

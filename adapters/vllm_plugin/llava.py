@@ -7,24 +7,25 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from vllm.model_executor.models import llava, llava_next, llava_onevision
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from foveate.adapters.families.base import Adapter
-from foveate.adapters.vllm_plugin.model import Pruning, blocks_of
-from foveate.adapters.vllm_plugin.processor import Announcing
-from foveate.adapters.vllm_plugin.towers import TowerTap
+from foveate.adapters.taps import Values
+from foveate.adapters.vllm_plugin.model import PrunedModel
+from foveate.adapters.vllm_plugin.processor import pruned
+from foveate.adapters.vllm_plugin.towers import VllmTowerTap
 from foveate.errors import UnsupportedModelError
 from foveate.pruners.core import Signal
 
 
-class LlavaPruning(Pruning):
-    """What the three have in common: a tower that sees batches of views, and a projector behind one of its blocks."""
+class PrunedLlava(PrunedModel):
+    """What the three have in common: a tower that sees batches of views, and a projector after one of its blocks."""
 
     @contextlib.contextmanager
-    def _loading(self, config: Any, adapter: Adapter, block: int) -> Iterator[None]:
-        # vLLM leaves out the blocks behind the one that feeds the projector; methods may read those, too
+    def _building(self, config: Any, adapter: Adapter, block: int) -> Iterator[None]:
+        # vLLM leaves out the blocks after the one that feeds the projector; methods may read those, too
         wanted = config.vision_feature_layer
         deeper = block > adapter.info.feature_layer
         if deeper and not isinstance(wanted, int):
@@ -39,45 +40,39 @@ class LlavaPruning(Pruning):
             config.vision_feature_layer = wanted
 
     def _image_pixels_to_features(self, vision_tower: Any, pixel_values: Tensor) -> Tensor:
-        layer = None if self.foveate_adapter is None else self.foveate_adapter.adapter.info.feature_layer
+        layer = None if self.foveate_adapter is None else self.foveate_adapter.info.feature_layer
         if layer is None or len(blocks_of(vision_tower)) == layer + 1:
             return super()._image_pixels_to_features(vision_tower, pixel_values)
-        return vision_tower(  # there are blocks behind the one that feeds the projector
-            pixel_values,
-            select_layers=[layer + 1],
-            feature_select_strategy=self.config.vision_feature_select_strategy,
-        )
+        strategy = self.config.vision_feature_select_strategy  # and blocks come after the one that feeds the projector
+        return vision_tower(pixel_values, select_layers=[layer + 1], feature_select_strategy=strategy)
 
-    def _tap(self, signals: Sequence[Signal], call: dict[str, Any]) -> TowerTap:
-        return TowerTap(blocks_of(self.vision_tower), signals, prefix=self.foveate_adapter.adapter.info.prefix_tokens)
+    def _tap(self, signals: Sequence[Signal], values: Values, call: dict[str, Any]) -> VllmTowerTap:
+        prefix = self.foveate_adapter.info.prefix_tokens
+        return VllmTowerTap(blocks_of(self.vision_tower), signals, lambda: values, prefix=prefix)
 
     @property
     def _project(self) -> Callable[[Tensor], Tensor] | None:
-        if self.foveate_adapter.adapter.project is None:
+        if self.foveate_adapter.project is None:
             return None
         dtype = self.multi_modal_projector.linear_1.weight.dtype
         return lambda features: self.multi_modal_projector(features.to(dtype))
 
 
-class AnyResPruning(LlavaPruning):
+class PrunedAnyRes(PrunedLlava):
     """Pictures of fewer views than others in the call are filled up with empty ones."""
 
-    def _arranged(self, values: Tensor, call: dict[str, Any]) -> Tensor:
+    def _without_padding(self, values: Tensor, call: dict[str, Any]) -> Tensor:
         views = [len(pixels) for pixels in call["pixel_values"]]
-        layouts = self.foveate_adapter.adapter.layouts("image", call, None)
+        layouts = self.foveate_adapter.layouts("image", call, None)
         return torch.cat([part[: len(layout.views)] for part, layout in zip(values.split(views), layouts)])
 
 
-class LlavaProcessor(Announcing, llava.LlavaMultiModalProcessor):
-    pass
+def blocks_of(tower: nn.Module) -> nn.ModuleList:
+    """Blocks of a CLIP or SigLIP tower."""
+    return getattr(tower, "vision_model", tower).encoder.layers
 
 
-class LlavaNextProcessor(Announcing, llava_next.LlavaNextMultiModalProcessor):
-    pass
-
-
-class LlavaOnevisionProcessor(Announcing, llava_onevision.LlavaOnevisionMultiModalProcessor):
-    pass
+LlavaProcessor = pruned(llava.LlavaMultiModalProcessor)
 
 
 def _llava_processor(info: Any, dummy_inputs: Any) -> Any:
@@ -90,21 +85,23 @@ def _llava_processor(info: Any, dummy_inputs: Any) -> Any:
 @MULTIMODAL_REGISTRY.register_processor(
     _llava_processor, info=llava._build_llava_or_pixtral_hf_info, dummy_inputs=llava.LlavaDummyInputsBuilder
 )
-class Llava(LlavaPruning, llava.LlavaForConditionalGeneration):
+class Llava(PrunedLlava, llava.LlavaForConditionalGeneration):
     pass
 
 
 @MULTIMODAL_REGISTRY.register_processor(
-    LlavaNextProcessor, info=llava_next.LlavaNextProcessingInfo, dummy_inputs=llava.LlavaDummyInputsBuilder
+    pruned(llava_next.LlavaNextMultiModalProcessor),
+    info=llava_next.LlavaNextProcessingInfo,
+    dummy_inputs=llava.LlavaDummyInputsBuilder,
 )
-class LlavaNext(AnyResPruning, llava_next.LlavaNextForConditionalGeneration):
+class LlavaNext(PrunedAnyRes, llava_next.LlavaNextForConditionalGeneration):
     pass
 
 
 @MULTIMODAL_REGISTRY.register_processor(
-    LlavaOnevisionProcessor,
+    pruned(llava_onevision.LlavaOnevisionMultiModalProcessor),
     info=llava_onevision.LlavaOnevisionProcessingInfo,
     dummy_inputs=llava_onevision.LlavaOnevisionDummyInputsBuilder,
 )
-class LlavaOnevision(AnyResPruning, llava_onevision.LlavaOnevisionForConditionalGeneration):
+class LlavaOnevision(PrunedAnyRes, llava_onevision.LlavaOnevisionForConditionalGeneration):
     pass

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from foveate.adapters import compat
+from foveate.adapters.engine.decoder import Kept
 from foveate.adapters.families.base import Adapter, Encoded
-from foveate.adapters.vllm_plugin.processor import FIELD, Announcement
-from foveate.adapters.vllm_plugin.serving import Emission, Serving, check_start, deepest_block, everything, skeleton
-from foveate.adapters.vllm_plugin.settings import canonical, parse
-from foveate.adapters.vllm_plugin.towers import TowerTap
+from foveate.adapters.taps import Values
+from foveate.adapters.vllm_plugin.processor import FIELD, Reservation
+from foveate.adapters.vllm_plugin.serving import ServedMethod, applied, deepest_block, served, skeleton, whole
+from foveate.adapters.vllm_plugin.towers import VllmTowerTap
 from foveate.errors import InputError, UnsupportedModelError
-from foveate.pruners.core import Signal
+from foveate.pruners.core import Layout, Signal
 
 
-class Pruning:
-    """Goes in front of one of vLLM's models; families fill in where their tower is.
+class PrunedModel:
+    """First base of a subclass of one of vLLM's models; families fill in where their tower is.
 
     Without a ``foveate`` entry in the model's configuration nothing changes.
+
+    Attributes:
+        foveate_adapter: of the family, without weights; None without an entry.
     """
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
@@ -30,29 +34,27 @@ class Pruning:
         engine = getattr(model_config.hf_config, FIELD, None)
         if engine is None:
             super().__init__(vllm_config=vllm_config, prefix=prefix)
-            self.foveate_adapter = None
+            self.foveate_adapter: Adapter | None = None
             return
-        check_start(model_config.architecture, model_config.hf_config, engine)
         if getattr(vllm_config.compilation_config, "compile_mm_encoder", False):
             raise UnsupportedModelError("foveate cannot read a compiled vision tower: leave compile_mm_encoder off")
         adapter = skeleton(model_config.hf_config)
-        with self._loading(model_config.hf_config, adapter, deepest_block(adapter, engine)):
+        with self._building(model_config.hf_config, adapter, deepest_block(adapter, engine)):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.foveate_adapter = _Hidden(adapter)
+        self.foveate_adapter = adapter
 
     # ------------------------------------------------------------------------------------- what a family must answer
 
-    @contextlib.contextmanager
-    def _loading(self, config: Any, adapter: Adapter, block: int) -> Iterator[None]:
+    def _building(self, config: Any, adapter: Adapter, block: int) -> contextlib.AbstractContextManager[None]:
         """While this holds, vLLM builds the vision tower up to ``block`` at least."""
-        yield
+        return contextlib.nullcontext()
 
-    def _tap(self, signals: Sequence[Signal], call: dict[str, Any]) -> TowerTap:
-        """A tap on the vision tower for one call."""
+    def _tap(self, signals: Sequence[Signal], values: Values, call: dict[str, Any]) -> VllmTowerTap:
+        """A tap on the vision tower for one call, which puts what it reads into ``values``."""
         raise NotImplementedError
 
-    def _arranged(self, values: Tensor, call: dict[str, Any]) -> Tensor:
-        """Tower values without what only fills up the call's tensors."""
+    def _without_padding(self, values: Tensor, call: dict[str, Any]) -> Tensor:
+        """Tower values without those of views that only fill up the call's tensors."""
         return values
 
     @property
@@ -60,103 +62,79 @@ class Pruning:
         """Maps features of the tower to embeddings, where that is done token by token."""
         return None
 
-    def _marked(self, rows: Tensor, emission: Emission, encoded: Encoded, number: int) -> Tensor:
-        """Rows of a picture with what else the family's decoder has to know."""
-        return rows
+    def _width(self, rows: Sequence[Tensor]) -> int:
+        """Channels of an embedding; after them may come DeepStack levels."""
+        return rows[0].shape[1]
 
-    def _unpruned(self, kind: str, rows: Sequence[Tensor]) -> Any:
-        """Rows of videos."""
+    def _finished(self, rows: Tensor, kept: Kept | None, layout: Layout | None) -> Tensor:
+        """Rows of a picture with what else the family's decoder has to know; None: rows of what is never pruned."""
         return rows
 
     # ---------------------------------------------------------------------------------------------- what vLLM calls
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
-        """The rows of each picture that were announced, ``[(K, D)]``, in the order in which they enter the decoder.
+        """The rows of each picture that were reserved, ``[(K, D)]``, in the order in which they enter the decoder.
 
         Raises:
-            InputError: the method kept another number than was announced, or nothing was.
+            InputError: the method kept another number than was reserved, or nothing was.
         """
         fields = kwargs.pop(FIELD, None)
         if self.foveate_adapter is None:
             return super().embed_multimodal(**kwargs)
         if fields is None and "pixel_values" in kwargs:
             raise InputError(
-                "a picture came without foveate's count of its tokens: whatever prepared it had not loaded the plugin; send "
-                "requests through vLLM's own front end in Python, with foveate installed there, too"
+                "a picture came without foveate's count of its tokens: whatever prepared it had not loaded the plugin; "
+                "send requests through vLLM's own front end in Python, with foveate installed there, too"
             )
-        if fields is None:
-            return self._unpruned(
-                "video" if "pixel_values_videos" in kwargs else "image", super().embed_multimodal(**kwargs)
-            )
-        promises = [Announcement.unpacked(field) for field in fields]
-        servings = [
-            None if p.entry is None else Serving(self.foveate_adapter.adapter, parse(p.entry)) for p in promises
-        ]
+        if fields is None:  # videos, and embeddings that the user computed
+            return [self._finished(row, None, None) for row in super().embed_multimodal(**kwargs)]
+        reserved = [Reservation.unpacked(field) for field in fields]
+        methods = [None if one.entry is None else served(self.foveate_adapter, one.entry) for one in reserved]
         # in one order in all processes, which a set would not have
-        signals = dict.fromkeys(signal for serving in servings if serving is not None for signal in serving.signals)
-        tap = self._tap(tuple(signals), kwargs)
-        tap.open = True
+        signals = dict.fromkeys(signal for method in methods if method is not None for signal in method.signals)
+        values: Values = {}
+        tap = self._tap(tuple(signals), values, kwargs)
         try:
             rows = super().embed_multimodal(**kwargs)
-            encoded = self._encoded(rows, kwargs, tap.close())
         finally:
             tap.remove()
-        emissions = self._chosen(servings, promises, encoded)
+        width = self._width(rows)
+        embeds = [row[:, :width] for row in rows]
+        encoded = self._encoded(embeds, kwargs, values)
+        everything = zip(rows, self._kept(methods, encoded, embeds), encoded.layouts, reserved, strict=True)
         made = []
-        for number, (row, emission, promise) in enumerate(zip(rows, emissions, promises, strict=True)):
-            entering = self._marked(emission.apply(row, encoded.features[number].shape[1]), emission, encoded, number)
-            if len(entering) != promise.rows:  # vLLM would cut or misread it without a word
+        for row, kept, layout, one in everything:
+            entering = self._finished(applied(kept, row, width), kept, layout)
+            if len(entering) != one.rows:  # vLLM would cut or misread it without a word
                 raise InputError(
-                    f"{promise.entry} announced {promise.rows} tokens for a picture of {promise.length}, and kept {len(entering)}"
+                    f"{one.entry} announced {one.rows} places for a picture of {one.length} and filled {len(entering)}"
                 )
             made.append(entering)
         return made
 
-    def _encoded(self, rows: Sequence[Tensor], kwargs: dict[str, Any], values: dict[Signal, Tensor]) -> Encoded:
+    def _encoded(self, embeds: Sequence[Tensor], kwargs: dict[str, Any], values: Values) -> Encoded:
         """Tokens and signals sorted by picture."""
         call = {"vision_feature_select_strategy": None, **kwargs}
-        width = self._width(rows)
-        values = {signal: self._arranged(value, kwargs) for signal, value in values.items()}
-        features = compat.as_output([row[:, :width] for row in rows])
-        return self.foveate_adapter.adapter.encoded("image", features, call, values)
+        values = {signal: self._without_padding(value, kwargs) for signal, value in values.items()}
+        return self.foveate_adapter.encoded("image", compat.as_output(embeds), call, values)
 
-    def _width(self, rows: Sequence[Tensor]) -> int:
-        """Channels of an embedding; behind them may come DeepStack levels."""
-        return rows[0].shape[1]
-
-    def _chosen(
-        self, servings: Sequence[Serving | None], promises: Sequence[Announcement], encoded: Encoded
-    ) -> list[Emission]:
-        """One emission per picture; pictures of one layout under one method are chosen as one batch."""
-        groups: dict[tuple[str, Any], list[int]] = {}
-        for number, (promise, layout) in enumerate(zip(promises, encoded.layouts)):
-            groups.setdefault((canonical(promise.entry), layout), []).append(number)
-        emissions: dict[int, Emission] = {}
-        for (_, layout), numbers in groups.items():
-            serving = servings[numbers[0]]
-            if serving is None:
-                emissions.update(dict.fromkeys(numbers, everything(layout)))
+    def _kept(self, methods: Sequence[ServedMethod | None], encoded: Encoded, embeds: Sequence[Tensor]) -> list[Kept]:
+        """What enters of each picture; those of one layout under one method are chosen as one batch."""
+        groups: dict[tuple[ServedMethod | None, Layout], list[int]] = {}
+        for number, key in enumerate(zip(methods, encoded.layouts, strict=True)):
+            groups.setdefault(key, []).append(number)
+        kept: dict[int, Kept] = {}
+        for (method, layout), numbers in groups.items():
+            if method is None:
+                kept |= dict.fromkeys(numbers, whole(layout))
                 continue
-            signals = {signal: [encoded.signals[signal][n] for n in numbers] for signal in serving.signals}
             with torch.no_grad():
-                chosen = serving.select(
-                    [encoded.features[n] for n in numbers],
+                chosen = method.select(
+                    [embeds[n] for n in numbers],
                     layout,
-                    signals,
+                    {signal: [encoded.signals[signal][n] for n in numbers] for signal in method.signals},
                     project=self._project,
                     embed=getattr(self.get_language_model().model, "embed_tokens", None),
                 )
-            emissions.update(zip(numbers, chosen))
-        return [emissions[number] for number in range(len(promises))]
-
-
-class _Hidden:
-    """Holds an adapter so that its skeleton does not become part of the served model."""
-
-    def __init__(self, adapter: Any) -> None:
-        self.adapter = adapter
-
-
-def blocks_of(tower: nn.Module) -> nn.ModuleList:
-    """Blocks of a CLIP or SigLIP tower."""
-    return getattr(tower, "vision_model", tower).encoder.layers
+            kept |= zip(numbers, chosen)
+        return [kept[number] for number in range(len(methods))]

@@ -1,17 +1,17 @@
-"""A method on a served model: may it run there, how many places will a picture take, and which rows fill them.
+"""A method on a served model: may it run there, how many places will a picture take, and what enters the decoder.
 
-Nothing here needs vLLM. The front-end process asks :meth:`Serving.length` before any encoder runs, the worker calls
-:meth:`Serving.select` on the features; both reach the same numbers from the same layout.
+Nothing here needs vLLM. The front-end process asks :meth:`ServedMethod.length` before any encoder runs, the worker
+calls :meth:`ServedMethod.select` on the features; both reach the same number from the same layout.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -19,16 +19,19 @@ import torch
 from torch import Tensor, nn
 
 from foveate.adapters import compat
+from foveate.adapters.engine.decoder import Kept
+from foveate.adapters.engine.prefill import deepstack_levels, entering, mixed, run_stage
 from foveate.adapters.families.base import Adapter, adapter_for
 from foveate.adapters.vllm_plugin import ARCHITECTURES, TESTED
 from foveate.adapters.vllm_plugin.settings import Entry, Settings, canonical, merged, parse
 from foveate.errors import FoveateError, ParameterError, UnsupportedModelError
-
-# HOOK
 from foveate.pruners.core import (
-    ClassFeatures,
-    EncoderFeatures,
-    EncoderKeys,
+    AtEntry,
+    AtPixels,
+    BeforeLayer,
+    InCache,
+    InMLP,
+    InTower,
     Layout,
     PatchPixels,
     Pruner,
@@ -38,26 +41,26 @@ from foveate.pruners.core import (
     Tokens,
     UnpooledFrames,
     create,
-    keep_all,
 )
 from foveate.pruners.core.method import PRUNERS
 
 _WIDTH = 8  # channels of made-up features
 _REHEARSED = 8192  # tokens of the largest picture that is rehearsed
-_WHY_NOT = {
-    Hook.PIXELS: "changes the pictures; resize them before you send them",
-    Hook.VIT_BLOCK: "merges inside the vision tower, and vLLM's towers keep all rows",
-    Hook.LLM_LAYER: "drops tokens inside the decoder, and vLLM keeps one list of cache blocks for all layers of a sequence",
-    Hook.LLM_MLP: "runs parts of the decoder's MLPs, which vLLM has fused",
-    Hook.LLM_CACHE: "erases parts of the cache, which sequences with a common prefix share",
+_WHY_NOT: dict[type[Stage], str] = {
+    AtPixels: "changes the pictures; resize them before you send them",
+    InTower: "merges inside the vision tower, and vLLM's towers keep all rows",
+    BeforeLayer: "drops tokens inside the decoder, and vLLM keeps one list of cache blocks for all layers of a prompt",
+    InMLP: "runs parts of the decoder's MLPs, which vLLM has fused",
+    InCache: "erases parts of the cache, which sequences with a common prefix share",
 }
+_COUNTS_LATE = "lets a picture's content decide how many tokens stay, and vLLM counts before it looks"
 
 
-# -------------------------------------------------------------------------------------------------- model and method
+# ------------------------------------------------------------------------------------------------- the family's adapter
 
 
 def skeleton(config: Any) -> Adapter:
-    """The adapter of the ``transformers`` model that ``config`` describes, without weights: what it says of layouts holds."""
+    """The adapter of the ``transformers`` model that ``config`` describes, without weights; it knows all layouts."""
     return _skeleton(type(config), config.to_json_string(use_diff=False))
 
 
@@ -70,14 +73,22 @@ def _skeleton(kind: type, text: str) -> Adapter:
         return adapter_for(AutoModelForImageTextToText.from_config(config))
 
 
+def layouts_of(adapter: Adapter, facts: Mapping[str, Any], count: int) -> list[Layout]:
+    """Layouts of ``count`` pictures from what the processor says of them (``image_grid_thw``, ``image_sizes``)."""
+    return adapter.layouts("image", dict(facts), compat.as_output([None] * count))
+
+
+# ------------------------------------------------------------------------------------------------- what can be refused
+
+
 def check_version() -> None:
     """Raise :class:`UnsupportedModelError` unless vLLM is of a minor version that the plugin knows from inside."""
     import vllm
 
     if not vllm.__version__.startswith(tuple(f"{minor}." for minor in TESTED)):
         raise UnsupportedModelError(
-            f"foveate prunes inside vLLM {' and '.join(TESTED)}, and this is vLLM {vllm.__version__}: pip install "
-            "'foveate[vllm]'"
+            f"foveate prunes inside vLLM {' and '.join(TESTED)}, and this is vLLM {vllm.__version__}: "
+            "pip install 'foveate[vllm]'"
         )
 
 
@@ -88,14 +99,10 @@ def check_front_end() -> None:
     From vLLM 0.33 on ``vllm-rs serve`` sets the variable for the engine that it starts.
     """
     given = os.environ.get("VLLM_USE_RUST_FRONTEND", "0")
-    try:
-        wanted = bool(int(given))  # as vLLM reads it
-    except ValueError:
-        wanted = True  # vLLM itself stops at it
-    if wanted:
+    if given.strip() != "0":  # vLLM itself stops at what is not a number
         raise UnsupportedModelError(
-            f"VLLM_USE_RUST_FRONTEND={given}: vLLM's front end in Rust loads no plugin, and pictures would not be pruned; unset "
-            "it (and start `vllm serve`, not `vllm-rs serve`), or remove the foveate entry to serve the model unpruned"
+            f"VLLM_USE_RUST_FRONTEND={given}: vLLM's front end in Rust loads no plugin, and pictures would not be "
+            "pruned; unset it (and start `vllm serve`, not `vllm-rs serve`), or remove the foveate entry"
         )
 
 
@@ -103,7 +110,8 @@ def check_start(architectures: str | Sequence[str], config: Any, engine: Any, im
     """Raise if an engine with this ``foveate`` entry cannot start.
 
     Raises:
-        UnsupportedModelError: another family. FoveateError: bad settings, or a method that cannot be served on this model.
+        UnsupportedModelError: another family.
+        FoveateError: bad settings, or a method that cannot be served on this model.
     """
     names = [architectures] if isinstance(architectures, str) else list(architectures)
     if not set(names) & set(ARCHITECTURES):
@@ -115,36 +123,30 @@ def check_start(architectures: str | Sequence[str], config: Any, engine: Any, im
         raise UnsupportedModelError("foveate prunes vLLM's own models: leave out --model-impl transformers")
     entry = merged(engine)
     if entry is not None:
-        Serving(skeleton(config), parse(entry))
+        served(skeleton(config), entry)
 
 
 def deepest_block(adapter: Adapter, engine: Any) -> int:
-    """The last block of the vision tower that has to be there: the one that feeds the projector, or one that is read."""
+    """The last block of the vision tower that an engine loads: the projector's, or one that its method reads."""
     entry = merged(engine)
-    read = [] if entry is None else [signal.layer for signal in Serving(adapter, parse(entry)).signals]
-    return max([adapter.info.feature_layer, *read])
+    read = () if entry is None else served(adapter, entry).signals
+    return max([adapter.info.feature_layer, *(signal.layer for signal in read)])
 
 
-def check_request(adapter: Adapter, engine: Any, entry: Entry) -> Serving:
-    """The serving of a request's entry on a running engine.
+def check_request(adapter: Adapter, engine: Any, entry: Entry) -> ServedMethod:
+    """The method of a request's entry on a running engine.
 
     Raises:
-        FoveateError: see :class:`Serving`; or the method reads a block that the engine has not loaded.
+        FoveateError: see :class:`ServedMethod`; or the method reads a block that the engine has not loaded.
     """
-    return _checked(adapter, canonical(engine), canonical(entry))
-
-
-@lru_cache(maxsize=256)
-def _checked(adapter: Adapter, engine: str, entry: str) -> Serving:
-    serving = Serving(adapter, parse(json.loads(entry)))
-    loaded = deepest_block(adapter, json.loads(engine))
-    for signal in serving.signals:
+    method, loaded = served(adapter, entry), deepest_block(adapter, engine)
+    for signal in method.signals:
         if signal.layer > loaded:
             raise ParameterError(
-                f"{serving.pruner.name} reads block {signal.layer} of the vision tower, and this engine has loaded 0 .. "
+                f"{method.pruner.name} reads block {signal.layer} of the vision tower, and this engine has loaded 0 .. "
                 f"{loaded}; start it with this method in --hf-overrides"
             )
-    return serving
+    return method
 
 
 def obstacle(adapter: Adapter, pruner: Pruner, stages: Sequence[Stage]) -> str | None:
@@ -154,225 +156,233 @@ def obstacle(adapter: Adapter, pruner: Pruner, stages: Sequence[Stage]) -> str |
         FoveateError: the model lacks a signal.
     """
     for stage in stages:
-        if stage.hook is not Hook.LLM_INPUT:
-            return _WHY_NOT[stage.hook]
+        if not isinstance(stage, AtEntry):
+            return _WHY_NOT[type(stage)]
         if stage.text_guided:
             return "reads the question, but vLLM encodes a picture once for all prompts that hold it"
     if not stages:
         return "does nothing inside this model; prepare the pictures before you send them"
-    if pruner.adaptive and not pruner.content_free:
-        return "lets a picture's content decide how many tokens stay, and vLLM counts before it looks"
+    if not pruner.content_free and pruner.count(_large_picture(adapter), adapter.info) is None:
+        return _COUNTS_LATE
     (stage,) = stages
     for signal in stage.signals.values():
         if isinstance(signal, (PatchPixels, UnpooledFrames)):
             return "reads the pictures' pixels, which vLLM's towers have packed by then"
         adapter.check(signal)
-    policy = stage.positions or ("keep" if adapter.info.mrope else "compact")
-    if (policy == "keep") != adapter.info.mrope:
-        return (
-            f"needs {'gaps between positions' if policy == 'keep' else 'positions without gaps'}, and vLLM numbers the "
-            f"tokens of {adapter.info.family} models {'with' if adapter.info.mrope else 'without'} gaps"
-        )
+    here = "keep" if adapter.info.mrope else "compact"
+    if stage.positions not in (None, here):
+        needs, gets = ("positions without gaps", "with") if here == "keep" else ("gaps between positions", "without")
+        return f"needs {needs}, and vLLM numbers the tokens of {adapter.info.family} models {gets} gaps"
     return None
+
+
+def _large_picture(adapter: Adapter) -> Layout:
+    """The layout of a picture that families with crops would cut into some."""
+    facts = {"image_sizes": torch.tensor([[2048, 2048]]), "image_grid_thw": torch.tensor([[1, 48, 48]])}
+    return layouts_of(adapter, facts, 1)[0]
+
+
+def _can_serve(adapter: Adapter, made: Callable[[], Pruner]) -> bool:
+    with contextlib.suppress(FoveateError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pruner = made()
+        return obstacle(adapter, pruner, pruner.stages(adapter.info)) is None
+    return False
 
 
 def servable(adapter: Adapter) -> list[str]:
     """Names of the methods that can be served on the model with their defaults."""
-    names = []
-    for name in PRUNERS:
-        with contextlib.suppress(FoveateError), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            pruner = create(name)
-            if obstacle(adapter, pruner, pruner.stages(adapter.info)) is None:
-                names.append(name)
-    return names
+    return [name for name in PRUNERS if _can_serve(adapter, lambda name=name: create(name))]
 
 
-class Serving:
+def helpful_changes(adapter: Adapter, pruner: Pruner) -> dict[str, Any]:
+    """Parameters of which one, set to this value, lets the method be served: a switch turned, or a default."""
+    changes = {}
+    for parameter in dataclasses.fields(pruner):
+        given = getattr(pruner, parameter.name)
+        other = not given if isinstance(given, bool) else parameter.default
+        if not isinstance(other, (bool, int, float, str, type(None))) or other == given:
+            continue
+        if _can_serve(adapter, lambda change={parameter.name: other}: dataclasses.replace(pruner, **change)):
+            changes[parameter.name] = other
+    return changes
+
+
+# ------------------------------------------------------------------------------------------------------- the method
+
+
+class ServedMethod:
     """A method on a model family, as vLLM runs it.
+
+    Attributes:
+        adapter: of the family.
+        pruner: the method.
+        stage: the one point where it acts.
+        newlines: the policy for separators; ``"rows"`` only where the layout alone tells which stay.
 
     Raises:
         FoveateError: the method cannot be served on the model; the message says why and what can.
     """
 
     def __init__(self, adapter: Adapter, settings: Settings) -> None:
-        self.adapter, self.pruner, self.separators = adapter, settings.pruner, settings.separators
+        self.adapter, self.pruner = adapter, settings.pruner
         stages = self.pruner.stages(adapter.info)
         why = obstacle(adapter, self.pruner, stages)
         if why is not None:
-            hint = "".join(
-                f"add {json.dumps(name)}: {json.dumps(value)}; or: " for name, value in self.pruner.counted.items()
-            )
-            raise UnsupportedModelError(
-                f"{self.pruner.name} cannot be served by vLLM: it {why}; {hint}{', '.join(servable(adapter))} can be served"
-            )
+            raise self._refusal(why)
         (self.stage,) = stages
+        wanted = settings.separators or self.stage.newlines
+        self.newlines = "keep" if wanted == "rows" and not self.pruner.content_free else wanted
+
+    def _refusal(self, why: str) -> UnsupportedModelError:
+        changes = helpful_changes(self.adapter, self.pruner).items()
+        hint = "".join(f"add {json.dumps(name)}: {json.dumps(value)}; or: " for name, value in changes)
+        others = ", ".join(servable(self.adapter))
+        return UnsupportedModelError(
+            f"{self.pruner.name} cannot be served by vLLM: it {why}; {hint}{others} can be served"
+        )
 
     @property
     def signals(self) -> tuple[Signal, ...]:
         """What the method reads of the vision tower."""
         return tuple(self.stage.signals.values())
 
-    @property
-    def newlines(self) -> str:
-        """What becomes of separators: ``"keep"``, ``"drop"``, or ``"rows"`` where the layout alone tells which rows stay."""
-        wanted = self.separators or self.stage.newlines
-        return "keep" if wanted == "rows" and not self.pruner.content_free else wanted
-
-    # ---------------------------------------------------------------------------------------------- front-end process
-
     def length(self, layout: Layout) -> int:
         """Places that a picture of this layout takes, separators counted.
 
-        The method runs once on made-up features, so that what it would refuse it refuses here and not in the worker; only
-        for very large pictures without separators its own count is believed.
+        The method runs once on made-up features, so that what it would refuse it refuses here and not in the worker;
+        only for very large pictures without separators its own count is believed.
 
         Raises:
-            FoveateError: the method cannot meet its budget on this layout.
+            FoveateError: the method cannot meet its budget on this layout, or content decides how many tokens stay.
         """
-        if self.pruner.content_free:
-            return len(self._rehearsed(layout).places)
-        count = self.pruner.kept_on(self.adapter.info, layout)
-        if layout.size > _REHEARSED and not layout.newlines:
+        count = self.pruner.count(layout, self.adapter.info)
+        if count is None and not self.pruner.content_free:
+            raise self._refusal(_COUNTS_LATE)
+        if count is not None and layout.size > _REHEARSED and not layout.newlines:
             return count
-        rehearsed = self._rehearsed(layout)
-        kept = int((rehearsed.source >= 0).sum())
-        if kept != count:
+        (selection,) = self._run(*self._made_up(layout))
+        kept = selection.index[selection.index >= 0]
+        if count is not None and len(kept) != count:
             raise ParameterError(
-                f"{self.pruner.name} announces {count} tokens for a picture of {layout.size} and keeps {kept}; vLLM needs both "
-                "to be equal: mend the method's kept_in() or kept_on()"
+                f"{self.pruner.name} announces {count} tokens for a picture of {layout.size} and keeps {len(kept)}; "
+                "vLLM needs both to be equal: mend the method's count()"
             )
-        return len(rehearsed.places)
+        return len(entering(layout, kept, self.newlines, selection.order))
 
-    def _rehearsed(self, layout: Layout) -> Emission:
+    def _made_up(self, layout: Layout) -> tuple[Tokens, dict[str, Tensor]]:
         draw = torch.Generator().manual_seed(0)
 
         def noise(*shape: int) -> Tensor:
             return torch.rand(1, *shape, generator=draw)
 
-        signals = {
-            name: noise(len(layout.views), _WIDTH)
-            if isinstance(signal, ClassFeatures)
-            else noise(layout.size, *((_WIDTH,) if isinstance(signal, (EncoderFeatures, EncoderKeys)) else ()))
-            for name, signal in self.stage.signals.items()
-        }
-        tokens = Tokens(noise(layout.size, _WIDTH), layout, (0,), embed=_AnyToken(1, _WIDTH))
-        if self.adapter.project is not None:
-            tokens.project = lambda features: features
-        (row,) = self._run(tokens, signals)
-        return emitted(row, layout, self.newlines)
-
-    # --------------------------------------------------------------------------------------------------------- worker
+        signals = {}
+        for name, signal in self.stage.signals.items():
+            channels = (_WIDTH,) if signal.channels else ()
+            signals[name] = noise(len(layout.views) if signal.per_view else layout.size, *channels)
+        tokens = Tokens(noise(layout.size, _WIDTH), layout, (0,), embed=_EmbedsAnything(1, _WIDTH))
+        tokens.project = None if self.adapter.project is None else lambda features: features
+        return tokens, signals
 
     def select(
         self,
-        features: Sequence[Tensor],
+        rows: Sequence[Tensor],
         layout: Layout,
         signals: Mapping[Signal, Sequence[Tensor]],
         *,
         project: Callable[[Tensor], Tensor] | None = None,
         embed: nn.Module | None = None,
-    ) -> list[Emission]:
-        """Choose from pictures of one layout: ``features`` are ``(N, D)`` each, ``signals`` ``(N, …)`` each.
+    ) -> list[Kept]:
+        """What enters of pictures of one layout; ``rows`` are ``(length, D)`` each, ``signals`` ``(N, …)`` each.
 
-        A picture is encoded once for all prompts, so it has no number: what is drawn at random depends on its layout alone.
+        A picture is encoded once for all prompts, so it has no number: what is drawn depends on its layout alone.
         """
-        tokens = Tokens(torch.stack(list(features)), layout, (0,) * len(features), project=project, embed=embed)
+        embeds = torch.stack(list(rows))[:, layout.places(rows[0].device)]
+        tokens = Tokens(embeds, layout, (0,) * len(rows), project=project, embed=embed)
         read = {name: torch.stack(list(signals[signal])) for name, signal in self.stage.signals.items()}
-        return [emitted(row, layout, self.newlines) for row in self._run(tokens, read)]
+        chosen = self._run(tokens, read)
+        return [kept_of(one, layout, self.newlines, row, self.stage.deepstack) for one, row in zip(chosen, rows)]
 
     def _run(self, tokens: Tokens, signals: dict[str, Tensor]) -> list[Selection]:
-        chosen = self.stage.select(tokens, **signals)
-        if chosen.breaks is not None:
+        chosen = run_stage(self.stage, tokens, signals, self.pruner.name)
+        if any(one.order is not None and bool((one.order < 0).any()) for one in chosen):
             raise ParameterError(
                 f"{self.pruner.name}: separators of its own placing cannot be served; use the default order"
             )
-        fields = {name: value for name, value in vars(chosen).items() if value is not None}
-        return [Selection(**{name: value[b] for name, value in fields.items()}) for b in range(len(chosen.index))]
+        return chosen
 
 
-class _AnyToken(nn.Embedding):
-    """An embedding that knows every token."""
+class _EmbedsAnything(nn.Embedding):
+    """An embedding table of one row, which is any token's."""
 
     def forward(self, ids: Tensor) -> Tensor:
         return super().forward(torch.zeros_like(ids))
 
 
-def everything(layout: Layout) -> Emission:
-    """All rows as they are."""
-    tokens = torch.empty(1, layout.size, 1)
-    return emitted(Selection(keep_all(Tokens(tokens, layout)).index[0]), layout, "keep")
+def served(adapter: Adapter, entry: Entry) -> ServedMethod:
+    """The method of an entry; one object for equal entries.
+
+    Raises:
+        FoveateError: bad settings, or see :class:`ServedMethod`.
+    """
+    return _served(adapter, canonical(entry))
+
+
+@lru_cache(maxsize=256)
+def _served(adapter: Adapter, text: str) -> ServedMethod:
+    return ServedMethod(adapter, parse(json.loads(text)))
+
+
+def places_taken(adapter: Adapter, entry: Entry | None, layout: Layout) -> int:
+    """:meth:`ServedMethod.length`, remembered; the unpruned length without an entry."""
+    return layout.length if entry is None else _length(adapter, canonical(entry), layout)
+
+
+@lru_cache(maxsize=4096)
+def _length(adapter: Adapter, text: str, layout: Layout) -> int:
+    return _served(adapter, text).length(layout)
 
 
 # ------------------------------------------------------------------------------------------------------ what enters
 
 
-@dataclass(frozen=True)
-class Emission:
-    """Which rows of an unpruned picture enter the decoder, in order, and what they carry.
+def whole(layout: Layout) -> Kept:
+    """Everything as it is."""
+    return Kept(torch.arange(layout.length)[None])
 
-    Attributes:
-        places: ``(R,)`` row numbers among the picture's ``layout.length`` places; separators are rows like others.
-        source: ``(R,)`` which survivor each row is, in the order of the selection's ``values``; -1 for separators.
-        selection: the selection, for its values.
+
+def kept_of(selection: Selection, layout: Layout, newlines: str, rows: Tensor, deepstack: str = "all") -> Kept:
+    """What enters of one picture, by its ``selection`` without a batch axis.
+
+    Args:
+        newlines: the policy for separators.
+        rows: the unpruned picture's embeddings, separators included, ``(length, D)``.
+        deepstack: which levels join, as a stage says.
     """
-
-    places: Tensor
-    source: Tensor
-    selection: Selection
-
-    def apply(self, rows: Tensor, width: int) -> Tensor:
-        """``rows (length, width + levels)`` of the unpruned picture -> ``(R, width + levels)``.
-
-        ``width`` channels are the embeddings; behind them come DeepStack levels of ``width`` channels each, if any.
-        """
-        where = self.places.to(rows.device)
-        entering = rows[where]
-        values, resample = self.selection.values, self.selection.resample
-        if values is None and resample is None:
-            return entering
-        token = self.source.to(rows.device) >= 0
-        source = self.source.to(rows.device)[token]
-        entering = entering.clone()
-        if values is not None:
-            entering[token, :width] = values.to(rows)[source]
-        if resample is not None and rows.shape[1] > width:  # families with levels have no separators
-            entering[token, width:] = resample(rows[:, width:]).to(rows)[source]
-        return entering
-
-
-def emitted(selection: Selection, layout: Layout, newlines: str) -> Emission:
-    """Rows of one picture's ``selection`` (no batch axis), with separators as ``newlines`` says; all stay if all tokens do."""
-    device = selection.index.device
     index = selection.index[selection.index >= 0]
-    tokens = layout.places(device)[index]  # ascending
-    policy = newlines if selection.order is None else "drop"
-    separators = layout.separators(device)
-    if policy != "keep" and len(index) < layout.size:
-        separators = separators[:0] if policy == "drop" else separators[layout.rows_left(index)]
-    places, perm = torch.cat([tokens, separators]).sort()
-    source = torch.where(perm < len(index), perm, -1)
-    if selection.order is not None:
-        entering = selection.order[selection.order < len(index)]
-        is_token = source >= 0
-        places, source = places.clone(), source.clone()
-        places[is_token], source[is_token] = tokens[entering], entering
-    return Emission(places, source, selection)
+    tokens = layout.places(index.device)
+    kept = Kept(entering(layout, index, newlines, selection.order)[None])
+    if selection.values is not None:
+        carried = rows.clone()
+        carried[tokens[index].to(rows.device)] = selection.values[: len(index)].to(rows)
+        kept.embeds = carried[kept.index.to(rows.device)]
+    mixtures = [] if selection.resample is None else [(0, tokens, tokens[index], selection.resample)]
+    if mixtures or deepstack != "all":
+        kept.levels = lambda visual, levels: [
+            mixed(mixtures, visual, level) for level in deepstack_levels(levels, deepstack)
+        ]
+    return kept
 
 
-# ----------------------------------------------------------------------------------------------------- over the wire
+def applied(kept: Kept, rows: Tensor, width: int) -> Tensor:
+    """What ``kept`` leaves of an unpruned picture's ``rows (length, width + levels)``: ``(R, width + levels)``.
 
-
-def layouts_of(adapter: Adapter, facts: Mapping[str, Any], count: int) -> list[Layout]:
-    """Layouts of ``count`` pictures from what the processor says of them (``image_grid_thw``, ``image_sizes``)."""
-    return adapter.layouts("image", dict(facts), compat.as_output([None] * count))
-
-
-@lru_cache(maxsize=4096)
-def _length(adapter: Adapter, text: str, layout: Layout) -> int:
-    return Serving(adapter, parse(json.loads(text))).length(layout)
-
-
-def announced(adapter: Adapter, entry: Entry | None, layout: Layout) -> int:
-    """:meth:`Serving.length`, remembered; the unpruned length without an entry."""
-    return layout.length if entry is None else _length(adapter, canonical(entry), layout)
+    ``width`` channels are the embeddings; after them come DeepStack levels of ``width`` channels each, if any.
+    """
+    index = kept.index[0].to(rows.device)
+    embeds, *levels = rows.split(width, dim=1)
+    if levels and kept.levels is not None:
+        levels = kept.levels(torch.ones(1, len(rows), dtype=torch.bool, device=rows.device), levels)
+    entered = embeds[index] if kept.embeds is None else kept.embeds[0].to(rows)
+    entered = torch.cat([entered, *(level[index] for level in levels)], dim=1)
+    return nn.functional.pad(entered, (0, rows.shape[1] - entered.shape[1]))  # a level that does not join adds zeros

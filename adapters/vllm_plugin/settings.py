@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from foveate.errors import ParameterError
@@ -21,8 +20,8 @@ class Settings:
 
     Attributes:
         pruner: the method.
-        separators: ``"keep"`` all newline embeddings of AnyRes pictures or ``"drop"`` them; None: as the method says, and
-            ``"keep"`` where the method would keep those of rows that keep a token, for nobody knows their number beforehand.
+        separators: ``"keep"`` all newline embeddings of AnyRes pictures or ``"drop"`` them; None: as the method says,
+            and ``"keep"`` where it would keep those of rows that keep a token, whose number nobody knows beforehand.
     """
 
     pruner: Pruner
@@ -47,7 +46,7 @@ def merged(engine: Any, request: Any = None) -> dict[str, Any] | None:
     whole = request if "pruner" in request else {**engine, **request}
     if "pruner" not in whole:
         raise ParameterError(
-            f'foveate: {request!r} names no pruner, and the engine has none; add "pruner": "hiprune" (see `foveate list`)'
+            f'foveate: {request!r} names no pruner, and the engine has none; add "pruner" (see `foveate list`)'
         )
     return dict(whole)
 
@@ -55,19 +54,10 @@ def merged(engine: Any, request: Any = None) -> dict[str, Any] | None:
 def _entry(given: Any, where: str) -> dict[str, Any]:
     if not isinstance(given, Mapping):
         raise ParameterError(
-            f"foveate={given!r} in {where} is no settings; give for example "
+            f"foveate={given!r} in {where} is not a JSON object; give for example "
             '{"foveate": {"pruner": "hiprune", "keep": 0.25}}'
         )
     return dict(given)
-
-
-def parse(entry: Entry) -> Settings:
-    """The method that a merged entry describes.
-
-    Raises:
-        FoveateError: unknown method or parameter, bad value.
-    """
-    return _parse(canonical(entry))
 
 
 def canonical(entry: Entry | None) -> str:
@@ -82,19 +72,23 @@ def canonical(entry: Entry | None) -> str:
         raise ParameterError(f"foveate: {entry!r} holds more than JSON can say") from None
 
 
-@lru_cache(maxsize=256)
-def _parse(text: str) -> Settings:
-    given = json.loads(text)
+def parse(entry: Entry) -> Settings:
+    """The method that a merged entry describes.
+
+    Raises:
+        FoveateError: unknown method or parameter, bad value.
+    """
+    given = json.loads(canonical(entry))
     name, separators = given.pop("pruner"), given.pop("separators", None)
     if not isinstance(name, str):
-        raise ParameterError(f"foveate: pruner={name!r} is no method's name; see `foveate list`")
+        raise ParameterError(f"foveate: pruner={name!r} is not a method's name; see `foveate list`")
     if separators is not None and separators not in SEPARATORS:
         raise ParameterError(f"foveate: separators={separators!r} is not one of {', '.join(map(repr, SEPARATORS))}")
     return Settings(create(name, **given), separators)
 
 
 def identity(entry: Entry | None, version: str) -> str:
-    """What tells apart the features of one picture under different settings, for caches: method, all parameters, version."""
+    """What tells features of one picture under different settings apart, for caches: method, parameters, version."""
     if entry is None:
         return f"foveate {version}: none"
     settings = parse(entry)

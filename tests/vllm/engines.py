@@ -45,7 +45,7 @@ EMBEDDED = {
 }
 """Not shapes-qwen: its tower was trained with another rotary base than the one that vLLM has built in."""
 SIZES = {"llava": (96, 96), "llava_next": (150, 90), "llava_onevision": (60, 40)}
-ARMED = {"pruner": "todre", "stage2": False}
+STARTED_WITH = {"pruner": "todre", "stage2": False}
 """A method that reads the deepest block of the tower: an engine that starts with it can serve all others on request."""
 
 
@@ -97,8 +97,8 @@ def _processor(family: str) -> Any:
         tokenizer=fast,
         num_image_tokens=(SIDE // PATCH) ** 2,
         vision_feature_select_strategy="full",
-        chat_template="{% for m in messages %}{% for p in m['content'] %}{{ '<image>' if p['type'] == 'image' else p['text'] }}"
-        "{% endfor %}{% endfor %}",
+        chat_template="{% for m in messages %}{% for p in m['content'] %}"
+        "{{ '<image>' if p['type'] == 'image' else p['text'] }}{% endfor %}{% endfor %}",
         vision_aspect_ratio="anyres_max_9",
     )
 
@@ -194,7 +194,7 @@ def start(home: pathlib.Path, entry: Any, **options: Any) -> Any:
 
 
 @contextlib.contextmanager
-def served(family: str, into: pathlib.Path, entry: Any = ARMED, **options: Any) -> Iterator[Served]:
+def served(family: str, into: pathlib.Path, entry: Any = STARTED_WITH, **options: Any) -> Iterator[Served]:
     """An engine for ``family``, gone afterwards."""
     from vllm.distributed import cleanup_dist_env_and_memory
 

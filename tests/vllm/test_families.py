@@ -1,4 +1,4 @@
-"""vLLM with foveate says what transformers says with `foveate.attach`: every family, every method that can be served."""
+"""vLLM with foveate says what transformers says with `foveate.attach`: every family, every servable method."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 import foveate
 from foveate.errors import InputError
-from tests.vllm.engines import ARMED, Served, picture, served
+from tests.vllm.engines import STARTED_WITH, Served, picture, served
 
 TOLERANCE = 1e-4
 METHODS = {
@@ -105,7 +105,7 @@ def test_longer_answers_stay_equal(engine):
         ({"keep": 1.5}, "keep=1.5"),
         ({"pruner": "cdpruner"}, "reads the question"),
         ({"pruner": "fastv"}, "inside the decoder"),
-        (3, "no settings"),
+        (3, "not a JSON object"),
     ],
 )
 def test_bad_requests_fail_alone(engine, entry, says):
@@ -123,4 +123,4 @@ def test_pictures_that_nobody_counted_are_refused_by_the_worker(engine):
 
 
 def test_the_engine_was_started_for_all_methods(engine):
-    assert engine.llm.llm_engine.model_config.hf_config.foveate == ARMED
+    assert engine.llm.llm_engine.model_config.hf_config.foveate == STARTED_WITH

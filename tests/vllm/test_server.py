@@ -81,7 +81,7 @@ def ask(client: openai.OpenAI, seed: int, foveate: object = None, **options: obj
         max_tokens=4,
         temperature=0,
         logprobs=True,
-        # vLLM leaves the first token of a chat to its template; shapes-llava's has none and was trained with the tokenizer's
+        # vLLM leaves the first token of a chat to its template; shapes-llava was trained with the tokenizer's
         extra_body={"ignore_eos": True, "add_special_tokens": True, **extra},
         **options,
     )
@@ -136,7 +136,7 @@ def test_thirty_two_requests_at_once_are_answered_as_one_by_one(expected, client
         ({"keep": 7.5}, "keep=7.5"),
         ({"pruner": "cdpruner"}, "reads the question"),
         ({"kep": 3}, "did you mean 'keep'"),
-        ("half", "no settings"),
+        ("half", "not a JSON object"),
     ],
 )
 def test_bad_requests_are_answered_with_our_message_and_the_server_lives_on(client, entry, says):

@@ -44,7 +44,7 @@ def test_without_a_method_requests_may_ask_for_one(capsys):
         (["--pruner", "random", "--keep", "half"], "--keep half"),
         (["--pruner", "random", "--set", "seed"], "NAME=VALUE"),
         (["--keep", "0.5"], "add --pruner"),
-        (["--pruner", "random", "--hf-overrides", "{"], "no JSON object"),
+        (["--pruner", "random", "--hf-overrides", "{"], "not a JSON object"),
         (["--pruner", "random", "--hf-overrides", '{"foveate": {}}'], "already"),
     ],
 )
