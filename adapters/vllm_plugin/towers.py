@@ -36,8 +36,8 @@ class VllmTowerTap(TowerTap):
         unit: int = 1,
         bounds: list[int] | None = None,
     ) -> None:
-        self.prefix, self.unit, self.bounds = prefix, unit, bounds
-        super().__init__(blocks, signals, values)
+        self.bounds = bounds
+        super().__init__(blocks, signals, values, prefix=prefix, unit=unit)
 
     def tap_output(self, block: nn.Module, signals: list[TowerOutput]) -> None:
         forward = block.forward
