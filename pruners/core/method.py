@@ -7,6 +7,7 @@ where to act. A :class:`Pruner` says in ``stages`` where it acts and returns a `
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import Tensor
 
-from foveate.errors import MissingSignalError, ParameterError, UnknownNameError, nearest
+from foveate.errors import FoveateError, MissingSignalError, ParameterError, UnknownNameError, nearest
 from foveate.pruners.core.parameters import Keep, check
 from foveate.pruners.core.selection import best, budget, keep_all, per_view, split_budget
 from foveate.pruners.core.signals import Signal
@@ -222,8 +223,11 @@ class Scorer(ByView):
 def content_decides(pruner: Pruner) -> bool:
     """Whether a picture's content may decide how many tokens the method keeps: of a plain one, or of one with crops."""
     crops = tuple(View(24, 24, 576 + 24 * i, 48, kind="crop") for i in range(2))
-    layouts = Layout.grid(24, 24), Layout((View(24, 24, kind="thumbnail"), *crops))
-    return any(pruner.count(layout) is None for layout in layouts)
+    for layout in (Layout.grid(24, 24), Layout((View(24, 24, kind="thumbnail"), *crops))):
+        with contextlib.suppress(FoveateError):  # a layout that it does not take
+            if pruner.count(layout) is None:
+                return True
+    return False
 
 
 # ------------------------------------------------------------------------------------------------------------ by name
