@@ -12,13 +12,13 @@ from types import ModuleType
 from typing import Any
 
 _ROOMS = {
-    "pruners.core": "pruners: tokens signals parameters registry compose control preset lattice runs allocation resampling "
-    "merging frame_questions patch_scorer ui_graph",
+    "pruners.core": "pruners: tokens signals parameters registry compose control preset lattice runs allocation "
+    "resampling merging frame_questions patch_scorer ui_graph",
     "adapters.families": "adapters: base llava llava_next llava_onevision llava_original qwen_vl",
     "adapters.engine": "adapters: decoder",
     "eval_suites.suites": "eval_suites: questions streams shapes screens clips",
-    "eval_suites.running": "eval_suites: runner meter evaluate models distributed environment compare tune certify timing "
-    "cost budgets",
+    "eval_suites.running": "eval_suites: runner meter evaluate models distributed environment compare tune certify "
+    "timing cost budgets",
     "eval_suites.results": "eval_suites: store rows leaderboard page show",
 }
 MOVED = {
@@ -26,6 +26,7 @@ MOVED = {
     "foveate.adapters.overlay": "foveate.adapters.drawing",
     "foveate.adapters.frame_scorer": "foveate.adapters.video.frame_scorer",
     "foveate.cuda.bench": "foveate.eval_suites.speed.kernels",
+    "foveate.cuda.blocks": "foveate.cuda.dispatch",
 }
 """Old name -> new name."""
 
