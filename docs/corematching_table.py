@@ -78,7 +78,7 @@ def activations(loaded: models.Loaded, batch: list[shapes.Sample]) -> tuple[list
 
 
 def superiority(scores: Tensor, objects: Tensor) -> float:
-    """How often a random object token has the larger score than a random background token (ties half): the area under the curve."""
+    """Area under the curve: how often an object token outscores a background token, ties counted half."""
     inside, outside = scores[objects].double(), scores[~objects].double()
     return float(((inside[:, None] > outside).double() + 0.5 * (inside[:, None] == outside).double()).mean())
 
@@ -129,11 +129,11 @@ def main(number: int = 300) -> None:
                     said = answers(loaded.model, loaded.processor, suite, batch)
                 cell[f"right {keep}"] += [suite.score(s, a) for s, a in zip(batch, said)]
     print(
-        f"{number} questions; whole {np.mean(whole):.1%}; tokens on objects {np.mean(facts['objects']):.1%}; text {np.mean(facts['text']):.1%}"
+        f"{number} questions; whole {np.mean(whole):.1%}; tokens on objects {np.mean(facts['objects']):.1%}; "
+        f"text {np.mean(facts['text']):.1%}"
     )
-    print(
-        f"| in front of layer | ranked by | {' | '.join(found[2, 'chance'])} |\n| {' --- | ' * (2 + len(found[2, 'chance']))}"
-    )
+    columns = found[2, "chance"]
+    print(f"| in front of layer | ranked by | {' | '.join(columns)} |\n| {' --- | ' * (2 + len(columns))}")
     for (layer, name), cell in sorted(found.items()):
         print(f"| {layer} | {name} | " + " | ".join(f"{np.mean(v) * 100:.1f}" for v in cell.values()) + " |")
     print(f"\nMeasured with {versions(machine(torch.device('cpu')))}.")

@@ -41,18 +41,18 @@ CAVEATS = {
 """What a reader of a suite's numbers has to know."""
 
 BESIDE = {"pospad": "focusui", "quota": "avgpool"}
-"""What stands beside a method apart from random choice and the grid, where it is not the control with its own schedule."""
+"""What stands beside a method apart from random choice and the grid, unless it is the control with its own schedule."""
 
 _FACTS = (
-    "model", "suite", "limit", "suite_seed", "positions", "batch_size", "dtype", "weights_sha256", "foveate", "commit", "torch",
-    "transformers", "hardware", "date",
+    "model", "suite", "limit", "suite_seed", "positions", "batch_size", "dtype", "weights_sha256",
+    "foveate", "commit", "torch", "transformers", "hardware", "date",
 )  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------------------ results
 
 
 def bench(board: Leaderboard) -> dict[str, Any]:
-    """What the pages need of a leaderboard: a record per method and budget, the draws of random choices taken together."""
+    """What the pages need of a leaderboard: one record per method and budget, with the random draws taken together."""
     lines = [line for section in board.sections for line in section.lines if line.measured]
     return {
         "facts": {name: board.environment.get(name) for name in _FACTS},
@@ -217,10 +217,11 @@ def results(bench: Bench, method: str) -> str:
         [
             f"![Right answers of {method}, random choice and a grid against the number of visual tokens]({picture})",
             f"`{facts['model']}` on {facts['limit']} held-out questions of the suite `{facts['suite']}`; with all "
-            f"{whole.tokens:.0f} tokens {whole.text} % are right. Tokens are those that a decoder layer sees, mean over layers and questions. "
-            f"Bands, bars and brackets are 95 % intervals; of random choice, they and ± are the standard deviation over {draws} draws. *Against random*: "
-            "percentage points beyond a random choice of as many tokens, on the same questions (\\*: p < 0.05, corrected for the number of "
-            f"methods).{CAVEATS.get(facts['suite'], '')}",
+            f"{whole.tokens:.0f} tokens {whole.text} % are right. Tokens are those that a decoder layer sees, mean "
+            "over layers and questions. Bands, bars and brackets are 95 % intervals; of random choice, they and ± are "
+            f"the standard deviation over {draws} draws. *Against random*: percentage points beyond a random choice of "
+            "as many tokens, on the same questions (\\*: p < 0.05, corrected for the number of methods)."
+            + CAVEATS.get(facts["suite"], ""),
             number_table(bench, method),
         ]
     )
@@ -250,9 +251,11 @@ def index_table(benches: Mapping[str, Bench]) -> str:
 
 _STYLE = """
 svg { font: 14px system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-serif;
-  --page: #ffffff; --text: #24292f; --soft: #57606a; --line: #d8dee4; --a: #0072b2; --b: #c2500a; --c: #00805c; --d: #a4508b }
+  --page: #ffffff; --text: #24292f; --soft: #57606a; --line: #d8dee4; \
+--a: #0072b2; --b: #c2500a; --c: #00805c; --d: #a4508b }
 @media (prefers-color-scheme: dark) { svg {
-  --page: #0d1117; --text: #e6edf3; --soft: #9aa4af; --line: #30363d; --a: #58b4f0; --b: #f0883e; --c: #3fc39a; --d: #e08fc6 } }
+  --page: #0d1117; --text: #e6edf3; --soft: #9aa4af; --line: #30363d; \
+--a: #58b4f0; --b: #f0883e; --c: #3fc39a; --d: #e08fc6 } }
 .page { fill: var(--page) } text { fill: var(--text) } .soft { fill: var(--soft); font-size: 13px }
 .grid { stroke: var(--line) } .level { stroke: var(--soft); stroke-dasharray: 2 4 }
 .a { --ink: var(--a) } .b { --ink: var(--b) } .c { --ink: var(--c) } .d { --ink: var(--d) }
@@ -271,7 +274,7 @@ _MARKS = {  # drawn around (0, 0)
 
 
 def figure(bench: Bench, method: str) -> str:
-    """The SVG of one method's curve, beside those of random choice and of the grid, and the level of the unpruned model.
+    """The SVG of one method's curve, with those of random choice and the grid, and the level of the unpruned model.
 
     The axes hold the method and the control with its schedule; what the others do with fewer tokens is cut off.
     """
@@ -290,11 +293,13 @@ def figure(bench: Bench, method: str) -> str:
         return _BOTTOM - (_BOTTOM - _TOP) * (share - bottom) / (1 - bottom)
 
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" height="{_HEIGHT}" role="img" '
-        'aria-labelledby="title">',
-        f'<title id="title">Right answers against visual tokens: {escape(method)} on {escape(bench.facts["suite"])}</title>',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" height="{_HEIGHT}" '
+        'role="img" aria-labelledby="title">',
+        '<title id="title">Right answers against visual tokens: '
+        f"{escape(method)} on {escape(bench.facts['suite'])}</title>",
         f"<style>{_STYLE}</style>",
-        f'<clipPath id="plot"><rect x="{_LEFT}" y="{_TOP - 8}" width="{_RIGHT - _LEFT}" height="{_BOTTOM - _TOP + 8}"/></clipPath>',
+        f'<clipPath id="plot"><rect x="{_LEFT}" y="{_TOP - 8}" width="{_RIGHT - _LEFT}" '
+        f'height="{_BOTTOM - _TOP + 8}"/></clipPath>',
         f'<rect class="page" width="{_WIDTH}" height="{_HEIGHT}" rx="6"/>',
         '<text class="soft" x="14" y="22">right answers, %</text>',
         f'<text class="soft" x="{(_LEFT + _RIGHT) / 2:.0f}" y="{_HEIGHT - 14}" text-anchor="middle">'
@@ -346,8 +351,9 @@ def _legend(series: Sequence[tuple[str, str, Any]]) -> Iterator[str]:
     for row, (css, name, _) in enumerate(series):
         at = top + 16 + 24 * row
         yield (
-            f'<g class="{css}"><path class="curve" d="M{left + 10} {at}h40"/><g transform="translate({left + 30} {at})">'
-            f'{_MARKS[css]}</g><text x="{left + 60}" y="{at + 5}">{escape(name)}</text></g>'
+            f'<g class="{css}"><path class="curve" d="M{left + 10} {at}h40"/>'
+            f'<g transform="translate({left + 30} {at})">{_MARKS[css]}</g>'
+            f'<text x="{left + 60}" y="{at + 5}">{escape(name)}</text></g>'
         )
 
 

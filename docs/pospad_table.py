@@ -28,7 +28,8 @@ def main(compact: str, keep: str) -> None:
     boards = read(compact), read(keep)
     closed, kept = map(lines, boards)
     print(
-        "| budget | tokens chosen by | dropped, positions closed up | dropped, positions kept | PosPad | tokens, PosPad |"
+        "| budget | tokens chosen by | dropped, positions closed up | dropped, positions kept "
+        "| PosPad | tokens, PosPad |"
     )
     print("| --- | --- | ---: | ---: | ---: | ---: |")
     for title, method in kept:

@@ -1,6 +1,6 @@
 """Make the pictures of the demo in docs/images: ``python docs/screenshots.py [RESULTS]``.
 
-Needs chromium and the extra dev. RESULTS is a result file of ``foveate bench --out``, for the picture of the leaderboard.
+Needs chromium and the extra dev. RESULTS, for the picture of the leaderboard, is a file of ``foveate bench --out``.
 """
 
 from __future__ import annotations

@@ -18,9 +18,10 @@ def table(run: dict[str, Any]) -> None:
     facts, timings = run["environment"], [Timing(**row) for row in run["rows"]]
     whole, shape = timings[0], facts["geometry"]
     print(
-        f"{shape['layers']} layers × {shape['width']}, MLP {shape['intermediate']}, {shape['visual']} visual and {shape['text']} text "
-        f"tokens, {len(whole.prefill)} turns; {versions(facts)}. The unpruned model's MLPs take {whole.mlp_prefill:.0%} of its prefill and "
-        f"{whole.mlp_decode:.0%} of its decode time.\n"
+        f"{shape['layers']} layers × {shape['width']}, MLP {shape['intermediate']}, {shape['visual']} visual and "
+        f"{shape['text']} text tokens, {len(whole.prefill)} turns; {versions(facts)}. "
+        f"The unpruned model's MLPs take {whole.mlp_prefill:.0%} of its prefill and {whole.mlp_decode:.0%} of its "
+        "decode time.\n"
     )
     print(f"| {' | '.join(COLUMNS)} |".replace("|  |", "| |"))
     print(f"| --- |{' ---: |' * (len(COLUMNS) - 1)}")

@@ -1,12 +1,12 @@
-"""Does `foveate tune` keep its promise on samples that it has not seen? Halve recorded answers at random, again and again.
+"""Does `foveate tune` keep its promise on unseen samples? Halve recorded answers at random, again and again.
 
     foveate bench --model shapes-llava --suite shapes --pruners all --keep 0.9,0.5 --limit 2000 --seeds 1 --no-timing \\
         --positions keep --out splits.db
     python docs/tune_splits.py splits.db [MORE] --out tune_splits.json
 
-``MORE`` are files of the same questions under other settings: ``--positions compact``, say, or other budgets. For every split
-the settings are searched on one half as `foveate tune --by tokens` does it, and the chosen one is held against the target on
-the other half.
+``MORE`` are files of the same questions under other settings: ``--positions compact``, say, or other budgets. For every
+split the settings are searched on one half as `foveate tune --by tokens` does it, and the chosen one is held against
+the target on the other half.
 """
 
 from __future__ import annotations
@@ -134,14 +134,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     whole, rows = recorded(boards)
     tables = [splits(whole, rows, t, options.confidence, n) for t in TARGETS for n in (20, options.many)]
     print(
-        "| target | splits | something chosen | held on the unseen half | splits with a false certificate | promised at most |"
+        "| target | splits | something chosen | held on the unseen half "
+        "| splits with a false certificate | promised at most |"
     )
     print("| ---: | ---: | ---: | ---: | ---: | ---: |")
     for table in tables:
         held = f"{table['held']} ({100 * table['held'] / table['chosen']:.1f} %)" if table["chosen"] else "-"
         print(
-            f"| {table['target']} | {table['splits']} | {table['chosen']} | {held} | {table['with_a_false_certificate']} | "
-            f"{(1 - options.confidence) * table['splits']:g} |"
+            f"| {table['target']} | {table['splits']} | {table['chosen']} | {held} "
+            f"| {table['with_a_false_certificate']} | {(1 - options.confidence) * table['splits']:g} |"
         )
     print(f"\nMeasured with {versions(*(board.environment for board in boards))}.")
     if options.out:

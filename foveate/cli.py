@@ -1,6 +1,6 @@
 """The ``foveate`` command: ``list`` and ``show`` the methods, ``bench`` them, ``demo`` them in a browser.
 
-Exit codes: 0 all went well, 1 a run that finished but failed, 2 bad input (one line on stderr says what and what to do).
+Exit codes: 0 all went well, 1 a run finished but failed, 2 bad input (a line on stderr says what and what to do).
 """
 
 from __future__ import annotations

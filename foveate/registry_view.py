@@ -59,7 +59,7 @@ class Card:
     """Everything that can be said about a method without a model.
 
     Attributes:
-        stages: by model (the keys of :data:`EXAMPLES`): the stages with default parameters, or the reason why there are none.
+        stages: by model (a key of :data:`EXAMPLES`): the stages with default parameters, or why there are none.
     """
 
     name: str
@@ -269,7 +269,7 @@ def print_table(methods: Iterable[Card], console: Console | None = None) -> None
 
 
 def markdown_table(methods: Iterable[Card]) -> str:
-    """The table of :func:`print_table`, with papers, for a README; methods of our own lead to their page in docs/methods."""
+    """The table of :func:`print_table`, with papers, for a README; foveate's own methods link to docs/methods."""
     rows = [("method", "what", "paper", "acts at"), ("---",) * 4]
     rows += [(_linked(m.name), m.title, m.paper, ", ".join(f"`{hook}`" for hook in m.hooks)) for m in methods]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -319,8 +319,8 @@ def print_card(method: Card, console: Console | None = None) -> None:
     counted = "as many as the picture asks for" if method.adaptive else "a number known in advance"
     if method.inside_decoder:
         counted += (
-            "; the decoder's first layers see all of them, so the mean over its layers (of prefill work, and of the KV cache "
-            "where earlier layers are not evicted) is not the final ratio"
+            "; the decoder's first layers see all of them, so the mean over its layers (of prefill work, and of the KV "
+            "cache where earlier layers are not evicted) is not the final ratio"
         )
     for label, value in (
         ("families", ", ".join(method.families)),

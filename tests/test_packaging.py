@@ -136,8 +136,8 @@ def test_wheel_installs_the_command(wheel):
 def origins(packages: dict[str, str]) -> str:
     """Code that prints the file of every package.
 
-    It runs with -S, so that no other installation of foveate may answer; nothing that needs torch can be imported then, only
-    found, and `importlib.util.find_spec` would import the packages around.
+    It runs with -S, so that no other installation of foveate may answer; nothing that needs torch can be imported then,
+    only found, and `importlib.util.find_spec` would import the packages around.
     """
     return f"""
 import itertools, sys
@@ -185,7 +185,7 @@ def test_nvidia_packages_import_beside_the_folder_named_cuda(way, tmp_path):
     assert pathlib.Path(ours).is_relative_to(ROOT / "cuda")
 
 
-# -------------------------------------------------------------------------------------------- what it says it works with
+# ------------------------------------------------------------------------------------------- what it says it works with
 
 
 def lowest(lines: str, sign: str) -> dict[str, Version | None]:
@@ -271,7 +271,7 @@ def test_unknown_names_are_attribute_errors(name):
 
 
 def test_code_imports_its_own_parts_as_foveate_only():
-    """`import cuda.x` and `import foveate.cuda.x` would be two module objects; NVIDIA's own `cuda.*` is another matter."""
+    """`import cuda.x` and `import foveate.cuda.x` would make two module objects; NVIDIA's own `cuda.*` is not ours."""
     wrong = []
     for file in tracked():
         if file.suffix != ".py":

@@ -1,4 +1,4 @@
-"""foveate within the real lmms-eval, on the small trained models that come with the code. ``make test-lmms`` runs these."""
+"""foveate in the real lmms-eval, on the small trained models that come with the code; ``make test-lmms`` runs it."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def timeless(row: Row) -> dict:
 
 @pytest.mark.timeout(600)
 def test_a_crash_is_no_empty_answer(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """lmms-eval's own loop answers "" where the model crashes; here the document has its error, and the exit code says so."""
+    """lmms-eval's loop answers "" where the model crashes; here the document has its error, and the exit code too."""
     from foveate.eval_suites.lmms.models import LlavaHfChat
 
     sick, real = [3], LlavaHfChat._ask
@@ -310,7 +310,7 @@ def test_qwen_runs_with_a_method() -> None:
     assert pruned.tokens_per_layer[-1] == pruned.kept_requested < bare.tokens_per_layer[-1]
 
 
-# ----------------------------------------------------------------------------------------------------- public benchmarks
+# ---------------------------------------------------------------------------------------------------- public benchmarks
 
 BOX = {"bbox": [0.0, 0.0, 0.5, 0.5]}
 ASKED = {
@@ -322,15 +322,18 @@ ASKED = {
     "seedbench": ({"answer": "B", "data_type": "image", "question_id": 1}, "B", "A"),
     "refcoco": ({"answer": "x", "question_id": 1, **BOX}, "[0.0, 0.0, 0.5, 0.4]", "[0.4, 0.4, 1.0, 1.0]"),
     "screenspot": (
-        {"instruction": "x", "file_name": "f", "data_type": "icon", "data_source": "web", **BOX}, "[0.0, 0.0, 0.5, 0.4]", "nowhere",
+        {"instruction": "x", "file_name": "f", "data_type": "icon", "data_source": "web", **BOX},
+        "[0.0, 0.0, 0.5, 0.4]", "nowhere",
     ),
     "videomme": (
-        {"answer": "B", "domain": "d", "sub_category": "s", "task_type": "t", "question_id": 1, "duration": "short", "videoID": "v"},
+        {"answer": "B", "domain": "d", "sub_category": "s", "task_type": "t", "question_id": 1, "duration": "short",
+         "videoID": "v"},
         "B.", "A.",
     ),
     "mlvu": ({"answer": "B", "question": "?", "task_type": "t"}, "B", "C"),
     "longvideobench": (
-        {"option0": "a", "option1": "b", "option2": "N/A", "id": 1, "duration_group": 15, "question_category": "T", "correct_choice": 1},
+        {"option0": "a", "option1": "b", "option2": "N/A", "id": 1, "duration_group": 15, "question_category": "T",
+         "correct_choice": 1},
         "B", "A",
     ),
 }  # fmt: skip

@@ -97,8 +97,8 @@ def _processor(family: str) -> Any:
         tokenizer=fast,
         num_image_tokens=(SIDE // PATCH) ** 2,
         vision_feature_select_strategy="full",
-        chat_template="{% for m in messages %}{% for p in m['content'] %}{{ '<image>' if p['type'] == 'image' else p['text'] }}"
-        "{% endfor %}{% endfor %}",
+        chat_template="{% for m in messages %}{% for p in m['content'] %}"
+        "{{ '<image>' if p['type'] == 'image' else p['text'] }}{% endfor %}{% endfor %}",
         vision_aspect_ratio="anyres_max_9",
     )
 

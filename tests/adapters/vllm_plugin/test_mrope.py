@@ -56,7 +56,7 @@ GRIDS = ((3, 4), (200, 201))
 
 
 def prompt():
-    """Text, a picture of which 3 of 12 tokens stay, text, one of which 4 of 40,200 stay, text; and the same unpruned."""
+    """Text, a picture that keeps 3 of 12 tokens, text, one that keeps 4 of 40,200, text; and the same unpruned."""
     ids = [1, 2, *[IMAGE] * 3, 3, *[IMAGE] * 4, 4, 5]
     features = [Feature(GRIDS[0], Where(2, 3)), Feature(GRIDS[1], Where(6, 4))]
     whole_ids = [1, 2, *[IMAGE] * 12, 3, *[IMAGE] * 40200, 4, 5]
