@@ -10,10 +10,17 @@ from pathlib import Path
 
 import pytest
 
+from tests.slow import mark_slow
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses by markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_slow(items)
 
 
 class _Deprecations(logging.Handler):
