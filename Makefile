@@ -19,7 +19,8 @@ new-venv = $(PYTHON) -m venv --clear $(1) || { $(PYTHON) -m venv --clear --witho
 	$(PYTHON) -m pip --python $(1)/bin/python install pip; }
 
 .DELETE_ON_ERROR:
-.PHONY: bench demo test test-all test-oldest test-lmms vllm-env test-vllm test-llava check-releases lint format clean
+.PHONY: bench demo test test-all test-oldest test-lmms vllm-env test-vllm test-llava check-releases lint style types \
+	format clean
 
 bench: .venv/core.stamp
 	$(BIN)/foveate bench $(BENCH) $(ARGS)
@@ -59,9 +60,15 @@ test-llava: .venv-llava/stamp
 check-releases:
 	$(PYTHON) -m tests.check_releases
 
-lint: .venv/lint.stamp
+lint: style types
+
+style: .venv/lint.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# In the environment of the tests: pyright reads the types of torch and the rest.
+types: .venv/dev.stamp
+	$(BIN)/python -m tests.check_types
 
 format: .venv/lint.stamp
 	$(BIN)/ruff check --fix .
@@ -85,7 +92,7 @@ clean:
 	$(BIN)/python -m pip install --no-deps $(LLAVA)
 	@touch .venv/core.stamp .venv/demo.stamp .venv/lint.stamp $@
 
-# ruff alone, at the version that setup.cfg names, without torch and the rest
+# ruff and pyright at the versions that setup.cfg names, without torch and the rest
 .venv/lint.stamp: setup.cfg pyproject.toml | $(BIN)/python
 	$(BIN)/python -c "import configparser as c; p = c.ConfigParser(); p.read('setup.cfg'); \
 	print(p['options.extras_require']['lint'])" > .venv/lint.txt
