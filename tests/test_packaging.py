@@ -15,6 +15,7 @@ import zipfile
 from collections.abc import Iterator
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -221,6 +222,12 @@ def test_lowest_versions_are_those_that_make_test_oldest_runs_on(setup_cfg):
 def test_building_and_testing_need_the_same_setuptools(setup_cfg):
     (needed,) = re.findall(r'^requires = \["(.*)"\]$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert needed in setup_cfg["options.extras_require"]["dev"].split()
+
+
+def test_pre_commit_and_make_lint_run_the_same_ruff(setup_cfg):
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    (revision,) = [repo["rev"] for repo in config["repos"] if repo["repo"].endswith("/ruff-pre-commit")]
+    assert f"ruff=={revision.removeprefix('v')}" in setup_cfg["options.extras_require"]["lint"].split()
 
 
 # ------------------------------------------------------------------------------------------------ what importing costs
