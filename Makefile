@@ -12,12 +12,15 @@ BENCH := --model shapes-llava --suite shapes --pruners all,random@transprune,ran
 # Its own requirements are those of 2023; its model code runs without most of them.
 LLAVA := llava-torch==1.2.2.post1
 
+PARALLEL := -n auto --maxprocesses 8 --dist worksteal
+
 # Where the operating system leaves ensurepip out of Python (Debian), the pip at hand puts one into the environment.
 new-venv = $(PYTHON) -m venv --clear $(1) || { $(PYTHON) -m venv --clear --without-pip $(1) && \
 	$(PYTHON) -m pip --python $(1)/bin/python install pip; }
 
 .DELETE_ON_ERROR:
-.PHONY: bench demo test test-oldest test-lmms vllm-env test-vllm test-llava check-releases lint format clean
+.PHONY: bench demo test test-all test-oldest test-lmms vllm-env test-vllm test-llava check-releases lint style types \
+	format clean
 
 bench: .venv/core.stamp
 	$(BIN)/foveate bench $(BENCH) $(ARGS)
@@ -25,12 +28,17 @@ bench: .venv/core.stamp
 demo: .venv/demo.stamp
 	$(BIN)/foveate demo $(ARGS)
 
+# Without the cases that tests/slow.py calls slow.
 test: .venv/dev.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "not slow" $(ARGS)
 
-# The same tests on the lowest supported versions, in an environment of their own (.venv-oldest, 6 GB).
+# Everything, as CI runs it.
+test-all: .venv/dev.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) $(ARGS)
+
+# The tests of test-all on the lowest supported versions, in an environment of their own (.venv-oldest, 6 GB).
 test-oldest: .venv-oldest/stamp
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(PARALLEL) $(ARGS)
 
 # What lmms-eval and vLLM themselves use of what is deprecated is theirs: no warning is an error in the two.
 
@@ -52,9 +60,15 @@ test-llava: .venv-llava/stamp
 check-releases:
 	$(PYTHON) -m tests.check_releases
 
-lint: .venv/lint.stamp
+lint: style types
+
+style: .venv/lint.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# In the environment of the tests: pyright reads the types of torch and the rest.
+types: .venv/dev.stamp
+	$(BIN)/python -m tests.check_types
 
 format: .venv/lint.stamp
 	$(BIN)/ruff check --fix .
@@ -78,7 +92,7 @@ clean:
 	$(BIN)/python -m pip install --no-deps $(LLAVA)
 	@touch .venv/core.stamp .venv/demo.stamp .venv/lint.stamp $@
 
-# ruff alone, at the version that setup.cfg names, without torch and the rest
+# ruff and pyright at the versions that setup.cfg names, without torch and the rest
 .venv/lint.stamp: setup.cfg pyproject.toml | $(BIN)/python
 	$(BIN)/python -c "import configparser as c; p = c.ConfigParser(); p.read('setup.cfg'); \
 	print(p['options.extras_require']['lint'])" > .venv/lint.txt

@@ -10,5 +10,5 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--require",
         default="",
         metavar="METHODS",
-        help="comma-separated golden files (by method) that must be present and run; without it unknown ones are skipped",
+        help="golden files (by method, comma-separated) that must be present and run; else unknown ones are skipped",
     )

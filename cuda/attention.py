@@ -1,9 +1,9 @@
 """Attention statistics from queries and keys, never holding more than a block of rows of the attention map.
 
-Queries are ``(B, H, Q, d)``, keys ``(B, H_kv, K, d)`` with ``H`` a multiple of ``H_kv`` (grouped-query attention). Inputs
-may have any float dtype and strides; arithmetic and results are float32. On CUDA the kernels of ``attention.cu`` run (for a
-few query rows those of ``rows.cu``), for head dimensions up to 128; they multiply 16-bit inputs exactly (tensor cores, float32
-sums) and give the same bits run to run.
+Queries are ``(B, H, Q, d)``, keys ``(B, H_kv, K, d)`` with ``H`` a multiple of ``H_kv`` (grouped-query attention).
+Inputs may have any float dtype and strides; arithmetic and results are float32. On CUDA the kernels of ``attention.cu``
+run, or those of ``rows.cu`` for a few query rows, for head dimensions up to 128. They multiply 16-bit inputs exactly
+(tensor cores, float32 sums) and give the same bits in every run.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foveate.cuda.blocks import rows_at_once
-from foveate.cuda.dispatch import KernelUnavailable, operation
+from foveate.cuda.dispatch import KernelUnavailable, operation, rows_at_once
 from foveate.cuda.launch import TYPES, launch, pointer, rows
 from foveate.errors import ParameterError
 
@@ -39,15 +38,16 @@ def received_attention(
 
     Args:
         scale: ``1 / sqrt(d)`` if None.
-        first_query: leave out the query rows in front of it (class and register tokens); their keys stay in the softmax.
-        logits: average ``scale * q k^T`` itself; O(N d), no softmax; takes none of the options below.
-        causal: query ``i`` sees keys up to ``i``; window: only keys nearer than that; segments: ``(B, K)`` integers, only
-            keys with its own number. These need as many queries as keys.
-        log_sum_exp: ``(B, H, Q)`` natural logarithms of the softmax denominators, as flash attention returns them; saves
-            half of the work.
+        first_query: leave out the query rows before it (class and register tokens); their keys stay in the softmax.
+        logits: average ``scale * q k^T`` itself; O(N d), without softmax; excludes all options below.
+        causal: query ``i`` sees keys up to ``i``. Needs as many queries as keys, as the next two do.
+        window: a query sees only keys nearer than that (tokens).
+        segments: ``(B, K)`` integers; a query sees only keys of its own number.
+        log_sum_exp: ``(B, H, Q)`` natural logarithms of the softmax denominators, as flash attention returns them;
+            saves half of the work.
 
     Returns:
-        ``(B, K)`` float32. Cost O(H Q K d) time, O(B H (Q + K)) memory and a block.
+        ``(B, K)`` float32. O(H Q K d) time, O(B H (Q + K)) memory plus one block of the attention map.
 
     Raises:
         ParameterError: shapes or options that do not fit together.
@@ -74,7 +74,7 @@ def given_attention(
 ) -> Tensor:
     """Attention given by every query row to the keys from ``first`` on: mean over heads and those keys.
 
-    The softmax still runs over all keys. Rows in front of ``first`` are left out.
+    The softmax still runs over all keys. Rows before ``first`` are left out.
 
     Returns:
         ``(B, Q - first)`` float32. O(H Q K d) time.
@@ -106,10 +106,11 @@ def rows_to_columns_attention(
     Args:
         q: ``(B, H, R, d)`` the chosen rows only.
         row_positions: ``(B, R)`` int64, the index of each row among the keys: it sees keys 0 .. position.
-        row_valid: ``(B, R)`` bool, rows to average (all if None); key_valid: ``(B, K)`` bool, keys that may be seen.
+        row_valid: ``(B, R)`` bool, rows to average (all if None).
+        key_valid: ``(B, K)`` bool, keys that may be seen (all if None).
 
     Returns:
-        ``(B, K)`` float32, zero for a batch item without a valid row. O(H R K d), no K x K map.
+        ``(B, K)`` float32, zero for a batch item without a valid row. O(H R K d) time, without a K x K map.
     """
     _check_heads(q, k)
     return _rows_to_columns(q, k, _scale(q, scale), row_positions, row_valid, key_valid)
@@ -153,7 +154,7 @@ _GEOMETRY = np.dtype(
 
 
 class _Attention:
-    """One geometry for the kernels of ``attention.cu`` and ``rows.cu``. Holds the tensors that its pointers point to."""
+    """One geometry for the kernels of ``attention.cu`` and ``rows.cu``; keeps the tensors of its pointers alive."""
 
     def __init__(
         self,

@@ -5,8 +5,8 @@ implementation for ``torch.compile``, and two bodies: a torch reference for any 
 
 The environment variable ``FOVEATE_KERNELS`` chooses the body, call by call:
 
-- ``auto`` (default): kernels on CUDA tensors. Where they cannot be had (no CuPy, an old GPU, a geometry they were not
-  written for) the reference answers, after one warning for every reason, and one in all if kernels cannot be loaded;
+- ``auto`` (default): kernels on CUDA tensors. Where there are none (no CuPy, an old GPU, a geometry they were not
+  written for) the reference answers, after one warning per reason, and one in all if kernels cannot be loaded;
 - ``torch``: the reference;
 - ``cupy``: kernels, or :class:`~foveate.errors.ParameterError`.
 """
@@ -28,13 +28,22 @@ _MODES = ("auto", "cupy", "torch")
 _LIBRARY = torch.library.Library("foveate", "DEF")
 _reported: set[str] = set()
 
+# 32 MiB of float32. glibc takes blocks of at least this size from the system and gives them back. Smaller blocks of a
+# loop may be laid one after the other, so that all of them together stay in memory.
+_BLOCK_ELEMENTS = 1 << 23
+
+
+def rows_at_once(elements: int) -> int:
+    """Rows of ``elements`` float32 values that fill one block: how much of a map of pairs a reference holds at once."""
+    return -(-_BLOCK_ELEMENTS // max(1, elements))
+
 
 class KernelUnavailable(Exception):
     """There is no kernel for this call; the message says why. Never leaves foveate.cuda."""
 
 
 class NoKernels(KernelUnavailable):
-    """Kernels cannot be compiled or loaded: no CuPy, no compiler, no fitting driver. What stops one mostly stops all."""
+    """Kernels cannot be compiled or loaded: no CuPy, compiler or fitting driver. What stops one mostly stops all."""
 
 
 def operation(
@@ -92,7 +101,10 @@ def operation(
 
 
 def full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Run without autocast, and without TF32 on a GPU that is allowed to use it. Arguments are positional, the first is a tensor."""
+    """Run ``function`` without autocast, and on a GPU without TF32.
+
+    Its arguments are positional, and the first is a tensor.
+    """
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from foveate.cuda.dispatch import operation
 from foveate.cuda.launch import launch
+from foveate.errors import ParameterError
 
 _WORDS = {16: "uint4", 4: "unsigned", 2: "unsigned short", 1: "unsigned char"}  # what rows can be moved in
 
@@ -20,19 +21,34 @@ def gather_tokens(
     Args:
         x: any dtype and strides; on CUDA without a copy if every row is contiguous.
         index: int64, -1 gives a row of zeros.
-        marked: ``(B, K)`` bool, rows that become ``marker``: a number, one row ``(…)``, or one for each, ``(B, K, …)``.
+        marked: ``(B, K)`` bool, rows that become ``marker``.
+        marker: a number, one row ``(…)``, or one for each, ``(B, K, …)``; needed with ``marked``.
 
     Reads and writes the K rows once.
+
+    Raises:
+        ParameterError: ``marked`` without ``marker``.
     """
-    if marked is not None and not isinstance(
-        marker, Tensor
-    ):  # filled on the device: copying it there would wait for it
+    if marked is None:
+        return _gather(x, index, None, None)
+    if marker is None:
+        raise ParameterError("marked rows need a marker: a number or a tensor of rows")
+    if not isinstance(marker, Tensor):  # filled on the device: copying it there would wait for it
         marker = torch.full(x.shape[2:], marker, dtype=x.dtype, device=x.device)
     return _gather(x, index, marked, marker)
 
 
 def run_mean(x: Tensor, run: Tensor, count: int) -> Tensor:
-    """Mean of the rows of each run: ``x (B, N, D)``, ``run (B, N)`` int64, -1 outside of any: ``(B, count, D)`` float32."""
+    """Mean of the rows of each run of tokens.
+
+    Args:
+        x: ``(B, N, D)``, any float dtype.
+        run: ``(B, N)`` int64, the run of each row, -1 for none.
+        count: number of runs.
+
+    Returns:
+        ``(B, count, D)`` float32, zero for a run without rows.
+    """
     inside = (run >= 0)[..., None]
     where = run.clamp(min=0)[..., None].expand_as(x)
     total = x.new_zeros(len(x), max(count, 1), x.shape[2], dtype=torch.float32)
@@ -44,7 +60,7 @@ def run_mean(x: Tensor, run: Tensor, count: int) -> Tensor:
 def _gather_kernel(x: Tensor, index: Tensor, marked: Tensor | None, marker: Tensor | None) -> Tensor:
     taken = x.new_empty(*index.shape, *x.shape[2:])
     sources = [_with_whole_rows(x)]
-    if marked is not None:
+    if marked is not None and marker is not None:
         marked = marked.bool().contiguous()
         sources.append(_with_whole_rows(marker.to(x.dtype).expand(taken.shape)))
     width = sources[0].shape[2] * x.itemsize
@@ -77,4 +93,6 @@ def _gather(x: Tensor, index: Tensor, marked: Tensor | None, marker: Tensor | No
     taken = x[rows, index.clamp(min=0)]
     shape = (*index.shape, *[1] * (x.ndim - 2))
     taken = taken.masked_fill((index < 0).view(shape), 0)
-    return taken if marked is None else torch.where(marked.view(shape), marker.to(x.dtype), taken)
+    if marked is None or marker is None:
+        return taken
+    return torch.where(marked.view(shape), marker.to(x.dtype), taken)

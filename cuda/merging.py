@@ -1,8 +1,8 @@
 """What token mergers need: how redundant a token is, its nearest partner, and the weighted mean of a group.
 
 Inputs may have any float dtype and strides; scores are float32 products of float32 factors, also where TF32 is allowed:
-the groups depend on the order of scores, which coarser products change. Their last bits depend on the processor, and so may
-the choice between targets that are equal but for these.
+the groups depend on the order of scores, which coarser products change. Their last bits depend on the processor, and so
+may the choice between targets whose scores differ in nothing else.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foveate.cuda.blocks import rows_at_once
-from foveate.cuda.dispatch import KernelUnavailable, operation
+from foveate.cuda.dispatch import KernelUnavailable, operation, rows_at_once
 from foveate.cuda.launch import TYPES, launch, rows
 from foveate.cuda.similarity import energy, match
 
@@ -24,15 +23,15 @@ _TINY = 1e-12
 def similarity_energy(metric: Tensor, margin: float, *, alpha: float = 1.0, jump: bool = False) -> Tensor:
     """PiToMe's energy: how much a token resembles all others (arXiv 2405.16148, section 3.2).
 
-    ``E_i = mean_j f(cos(metric_i, metric_j))`` over all j, itself included, where ``f(x) = x - margin`` above the margin
-    and ``alpha * (exp(x - margin) - 1)`` below.
+    ``E_i = mean_j f(cos(metric_i, metric_j))`` over all j, itself included, where ``f(x) = x - margin`` above the
+    margin and ``alpha * (exp(x - margin) - 1)`` below.
 
     Args:
         metric: ``(B, N, C)``, normalised here; a zero row is similar to nothing.
         jump: the paper's f, which is ``x`` itself above the margin; the published code subtracts the margin.
 
     Returns:
-        ``(B, N)`` float32, without gradient. O(N^2 C) time; a block of rows of the N x N similarities is held at a time.
+        ``(B, N)`` float32, without gradient. O(N^2 C) time; holds one block of rows of the N x N similarities.
     """
     return _energy(metric.detach(), margin, alpha, jump)
 
@@ -43,12 +42,14 @@ def best_match(
     """The target most similar to every source, by cosine.
 
     Args:
-        sources: ``(B, S, C)``; targets: ``(B, T, C)``, T >= 1; zero rows have similarity 0 to everything.
-        source_valid: ``(B, S)`` bool, False gives score -inf; target_valid: ``(B, T)`` bool, False is never a match.
+        sources: ``(B, S, C)``; zero rows have similarity 0 to everything.
+        targets: ``(B, T, C)``, T >= 1, zero rows likewise.
+        source_valid: ``(B, S)`` bool, False gives score -inf.
+        target_valid: ``(B, T)`` bool, False is never a match.
 
     Returns:
         ``(B, S)`` float32 similarity, without gradient, and ``(B, S)`` int64 target, the lower of equally similar ones.
-        O(S T C) time; a block of rows of the S x T similarities is held at a time.
+        O(S T C) time; holds one block of rows of the S x T similarities.
     """
     score, index = _match(sources.detach(), targets.detach(), None if target_valid is None else target_valid.bool())
     if source_valid is not None:
@@ -67,12 +68,13 @@ def merge_tokens(
     Args:
         x: ``(B, N, C)``.
         keep: ``(B, K)`` int64, the rows that stay, in the order in which they leave.
-        source: ``(B, r)`` int64, rows that merge; target: ``(B, r)`` int64, *positions in keep* they merge into. Several
-            may share one.
+        source: ``(B, r)`` int64, rows that merge.
+        target: ``(B, r)`` int64, the *positions in keep* that they merge into. Several may share one.
         sizes: ``(B, N)`` float32 weights, the number of patches in each row; None = all one.
 
     Returns:
-        ``(B, K, C)`` in the dtype of ``x``, and ``(B, K)`` float32 new sizes. Means are taken in float32, of float64 in float64.
+        ``(B, K, C)`` in the dtype of ``x``, and ``(B, K)`` float32 new sizes. Means are taken in float32, or in float64
+        for float64 input.
     """
     return _merge(x, keep, source, target, sizes)
 
@@ -86,9 +88,12 @@ def merged_sizes(keep: Tensor, source: Tensor, target: Tensor, sizes: Tensor | N
 
 
 def size_bias(sizes: Tensor) -> Tensor:
-    """What to add to the attention logits of keys that stand for ``sizes (B, N)`` patches each: ``(B, 1, 1, N)`` float32.
+    """What to add to the attention logits of keys that stand for several patches each: ``(B, 1, 1, N)`` float32.
 
     A key with bias ``log s`` weighs in the softmax like s equal keys.
+
+    Args:
+        sizes: ``(B, N)``, patches per key.
     """
     return sizes.float().log().unsqueeze(1).unsqueeze(1)
 

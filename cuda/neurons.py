@@ -1,5 +1,8 @@
-"""Which neurons of a gated MLP a prompt uses. ``hidden (B, T, F)`` is what enters the down projection, of any float dtype;
-a neuron is active where it is positive. Counts are exact integers, ties go to the lower index."""
+"""Which neurons of a gated MLP a prompt uses.
+
+``hidden (B, T, F)`` is what enters the down projection, of any float dtype; a neuron is active where it is positive.
+Counts are exact integers, ties go to the lower index.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from foveate.cuda.blocks import rows_at_once
-from foveate.cuda.dispatch import operation
+from foveate.cuda.dispatch import operation, rows_at_once
 from foveate.cuda.launch import aligned, launch
 from foveate.errors import ParameterError
 
@@ -25,8 +27,9 @@ def neuron_counts(hidden: Tensor, rho: float, *, valid: Tensor | None = None, to
         hidden: ``(B, T, F)``.
         rho: share of its active neurons that a token contributes, the strongest first.
         valid: ``(B, T)`` bool, tokens that count (None: all).
-        topk: ``"mean"``: all tokens contribute equally many, ``floor(rho * active / T)`` with the active neurons of all T
-            tokens, so a token may contribute inactive ones; ``"per_token"``: each contributes ``floor(rho * its own active)``.
+        topk: ``"mean"``: all tokens contribute equally many, ``floor(rho * active / T)`` with the active neurons of
+            all T tokens, so a token may contribute inactive ones; ``"per_token"``: each contributes ``floor(rho * its
+            own active)``.
 
     Returns:
         ``(B, F)`` int64. Memory O(B F) and a block of tokens; no copy of ``hidden``.
@@ -108,7 +111,7 @@ def match_counts(active: Tensor, core: Tensor) -> Tensor:
         core: ``(B, F)`` bool.
 
     Returns:
-        ``(B, N)`` int64. Reads ``active`` once; on CUDA activations become bits in registers, so hand them over as they are:
+        ``(B, N)`` int64. Reads ``active`` once. On CUDA activations become bits in registers, so pass them as they are:
         ``hidden > 0`` would write them once and read them once more.
     """
     return _matches(active, core.bool())

@@ -27,8 +27,8 @@ def warmup(
 ) -> None:
     """Compile and load all kernels for some kinds of input, by running every operation once on a few tokens.
 
-    The first time on a machine this takes about a second per kernel, later ones read CuPy's cache on disk. Needed before a
-    CUDA-graph capture, which no compilation may interrupt; else kernels load when they are first called.
+    The first time on a machine this takes about a second per kernel; later calls read CuPy's cache on disk. Needed
+    before a CUDA-graph capture, which no compilation may interrupt; otherwise kernels load when they are first called.
     """
     for dtype in dtypes:
         for d in head_dims:

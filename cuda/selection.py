@@ -1,9 +1,9 @@
 """Greedy subset selection. Inputs may have any float dtype; arithmetic is float32, ties go to the lower index.
 
-Every pick depends on those before it, so what counts is the time of one pick. On CUDA the kernels of ``greedy.cu`` make all
-picks of an image in one launch, from similarities that tensor cores computed before; of images with more than 11,585 tokens
-one launch makes one pick, on all multiprocessors. Similarities are never rounded below float32, but their last bits depend on
-the device, and a pick between two tokens that are equal but for these may too.
+Every pick depends on those before it, so what counts is the time of one pick. On CUDA the kernels of ``greedy.cu`` make
+all picks of an image in one launch, from similarities that tensor cores computed before; for images with more than
+11,585 tokens one launch makes one pick, on all multiprocessors. Similarities are never rounded below float32, but their
+last bits depend on the device, and so may a pick between two tokens that differ in nothing else.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def diverse_subset(features: Tensor, k: int, start: Tensor | None = None, *, obj
             ``"max_sum"`` the one with the smallest summed similarity to all picks.
 
     Returns:
-        ``(B, k)`` int64 in order of selection, without repetition. O(N^2 D) once, then O(N) per pick; memory O(N D) and 128
-        MiB of similarities (CUDA: 512), beyond which they are computed pick by pick, O(N D) each.
+        ``(B, k)`` int64 in order of selection, without repetition. O(N^2 D) once, then O(N) per pick; memory O(N D) and
+        128 MiB of similarities (CUDA: 512), beyond which they are computed pick by pick, O(N D) each.
 
     Raises:
         ParameterError: ``k`` or ``objective``.
@@ -57,9 +57,10 @@ def conditional_dpp(features: Tensor, relevance: Tensor, k: int) -> Tensor:
     """Greedy MAP of a determinantal point process with kernel ``r_i (x_i . x_j) r_j`` (CDPruner).
 
     Args:
-        features: ``(B, N, D)``, finite, normalised here; relevance: ``(B, N)`` non-negative.
-        k: tokens to pick. Gains within float32 round-off of zero count as zero, and beyond the kernel's rank all are: the
-            lowest free indices follow.
+        features: ``(B, N, D)``, finite, normalised here.
+        relevance: ``(B, N)``, non-negative.
+        k: tokens to pick. Gains within float32 round-off of zero count as zero, and beyond the kernel's rank all do:
+            the lowest free indices follow.
 
     Returns:
         ``(B, k)`` int64 in order of selection, without repetition. O(N^2 D + k^2 N); memory O(N (D + k)) and 128 MiB of
@@ -143,7 +144,7 @@ def _dpp_kernel(features: Tensor, relevance: Tensor, k: int) -> Tensor:
 def _in_steps(
     kernel: str, x: Tensor, inverse: Tensor, args: tuple[Tensor | np.generic, ...], picks: Tensor, *, shared: int
 ) -> None:
-    """One launch per pick, of which ``picks`` has the first: for so many tokens that their similarities are not to be held."""
+    """One launch per pick, for images with too many tokens to hold their similarities. ``picks`` has the first pick."""
     (batch, n, depth), k = x.shape, picks.shape[1]
     blocks = -(-n // _STEP_ROWS)
     lows = torch.empty(2, batch, blocks, dtype=torch.int64, device=x.device)
@@ -244,7 +245,8 @@ class _Similarities:
     def with_nearest(self) -> Tensor:
         """Of every token with the other token nearest to it: ``(B, N)``, equal for two that are nearest to each other.
 
-        The products of a pair may differ in their last bits, row by column and column by row; the larger counts for both.
+        The two products of a pair, row by column and column by row, may differ in their last bits; the larger counts
+        for both.
         """
         batch, n, _ = self.unit.shape
         if self.gram is not None:

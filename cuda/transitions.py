@@ -17,11 +17,13 @@ DIRECTIONS = ("signed", "abs")
 def transition_score(before: Tensor, after: Tensor, *, direction: str = "signed") -> tuple[Tensor, Tensor]:
     """Size and direction of the step from ``before`` to ``after``, token by token.
 
-    With ``m = |after| / |before|`` and ``e = exp(1 - cos(before, after))`` (``direction="abs"``: of ``|cos|``), a token's
-    share is ``m e / sum of e`` over the tokens that count. That sum is left to the caller, who knows which count.
+    With ``m = |after| / |before|`` and ``e = exp(1 - cos(before, after))`` (``direction="abs"``: of ``|cos|``), the
+    share of a token is ``m e / sum of e`` over the tokens that count. The caller, who knows which count, takes the sum.
 
     Args:
-        before, after: ``(…, D)``, what enters the sub-block and what it adds to the residual stream.
+        before: ``(…, D)``, what enters the sub-block.
+        after: ``(…, D)``, what the sub-block adds to the residual stream.
+        direction: ``"signed"`` or ``"abs"``.
 
     Returns:
         ``(m e, e)``, both ``(…)`` float32. Both finite for finite inputs, zero rows included. One pass over the inputs.

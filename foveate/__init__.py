@@ -6,7 +6,8 @@
         out = model.generate(**inputs, max_new_tokens=64)
 
 Public are ``attach``, ``Session`` and ``Trace``, ``FrameScorer`` and ``read_video`` for videos, the errors
-(``FoveateError`` is the base of all) and every method by its class name. They load on first use: ``import foveate`` itself loads neither torch nor transformers.
+(``FoveateError`` is the base of all) and every method by its class name. They load on first use: ``import foveate``
+itself loads neither torch nor transformers.
 """
 
 from __future__ import annotations

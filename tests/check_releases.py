@@ -1,9 +1,9 @@
 """Is there a newer release of a dependency than the tests were run with? ``make check-releases`` prints a table.
 
-Exit code 0: all tested releases are the newest; 1: something newer is out; 2: of something the newest release could not be
-found out, whatever else is newer. (make ends with 2 either way, and prints "Error 1" or "Error 2"; for the code itself run
-``python -m tests.check_releases``.) Needs pip and the standard library only. pip shows what the index it is set up for holds
-for this Python and this platform, so run it on Linux with the Python that the tests are run with.
+Exit code 0: all tested releases are the newest; 1: something newer is out; 2: of something the newest release could not
+be found out, whatever else is newer. (make ends with 2 either way, and prints "Error 1" or "Error 2"; for the code
+itself run ``python -m tests.check_releases``.) Needs pip and the standard library only. pip shows what the index it is
+set up for holds for this Python and this platform, so run it on Linux with the Python that the tests are run with.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Unknown(Exception):
 
 @dataclass(frozen=True)
 class Line:
-    """What the table says of one package: ``newest`` is None where it could not be found out, and ``verdict`` says why."""
+    """What the table says of one package: ``newest`` is None if it could not be found out; ``verdict`` says why."""
 
     name: str
     tested: str

@@ -10,14 +10,21 @@ from pathlib import Path
 
 import pytest
 
+from tests.slow import mark_slow
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses by markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_slow(items)
+
+
 class _Deprecations(logging.Handler):
-    """What transformers' own log says is going away, where our code asked for it. It says so once a process: one test fails."""
+    """What transformers' log calls deprecated and our code asked for. Said once a process, so one test fails."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -30,7 +37,7 @@ class _Deprecations(logging.Handler):
 
     @staticmethod
     def _ours() -> bool:
-        """Is the nearest caller outside of installed packages a file of foveate, not a test or a pipeline of transformers?"""
+        """Is the nearest caller outside of installed packages a file of foveate, and not a test?"""
         callers = [Path(frame.filename) for frame in traceback.extract_stack()]
         own = [path for path in callers if path.is_relative_to(ROOT) and "site-packages" not in path.parts]
         own = [path for path in own if path != Path(__file__)]
@@ -39,7 +46,7 @@ class _Deprecations(logging.Handler):
 
 @pytest.fixture(autouse=True)
 def _nothing_deprecated() -> Iterator[None]:
-    """A user must not read that foveate uses an old name. Python's own warnings: ``filterwarnings`` in pyproject.toml."""
+    """No user reads that foveate uses an old name. Python's own warnings: ``filterwarnings`` in pyproject.toml."""
     heard, log = _Deprecations(), logging.getLogger("transformers")
     log.addHandler(heard)
     yield

@@ -1,4 +1,4 @@
-"""Statement: bad input is one `FoveateError` that says what was wrong, where and what to do, and the model goes on as before.
+"""Statement: bad input is one `FoveateError` that says what, where and what to do, and the model goes on as before.
 
 Every row names a part of foveate, an action and what its message must hold. After each action on a model, that model
 answers a good request bit for bit as it did before, and carries no hooks.
@@ -288,7 +288,7 @@ def test_a_vision_bench_by_several_processes_is_refused(monkeypatch, capsys):
     assert "2 processes would all do the same" in line
 
 
-# ---------------------------------------------------------------------------------------------------- files of all sorts
+# --------------------------------------------------------------------------------------------------- files of all sorts
 
 
 def foreign(path: Path) -> None:

@@ -1,5 +1,5 @@
-"""Statement: with the KV cache every method answers token for token as without it, for every family, both position policies,
-alone and in a padded batch.
+"""Statement: with the KV cache every method answers token for token as without it, for every family, both position
+policies, alone and in a padded batch.
 
 Without a cache a prompt is chosen from anew at every step, and methods that read the text choose otherwise once it has
 grown. So what was chosen with the cache is kept, and chosen again.
@@ -24,8 +24,8 @@ from tests.models import FAMILIES, inputs, picture, tiny
 
 STEPS = 8
 GREEDY = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "do_sample": False}
-# what fits four decoder layers and 12 to 52 tokens; CoreMatching as far as it holds without a cache as well: one that is
-# emptied afterwards, and neurons that rest while the answer is written, are compared with masking in test_oracles.py
+# what fits four decoder layers and 12 to 52 tokens; CoreMatching as far as it holds without a cache as well: one that
+# is emptied afterwards, and neurons that rest while the answer is written, are compared with masking in test_oracles.py
 PARAMETERS: dict[str, dict[str, Any]] = {
     "corematching": {"budget": 0.4, "select_layer": 1, "neuron_layers": (), "kv_evict": False},
     "fastv": {"k": 2, "keep": 0.4},
@@ -87,7 +87,7 @@ def model_of(family: str) -> nn.Module:
 
 
 def prompt(family: str, batch: int) -> dict[str, Tensor]:
-    """One picture, or two samples of different length with a picture of another shape each where the family has such."""
+    """One picture, or two samples of different length, with pictures of different shapes where the family has them."""
     other = {"llava": None, "llava_next": (30, 60), "llava_onevision": (30, 60)}.get(family, (3, 5))
     return inputs(family, [[3, picture(family, 1), 8], [6, picture(family, 2, other), 12]][:batch])
 

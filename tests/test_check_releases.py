@@ -1,4 +1,4 @@
-"""``make check-releases``: what it prints and how it ends, with pip's answers made up; and that foveate/tested.py is true."""
+"""``make check-releases``: what it prints and how it ends, with made-up answers of pip; foveate/tested.py is true."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def index(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | Unknown]:
     return answers
 
 
-# ------------------------------------------------------------------------------------------------------------- the check
+# ------------------------------------------------------------------------------------------------------------ the check
 
 
 def test_zero_where_the_tested_releases_are_the_newest(index, capsys):

@@ -159,7 +159,10 @@ def test_every_method_can_be_shown_in_full(name, capsys):
 
 
 def test_docstring_section_is_split_off():
-    doc = "What.\n\nAttributes:\n    a: first\n        goes on\n    b (int): second\n\n        with a gap\n    c, d: both\n\nAfter."
+    doc = (
+        "What.\n\nAttributes:\n    a: first\n        goes on\n    b (int): second\n\n        with a gap\n"
+        "    c, d: both\n\nAfter."
+    )
     entries = {"a": "first goes on", "b": "second with a gap", "c": "both", "d": "both"}
     assert view.split_doc(doc) == ("What.\n\nAfter.", entries)
     assert view.split_doc("Only text: here.") == ("Only text: here.", {})
@@ -289,7 +292,7 @@ def test_runs_of_stages_are_one_line() -> None:
 def test_show_says_where_the_final_ratio_is_not_that_of_the_cache(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Statement: methods that act in front of decoder layers, and they alone, are said to keep more than their last ratio."""
+    """Statement: methods that act before decoder layers, and no others, are said to keep more than their last ratio."""
     assert main(["show", name]) == 0
     said = "is not the final ratio" in " ".join(capsys.readouterr().out.split())
     assert said == ("llm_layer" in view.card(name).hooks)

@@ -1,4 +1,4 @@
-"""Statement: whatever the pictures, prompts, budgets and precisions, a pruned model answers with finite numbers and exact counts.
+"""Statement: for any pictures, prompts, budgets and precisions, a pruned model's numbers are finite, its counts exact.
 
 Selections without a model are fuzzed in tests/pruners/test_properties.py; here the whole way through tiny models.
 """
@@ -111,7 +111,7 @@ def test_any_request_is_answered_or_refused(name, data):
             assert len(numbers) == count
 
 
-# --------------------------------------------------------------------------------------------------- a corpus of pictures
+# ------------------------------------------------------------------------------------------------- a corpus of pictures
 
 
 def saved(picture: Image.Image, form: str, **more: Any) -> bytes:

@@ -1,4 +1,4 @@
-"""Statements about long-lived and unusual processes: nothing grows, and a pruned model goes where an unpruned one goes."""
+"""Statements about long-lived and unusual processes: nothing grows, and pruned models work where others do."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_a_training_step_lowers_the_loss():
     assert losses[2] < losses[0]
 
 
-# ------------------------------------------------------------------------------------------------- other kinds of layers
+# ------------------------------------------------------------------------------------------------ other kinds of layers
 
 
 class Int8Linear(nn.Module):
@@ -173,7 +173,7 @@ def test_neurons_of_quantised_layers_are_refused():
 
 @some_methods
 def test_a_model_spread_over_devices_answers_as_one(name, tmp_path):
-    """accelerate's hooks move every layer's inputs; the decoder's second half is offloaded and brought in when it runs."""
+    """accelerate's hooks move every layer's inputs; the decoder's second half is offloaded and loaded when it runs."""
     accelerate = pytest.importorskip("accelerate")
     model = tiny("llava")
     expected = answer(model, name)
@@ -191,7 +191,7 @@ def test_a_model_spread_over_devices_answers_as_one(name, tmp_path):
         torch.testing.assert_close(answer(spread, name), expected)
 
 
-# ----------------------------------------------------------------------------------------------------------- data loaders
+# --------------------------------------------------------------------------------------------------------- data loaders
 
 
 class Pictures(Dataset):

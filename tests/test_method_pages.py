@@ -1,4 +1,4 @@
-"""Statement: the pages of docs/methods say what `docs/method_pages.py` reads off the registry and the measured results."""
+"""Statement: the pages of docs/methods say what `docs/method_pages.py` reads from the registry and the results."""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@
 3. Batched, left-padded generation equals generation sample by sample, token for token.
 4. Keeping everything is bit-equal to no attachment, and so is the model after detaching.
 5. With compact positions, the pruned model equals the decoder run on the shortened sequence.
-6. Caches of different length per layer, evicted caches and MLPs that run some neurons only, over many decoded tokens, equal
-   the unpruned model whose columns and neurons are masked out where and when they are gone.
+6. Caches of different length per layer, evicted caches and MLPs that run some neurons only, over many decoded tokens,
+   equal the unpruned model whose columns and neurons are masked out where and when they are gone.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def masked_logits(
     gone: list[Tensor],
     later: list[Tensor] | None = None,
 ) -> Tensor:
-    """The unpruned model with the columns ``gone[i]`` masked out in layer i. ``given`` may be longer than ``gone`` is wide.
+    """The unpruned model with columns ``gone[i]`` masked out in layer i. ``given`` may be longer than ``gone`` is wide.
 
     ``later[i]``, if given, holds instead for the rows behind those that ``gone`` is wide.
     """
@@ -327,7 +327,7 @@ def absent(cache: Any, length: int, depth: int) -> list[Tensor]:
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_ragged_caches_equal_masking_over_many_steps(family: str, scene: str) -> None:
-    """TransPrune drops in front of several layers; each layer's cache holds what that layer saw, and nothing is pruned again."""
+    """TransPrune drops before several layers; each layer's cache holds what it saw, and nothing is pruned again."""
     model, given = tiny(family), scene_inputs(family, scene)
     tokens = torch.randint(3, 80, (len(given["input_ids"]), STEPS), generator=torch.Generator().manual_seed(5))
     pruner = foveate.TransPrune(ratios=(0.8, 0.5, 0.2), prune_layers=(1, 2, 3), accumulate_layers=(1, 2))
@@ -351,7 +351,7 @@ def test_ragged_caches_equal_masking_over_many_steps(family: str, scene: str) ->
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_eviction_and_core_neurons_equal_masking_over_many_steps(family: str, evict: bool) -> None:
-    """CoreMatching: the prompt sees all tokens up to the selecting layer; its answer sees core tokens and runs core neurons."""
+    """CoreMatching: the prompt has all tokens up to the selecting layer; the answer has core tokens and neurons."""
     model, given = tiny(family), scene_inputs(family, "padded")
     tokens = torch.randint(3, 80, (len(given["input_ids"]), STEPS), generator=torch.Generator().manual_seed(6))
     method = foveate.CoreMatching(budget=0.4, select_layer=1, neuron_layers=(0, 2, 3), kv_evict=evict)
@@ -397,7 +397,7 @@ def scene_pads(gone: Tensor, given: dict[str, Any]) -> bool:
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_all_neurons_as_core_equal_the_dense_model(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With beta = 1 where every neuron counts, decoding core neurons is decoding; the rest of the method is the same."""
+    """With beta = 1 where all neurons count, decoding core neurons is decoding; the rest of the method is the same."""
     model, given = tiny(family), scene_inputs(family, "padded")
     tokens = torch.randint(3, 80, (len(given["input_ids"]), 8), generator=torch.Generator().manual_seed(7))
     method = foveate.CoreMatching(beta=1.0, select_layer=None)

@@ -15,6 +15,7 @@ import zipfile
 from collections.abc import Iterator
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -145,8 +146,8 @@ def test_wheel_installs_the_command(wheel):
 def origins(packages: dict[str, str]) -> str:
     """Code that prints the file of every package.
 
-    It runs with -S, so that no other installation of foveate may answer; nothing that needs torch can be imported then, only
-    found, and `importlib.util.find_spec` would import the packages around.
+    It runs with -S, so that no other installation of foveate may answer; nothing that needs torch can be imported then,
+    only found, and `importlib.util.find_spec` would import the packages around.
     """
     return f"""
 import itertools, sys
@@ -194,7 +195,7 @@ def test_nvidia_packages_import_beside_the_folder_named_cuda(way, tmp_path):
     assert pathlib.Path(ours).is_relative_to(ROOT / "cuda")
 
 
-# -------------------------------------------------------------------------------------------- what it says it works with
+# ------------------------------------------------------------------------------------------- what it says it works with
 
 
 def lowest(lines: str, sign: str) -> dict[str, Version | None]:
@@ -230,6 +231,12 @@ def test_lowest_versions_are_those_that_make_test_oldest_runs_on(setup_cfg):
 def test_building_and_testing_need_the_same_setuptools(setup_cfg):
     (needed,) = re.findall(r'^requires = \["(.*)"\]$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert needed in setup_cfg["options.extras_require"]["dev"].split()
+
+
+def test_pre_commit_and_make_lint_run_the_same_ruff(setup_cfg):
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    (revision,) = [repo["rev"] for repo in config["repos"] if repo["repo"].endswith("/ruff-pre-commit")]
+    assert f"ruff=={revision.removeprefix('v')}" in setup_cfg["options.extras_require"]["lint"].split()
 
 
 # ------------------------------------------------------------------------------------------------ what importing costs
@@ -280,7 +287,7 @@ def test_unknown_names_are_attribute_errors(name):
 
 
 def test_code_imports_its_own_parts_as_foveate_only():
-    """`import cuda.x` and `import foveate.cuda.x` would be two module objects; NVIDIA's own `cuda.*` is another matter."""
+    """`import cuda.x` and `import foveate.cuda.x` would make two module objects; NVIDIA's own `cuda.*` is not ours."""
     wrong = []
     for file in tracked():
         if file.suffix != ".py":

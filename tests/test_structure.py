@@ -1,4 +1,4 @@
-"""Statement: imports between the folders go one way, demo -> eval_suites -> adapters -> pruners -> cuda, `foveate` on top."""
+"""Statement: imports between folders go one way, demo -> eval_suites -> adapters -> pruners -> cuda; foveate on top."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Statement: a transformers that does otherwise than any that is known raises; none gets a wrong answer, or an unpruned one.
+"""Statement: a transformers unlike any known one raises; nobody gets a wrong answer, or an unpruned one.
 
 Each test changes one thing that a later release might change, on a model that works.
 """
@@ -45,7 +45,7 @@ def renamed(kwargs: dict[str, Any], old: tuple[str, ...], new: str) -> dict[str,
 
 
 def hidden_from_hooks(module: nn.Module, there: Callable[[dict], dict], back: Callable[[dict], dict]) -> None:
-    """Let hooks of ``module`` that are put on afterwards see the arguments that ``there`` makes, and its forward the usual ones."""
+    """Let later hooks of ``module`` see the arguments that ``there`` makes, and its forward the usual ones."""
     forward = module.forward
 
     def usual(*args: Any, **kwargs: Any) -> Any:
@@ -148,7 +148,7 @@ def test_a_cache_that_holds_other_places_than_its_layer_saw_raises(pruner: fovea
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
 @pytest.mark.parametrize("how", ["layers", "tensors"])
 def test_a_pruned_cache_that_comes_back_as_another_raises(family: str, how: str, pruner: foveate.Pruner) -> None:
-    """As where a later generate() wraps the cache anew between two steps: with its layers, or with copies of what they hold."""
+    """As if generate() wrapped the cache anew between two steps: with its layers, or with copies of what they hold."""
     if (family, how) == ("qwen3_vl", "tensors"):
         pytest.skip("positions of three axes need not reach the number of places, so nothing tells")
     model, given = tiny(family), scene(family)
@@ -584,7 +584,7 @@ def test_signals_of_other_keys_than_the_layer_makes_raise_under_a_later_version(
 
 
 def hooks_of(model: nn.Module) -> dict[str, Any]:
-    """Every hook of a model, and every attribute of its modules that is a function: what a failed attach must leave alone."""
+    """Every hook of a model and every function among its modules' attributes: a failed attach leaves them alone."""
     found = {}
     for name, module in model.named_modules():
         for key, value in vars(module).items():

@@ -127,7 +127,7 @@ def test_an_attached_model_scores_unpruned(pair: tuple) -> None:
 
 
 def test_another_answer_may_be_asked_for(pair: tuple) -> None:
-    """Statement: prompts and the token that means yes are the caller's choice; an answer of several tokens is refused."""
+    """Statement: the caller chooses prompts and the token that means yes; an answer of several tokens is refused."""
     judge = scorer(pair, prompts=FramePrompts(information="{question}", yes="y"))
     found = judge.score(frames(), QUESTION)
     assert found.prompt == QUESTION

@@ -1,4 +1,4 @@
-"""Corners of methods inside the decoder: plain MLPs, the released mode, later turns, shared neurons, a published combination."""
+"""Corners of methods inside the decoder: plain MLPs, the released mode, later turns, shared neurons, a combination."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ def test_schedules_that_do_not_fit_are_refused_on_attaching() -> None:
 
 
 def test_the_released_mode_zeroes_cached_rows_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Statement: the prompt's logits and every cache length stay; from layer 5 on some visual rows are zero, no others; it generates."""
+    """Statement: the prompt's logits and every cache length stay; from layer 5 on some visual rows are zero, no others;
+    it generates."""
     monkeypatch.setitem(models.TEXT, "num_hidden_layers", 7)
     model, given = tiny("llava"), scene_inputs("llava", "padded")
     plain = model(**given, use_cache=True)
@@ -89,7 +90,7 @@ def test_shared_neurons_are_one_set_for_the_batch(shared: bool) -> None:
 
 @pytest.mark.parametrize("refresh", [False, True])
 def test_a_later_turn_counts_again_if_it_shall(refresh: bool) -> None:
-    """Statement: several tokens behind the cache give a new set with ``refresh``, and go on with the old one without."""
+    """Statement: several tokens after the cache give a new set with ``refresh``, and keep the old one without."""
     model, given = tiny("llava"), scene_inputs("llava", "single")
     turn = torch.tensor([[11, 12, 13, 14, 15]])
     mask = torch.ones(1, given["input_ids"].shape[1] + turn.shape[1], dtype=torch.long)
@@ -104,8 +105,8 @@ def test_a_later_turn_counts_again_if_it_shall(refresh: bool) -> None:
 
 @pytest.mark.parametrize(("family", "positions"), [("llava", "keep"), ("llava", "compact"), ("qwen2_5_vl", "keep")])
 def test_a_later_turn_sees_evicted_caches(family: str, positions: str) -> None:
-    """Statement: a turn of several tokens equals the masked model in which it sees the core tokens only, in every layer, each
-    layer at its own positions."""
+    """Statement: a turn of several tokens equals the masked model in which it sees the core tokens only, in every
+    layer, each layer at its own positions."""
     model, given = tiny(family), scene_inputs(family, "single")
     length, turn = given["input_ids"].shape[1], torch.tensor([[11, 12, 13, 14]])
     _, ragged, _ = continued(
@@ -138,8 +139,8 @@ def test_a_later_turn_sees_evicted_caches(family: str, positions: str) -> None:
 
 
 def test_the_published_combination_with_visionzip_runs() -> None:
-    """Statement: on 576 tokens and 32 layers, VisionZip leaves 192 and TransPrune 96, 48 and 24 of them, in the published layers;
-    the caches hold what their layers saw."""
+    """Statement: on 576 tokens and 32 layers, VisionZip leaves 192 and TransPrune 96, 48 and 24 of them, in the
+    published layers; the caches hold what their layers saw."""
     geometry = Geometry(layers=32, width=64, intermediate=64)
     model = geometry.model("cpu", "float32")
     pruner = foveate.Then(foveate.VisionZip(keep=192), foveate.TransPrune.combined())

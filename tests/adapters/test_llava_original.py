@@ -140,7 +140,7 @@ def package_function(name: str) -> Any:
 def generate(model: torch.nn.Module, given: dict[str, Any], **options: Any) -> Tensor:
     """The new tokens; transformers 4 puts a start token in front of them.
 
-    From transformers 5.24 on the package's model cannot generate by itself: what foveate lends it, it has unpruned too here.
+    From transformers 5.24 on the package's model cannot generate by itself; the unpruned one is lent the same help.
     """
     names = RenamedCache(model) if attached_to(model) is None else None
     try:

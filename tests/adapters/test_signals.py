@@ -197,7 +197,7 @@ def test_system_tokens_make_text_in_front_of_the_picture_count() -> None:
 @pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
 @pytest.mark.parametrize("shape", [(60, 40), (30, 90), (64, 64), (20, 20)])
 def test_anyres_values_and_views_lie_where_the_pixels_are(family: str, shape: tuple[int, int]) -> None:
-    """Features whose value is their own place on the canvas come out in the view and at the row and column they belong to."""
+    """Features whose value is their own place on the canvas come out in their view, row and column."""
     model, given = tiny(family), inputs(family, [[2, picture(family, 1, shape), 3]])
     ((tokens, signals),) = read(model, given, features=EncoderFeatures(0))
     layout, adapter = tokens.layout, foveate.adapters.adapter_for(model)

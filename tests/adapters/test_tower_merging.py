@@ -31,7 +31,7 @@ def batch(family: str) -> dict[str, Tensor]:
 
 
 def check_groups(image: ImageTrace) -> None:
-    """Survivors are distinct tokens of the picture, and each token has exactly one of them for owner, its own for its own."""
+    """Survivors are distinct tokens of the picture; each token has one of them as its owner, a survivor itself."""
     kept, owner, n = image.kept, image.owner, image.layout.size
     assert torch.equal(kept, kept.unique())
     assert kept[0] >= 0
@@ -44,7 +44,7 @@ def check_groups(image: ImageTrace) -> None:
 @every_family
 @every_merger
 def test_the_decoder_sees_the_announced_tokens(models: dict[str, nn.Module], family: str, merger) -> None:
-    """Statement: each picture enters the decoder with as many tokens as announced, and every patch has an owner among them.
+    """Statement: each picture enters the decoder with as many tokens as announced; each patch has an owner among them.
 
     Exact where views are whole (LLaVA-1.5); where padding is cut off crops, an upper bound.
     """
@@ -69,7 +69,7 @@ def test_the_decoder_sees_the_announced_tokens(models: dict[str, nn.Module], fam
 
 
 def test_counts_are_those_of_the_blocks(models: dict[str, nn.Module]) -> None:
-    """Statement: the feature layer of a LLaVA tower is its last but one, so its last block neither merges nor counts."""
+    """Statement: a LLaVA tower's feature layer is its last but one, so its last block neither merges nor counts."""
     with foveate.attach(models["llava"], foveate.ToMe(r=2)) as session:
         models["llava"](**batch("llava"))
         assert [len(image.kept) for image in session.trace.images] == [16 - 4 * 2] * 2
@@ -79,7 +79,7 @@ def test_counts_are_those_of_the_blocks(models: dict[str, nn.Module]) -> None:
 
 @every_family
 def test_keeping_everything_and_detaching_change_no_bit(models: dict[str, nn.Module], family: str) -> None:
-    """Statement: r = 0 and ratio = 1 are bit-equal to the bare model, and so is the model after a merger was taken off."""
+    """Statement: r = 0 and ratio = 1 are bit-equal to the bare model, and so is the model after detaching a merger."""
     model, given = models[family], batch(family)
     plain = model(**given).logits
     for merger in (foveate.ToMe(r=0), foveate.PiToMe(ratio=1.0), foveate.PiToMe(ratio=1.0, order="llava")):
@@ -115,8 +115,8 @@ def test_a_batch_gives_what_its_samples_give_alone(models: dict[str, nn.Module],
 def test_survivors_stand_in_their_own_slots(models: dict[str, nn.Module], family: str) -> None:
     """Statement: the decoder sees survivors at their places of the unpruned prompt, with their groups' features.
 
-    With positions kept, that equals the bare decoder on the whole prompt where groups' features fill all places of their
-    members and all but the survivors are masked.
+    With positions kept, that equals the bare decoder on the whole prompt where groups' features fill all places of
+    their members and all but the survivors are masked.
     """
     model, given = models[family], batch(family)
     with foveate.attach(model, foveate.ToMe(r=2), positions="keep") as session:
@@ -149,7 +149,7 @@ def test_survivors_stand_in_their_own_slots(models: dict[str, nn.Module], family
     ids=lambda p: p.name,
 )
 def test_methods_behind_the_tower_choose_among_survivors(models: dict[str, nn.Module], family: str, second) -> None:
-    """Statement: what a merger leaves, a method at the decoder's entry or inside it prunes further, to its own budget."""
+    """Statement: a method at the decoder's entry or inside it prunes what a merger leaves, to its own budget."""
     model, given = models[family], batch(family)
     with foveate.attach(model, foveate.ToMe(r=1)) as session:
         model(**given)
@@ -166,7 +166,7 @@ def test_methods_behind_the_tower_choose_among_survivors(models: dict[str, nn.Mo
 
 
 def test_pooled_tokens_are_refused(models: dict[str, nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Statement: where OneVision averages neighbours behind its tower (videos, shrunk canvases), no token stands for a group."""
+    """Statement: where OneVision averages neighbours after its tower (videos, shrunk canvases), no token is a group."""
     model = models["llava_onevision"]
     film = inputs("llava_onevision", [[2, picture("llava_onevision", 0, (3, 4, 4)), 4]])
     whole = picture("llava_onevision", 0)

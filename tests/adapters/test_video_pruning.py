@@ -39,8 +39,8 @@ def shares(family: str, size: int, total: int, scores: list[float]) -> list[int]
 def test_the_decoder_sees_resampled_frames(family: str) -> None:
     """Statement: the pruned model equals its decoder run by hand on interpolated frames.
 
-    Frames and DeepStack levels are interpolated alike, cells stand at the position of the token under their centre, and a
-    vanished frame takes its timestamp, start and end of vision along.
+    Frames and DeepStack levels are interpolated alike, cells stand at the position of the token under their centre, and
+    a vanished frame takes its timestamp, start and end of vision along.
     """
     model, given = tiny(family), video_inputs(family)
     seen, unpooled = observed(model, given)
@@ -182,8 +182,8 @@ def test_fused_frames_count_with_the_mean_of_their_scores(family: str) -> None:
 
 @torch.no_grad()
 def test_scores_that_do_not_fit_are_refused_and_used_up() -> None:
-    """Statement: no scores, those of another number of videos or frames, and those of the last call are errors; the model
-    stays usable."""
+    """Statement: no scores, those of another number of videos or frames, and those of the last call are errors; the
+    model stays usable."""
     model, given = tiny("qwen2_5_vl"), video_inputs("qwen2_5_vl", 2)
     with foveate.attach(model, foveate.QuoTA(keep=0.4)) as session:
         for scores, message in (
@@ -235,7 +235,7 @@ def test_frame_text_goes_only_where_the_method_says_so() -> None:
 
 
 def test_timestamps_are_found_by_their_ends() -> None:
-    """Statement: a frame's text is its timestamp and markers; the first one's is told from the prompt by the second one's form."""
+    """Statement: a frame's text is its timestamp and markers; the second's form tells the first's from the prompt."""
     adapter = adapter_for(tiny("qwen3_vl"))
     start, end, less, more = VISION_START, VISION_END, 60, 61
     first, second = [less, 5, 6, more, start, VIDEO, VIDEO, end], [less, 7, 8, 9, more, start, VIDEO, VIDEO, end]

@@ -105,7 +105,7 @@ def features(model: nn.Module, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_keeping_everything_and_detaching_change_no_bit(name: str) -> None:
-    """Statement: r = 0 and ratio = 1 are bit-equal to the bare model, and so is the model after a merger was taken off."""
+    """Statement: r = 0 and ratio = 1 are bit-equal to the bare model, and so is the model after detaching a merger."""
     model, x = built(name), pictures()
     before = {key: dict(vars(module)) for key, module in model.named_modules()}
     plain = features(model, x)
@@ -221,8 +221,8 @@ def test_pooling_counts_patches_not_rows(unplaced: nn.Module) -> None:
 def test_dropping_rows_equals_masking_them(name: str) -> None:
     """Statement: rows that leave a block without merging are missing from later attention, and nothing else changes.
 
-    The bare model, with those rows masked as keys from the next block on, has its whole rotary table; survivors must be at
-    their own places in the gathered one.
+    The bare model, with those rows masked as keys from the next block on, has its whole rotary table; survivors must be
+    at their own places in the gathered one.
     """
     model, x = built(name), pictures()
     rows: list[Tensor] = []
@@ -258,8 +258,8 @@ def test_low_precision_models_keep_their_type(name: str) -> None:
 
 
 def paired_by_energy(metric: Tensor, r: int, margin: float) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """PiToMe's protected pairing of patches behind a class token by the paper's formulas in float64: the pictures in which
-    float32 can tell all energies and matches apart, and kept rows, sources, and the kept rows that they join.
+    """PiToMe's protected pairing of patches behind a class token by the paper's formulas in float64: the pictures in
+    which float32 can tell all energies and matches apart, and kept rows, sources, and the kept rows that they join.
     ``metric (B, 1 + N, d)``."""
     unit = F.normalize(metric.double()[:, 1:], dim=-1)
     x = unit @ unit.mT - margin
@@ -277,7 +277,7 @@ def paired_by_energy(metric: Tensor, r: int, margin: float) -> tuple[Tensor, tup
 
 
 def test_bf16_models_group_by_float32_energies_of_their_keys() -> None:
-    """Statement: in every block of a bfloat16 model the groups are those of exact energies of the keys, meant over the heads."""
+    """Statement: in each block of a bfloat16 model the groups are those of exact energies of the keys' head mean."""
     torch.manual_seed(0)
     model = timm_model(img_size=128).eval().requires_grad_(False).bfloat16()
     x = torch.randn(6, 3, 128, 128).bfloat16()
@@ -302,7 +302,7 @@ def test_bf16_models_group_by_float32_energies_of_their_keys() -> None:
 
 @pytest.mark.parametrize(("name", "merger"), [("vit", 0), ("vit", 1), ("dinov3", 1), ("open_clip", 0), ("hf clip", 1)])
 def test_attached_models_compile_whole(name: str, merger: int) -> None:
-    """Statement: torch.compile takes the attached model as one graph, traced once per shape, with the same numbers and trace."""
+    """Statement: torch.compile makes one graph of the attached model per shape, with the same numbers and trace."""
     torch._dynamo.reset()
     model, x = built(name), pictures()
     with foveate.attach(model, MERGERS[merger]) as session:

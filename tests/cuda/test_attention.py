@@ -120,14 +120,14 @@ def test_received_is_the_column_mean_of_the_map(n, shared):
 
 def test_received_does_not_depend_on_the_blocks(monkeypatch):
     q, k = attention(197, 64, shared=2)
-    monkeypatch.setattr("foveate.cuda.blocks._BLOCK_ELEMENTS", 4096)
+    monkeypatch.setattr("foveate.cuda.dispatch._BLOCK_ELEMENTS", 4096)
     check_received(q, k)
 
 
 @pytest.mark.parametrize("name", MASKS)
 def test_received_under_a_mask(name, monkeypatch):
     check_mask(name, 65, 32, torch.float32)
-    monkeypatch.setattr("foveate.cuda.blocks._BLOCK_ELEMENTS", 4096)
+    monkeypatch.setattr("foveate.cuda.dispatch._BLOCK_ELEMENTS", 4096)
     check_mask(name, 65, 32, torch.float32)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import gc
 import multiprocessing
@@ -12,6 +13,7 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -142,7 +144,7 @@ def test_kernels_that_do_not_load_are_missed_once(cupy, monkeypatch, pair, fake_
 
 
 def test_what_cupy_is_asked_for(monkeypatch, pair, fake_device):
-    """One module for each kernel, C++17, the source with its headers; launched on torch's stream with values of C's width."""
+    """One module per kernel: C++17, the source with its headers; launched on torch's stream, values of C's width."""
     asked, launched = [], []
 
     class Kernel:
@@ -251,6 +253,13 @@ def operators() -> dict[str, tuple[object, ...]]:
         "match_counts": (x, x[:, 0] > 0),
         "gather_tokens": (x, torch.tensor([[2, -1, 8]]), torch.tensor([[False, False, True]]), x[:, :3]),
     }
+
+
+def test_type_checkers_are_told_of_every_public_name():
+    tree = ast.parse(Path(foveate.cuda.__file__).read_text(encoding="utf-8"))
+    (told,) = [node for node in tree.body if isinstance(node, ast.If)]
+    names = {alias.asname: node.module for node in told.body for alias in node.names}
+    assert names == {name: f"foveate.cuda.{home}" for name, home in foveate.cuda._HOME.items()}
 
 
 def test_every_operator_is_listed():

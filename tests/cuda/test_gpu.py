@@ -87,8 +87,8 @@ CALLS: dict[str, Callable[[str], Any]] = {
 }
 
 
-# Choices hang on the last bits of float32 where two tokens are as good but for these. So what is chosen on a GPU is not held
-# against another choice, but against the best one: by how much does it fall short, at its turn, in float64?
+# Choices hang on the last bits of float32 where two tokens are as good but for these. So what is chosen on a GPU is not
+# held against another choice, but against the best one: by how much does it fall short, at its turn, in float64?
 
 
 def _cosines(x: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ def test_energy_is_its_definition(alpha: float, jump: bool) -> None:
 
 
 def test_what_lies_above_the_margin_keeps_its_precision() -> None:
-    """Statement: with alpha 0 the energies, some thousandth, are right to 5e-9: nothing larger is subtracted from them."""
+    """Statement: with alpha 0 the energies, about a thousandth, are right to 5e-9: nothing larger is subtracted."""
     metric = drawn(2, 196, 64) + drawn(2, 1, 64, seed=1)
     found = similarity_energy(metric, 0.75, alpha=0.0)
     by_hand = energy_by_hand(metric, 0.75, 0.0, jump=False)
@@ -75,7 +75,7 @@ def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Statement: the result is the same when only a few rows of the N x N similarities are held at a time."""
     metric = drawn(2, 23, 8)
     energy, match = similarity_energy(metric, 0.2), best_match(metric[:, ::2], metric[:, 1::2])
-    monkeypatch.setattr("foveate.cuda.blocks._BLOCK_ELEMENTS", 2 * 23 * 3)
+    monkeypatch.setattr("foveate.cuda.dispatch._BLOCK_ELEMENTS", 2 * 23 * 3)
     # products of fewer rows may be summed in another order: some units in the last place of cosines near one
     torch.testing.assert_close(similarity_energy(metric, 0.2), energy, atol=1e-6, rtol=1e-5)
     blocked = best_match(metric[:, ::2], metric[:, 1::2])

@@ -78,7 +78,7 @@ def test_diverse_subset_without_a_gram_matrix(objective, start, monkeypatch):
 
 
 def round_unevenly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Right halves of products are one unit in the last place larger, so that (i, j) and (j, i) differ on any processor."""
+    """Right halves of products are one last-place unit larger, so that (i, j) and (j, i) differ on any processor."""
     matmul = torch.matmul
 
     def uneven(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -214,7 +214,7 @@ def test_dpp_kernel_of_one_token(held, kernels_on_cpu, monkeypatch):
 
 
 def test_features_that_need_gradients_choose_alike(monkeypatch) -> None:
-    """Choices are no function to differentiate: features under training choose what detached ones do, row by row as well."""
+    """Choices have no gradient: features under training choose what detached ones do, row by row as well."""
     x, relevance = torch.randn(2, 9, 4, requires_grad=True), torch.rand(2, 9)
     expected = diverse_subset(x.detach(), 4), conditional_dpp(x.detach(), relevance, 4)
     for elements in (selection._GRAM_ELEMENTS, {"cpu": 0}):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from foveate.cuda import best_match, gather_tokens, match_counts, merge_tokens, similarity_energy, transition_score
+from foveate.errors import ParameterError
 
 TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SHAPES = pytest.mark.parametrize(
@@ -41,6 +42,11 @@ def tokens(n: int, d: int, dtype: str) -> Tensor:
     x = torch.randn(2, n, d) + 2 * torch.randn(2, 1, d)
     x[1, n // 2] = 0.0
     return x.to(TYPES[dtype])
+
+
+def test_marked_rows_need_a_marker():
+    with pytest.raises(ParameterError, match="marked rows need a marker"):
+        gather_tokens(torch.zeros(1, 2, 3), torch.zeros(1, 1, dtype=torch.long), marked=torch.ones(1, 1).bool())
 
 
 @SHAPES

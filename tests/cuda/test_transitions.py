@@ -12,7 +12,7 @@ from foveate.errors import ParameterError
 
 @pytest.mark.parametrize("direction", ["signed", "abs"])
 def test_transition_score_is_its_formula(direction: str) -> None:
-    """Statement: the score is ``|out| / |in| * exp(1 - cos)``, signed or absolute, and the second result its ``exp`` part."""
+    """Statement: the score is ``|out| / |in| * exp(1 - cos)``, signed or absolute; the second result is its ``exp``."""
     g = torch.Generator().manual_seed(0)
     before, after = torch.randn(2, 7, 16, generator=g), torch.randn(2, 7, 16, generator=g)
     cosine = cosine_similarity(before, after, dim=-1)
