@@ -1,4 +1,4 @@
-"""``make types``: pyright over everything that is imported as ``foveate``; ``[tool.pyright]`` in pyproject.toml sets it up.
+"""``make types``: pyright over everything that is imported as ``foveate``, as pyproject.toml sets it up.
 
 The folders stand at the repository root and are installed below ``foveate`` (setup.cfg), which no setting of pyright
 says. So it reads links to the files, in build/typed, that lie as an installation would. What it prints names the files

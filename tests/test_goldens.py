@@ -1,7 +1,7 @@
 """Statement: every golden case gives the recorded outputs when its inputs go through the shipped functions.
 
-Runs all files of ``tests/data/goldens``, or of the folder named by ``FOVEATE_GOLDENS``. A file whose method foveate does
-not have yet is skipped by name; ``--require fopru,hiprune`` turns such a skip, or a missing file, into a failure.
+Runs all files of ``tests/data/goldens``, or of the folder named by ``FOVEATE_GOLDENS``. A file whose method foveate
+does not have yet is skipped by name; ``--require fopru,hiprune`` turns such a skip, or a missing file, into a failure.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def statements(case: dict[str, Any], name: str, short: str) -> list[str]:
 
 
 def compare(case: dict[str, Any], name: str, short: str, found: np.ndarray, expected: np.ndarray) -> None:
-    """Floats agree within the stated tolerance, integers exactly; index lists as sets where only the set is promised."""
+    """Floats agree within the stated tolerance, integers exactly; index lists as sets where no order is promised."""
     if found.size == expected.size == 1:
         found = found.reshape(expected.shape)  # a number
     if found.dtype.kind == "i":
@@ -187,7 +187,7 @@ def tolerance(text: str, score_kind: str | None) -> tuple[float, float]:
 
 @pytest.mark.parametrize("method", sorted(goldens.RUNNERS))
 def test_unknown_parameters_are_refused(method: str) -> None:
-    """Statement: a case with a parameter that is not mapped cannot pass, and one with an input that nothing reads says so."""
+    """Statement: a case with an unmapped parameter cannot pass; one with an input that nothing reads says so."""
     path = Path(__file__).parent / "data" / "goldens" / f"{method}.json"
     case = json.loads(path.read_text())["cases"][0]
     tensors = load_file(path.with_suffix(".safetensors"))
@@ -215,7 +215,7 @@ def test_a_wrong_output_is_noticed() -> None:
 
 
 def test_required_methods_cannot_be_skipped(tmp_path: Path) -> None:
-    """Statement: a required method fails when its file is absent or its method unknown, and others are skipped by name."""
+    """Statement: a required method fails if its file is absent or its method unknown; others are skipped by name."""
     (tmp_path / "novel.json").write_text(json.dumps({"method": "novel", "cases": [{"name": "x"}]}))
     entries = {golden.method: golden for golden in collect(tmp_path, {"fopru", "novel"})}
     assert entries["fopru"].required
