@@ -395,7 +395,7 @@ def check_image(pruner: Pruner, stages: Sequence[Stage], image: ImageTrace, info
     """
     layout, keep = image.layout, getattr(pruner, pruner.budget_parameter, None)
     acts = [stage for stage in stages if not isinstance(stage, (InMLP, InCache))]  # these drop no token
-    competing = [stage.newlines == "compete" for stage in acts]
+    competing = [getattr(stage, "newlines", None) == "compete" for stage in acts]
     compete = any(competing)  # separators count as tokens; how many another method has left is not known in advance
     whole, slack = (layout.length, 0 if all(competing) else len(layout.newlines)) if compete else (layout.size, 0)
     most = whole if keep is None else budget(keep, whole, math.ceil) + len(layout.views) - 1

@@ -11,17 +11,20 @@ from torch import Tensor
 from foveate.errors import UnsupportedModelError
 from foveate.pruners.core.method import ModelInfo, Pruner
 from foveate.pruners.core.parameters import check_number
+from foveate.pruners.core.signals import Signal
 from foveate.pruners.core.stages import InTower, Stage
 from foveate.pruners.core.tokens import Layout
 
 
 @dataclass(frozen=True)
-class BlockKeys:
+class BlockKeys(Signal):
     """``(B, N, d)`` float32: attention keys of the block itself, bias and key norm included, before any rotation, for
     all rows.
 
     Summed over heads where papers take the mean: their scale means nothing, compare them by cosine.
     """
+
+    layer: int = 0
 
 
 @dataclass
