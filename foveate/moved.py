@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 _ROOMS = {
-    "pruners.core": "pruners: tokens signals parameters registry compose control preset lattice runs allocation resampling "
+    "pruners.core": "pruners: tokens signals parameters compose control preset lattice runs allocation resampling "
     "merging frame_questions patch_scorer ui_graph",
     "adapters.families": "adapters: base llava llava_next llava_onevision llava_original qwen_vl",
     "adapters.engine": "adapters: decoder",
@@ -23,6 +23,8 @@ _ROOMS = {
 }
 MOVED = {
     "foveate.pruners.base": "foveate.pruners.core",
+    "foveate.pruners.registry": "foveate.pruners.core.method",
+    "foveate.pruners.baselines": "foveate.pruners",
     "foveate.adapters.overlay": "foveate.adapters.drawing",
     "foveate.adapters.frame_scorer": "foveate.adapters.video.frame_scorer",
     "foveate.cuda.bench": "foveate.eval_suites.speed.kernels",

@@ -78,7 +78,7 @@ class PosPad(Pruner):
         vocab: number of real tokens for ``"mean_vocab"``; None: all rows of the table.
     """
 
-    title: ClassVar[str] = "A marker for every run of dropped tokens, behind any selector"
+    title: ClassVar[str] = "A marker for every run of dropped tokens, after any selector"
     paper: ClassVar[str] = "arXiv 2601.03928 (CVPR 2026)"
     cost: ClassVar[str] = "one gather; counted markers repeat the selection about 10 times"
 
