@@ -30,19 +30,10 @@ import torch
 from torch import Tensor
 
 from foveate.errors import InputError, MissingSignalError
-from foveate.pruners.core import (
-    AtEntry,
-    Keep,
-    ModelInfo,
-    PatchPixels,
-    Scorer,
-    Stage,
-    Tokens,
-    budget,
-    register,
-)
+from foveate.pruners.core import AtEntry, Keep, ModelInfo, Scorer, Stage, Tokens, budget, register
 from foveate.pruners.core.parameters import check_number, choice, integer, number, parameter
 from foveate.pruners.core.patch_scorer import PatchScorer, load_scorer
+from foveate.pruners.core.signals import PatchPixels
 from foveate.pruners.core.ui_graph import MODES, ui_graph
 
 SCORER_FILE = "patch_scorer.safetensors"

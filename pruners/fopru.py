@@ -19,21 +19,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from foveate.pruners.core import (
-    ByView,
-    Keep,
-    Layout,
-    ModelInfo,
-    Selection,
-    Signal,
-    Tokens,
-    View,
-    choice,
-    integer,
-    register,
-)
+from foveate.pruners.core import ByView, Keep, Layout, ModelInfo, Selection, Tokens, View, register
+from foveate.pruners.core.parameters import choice, integer
 from foveate.pruners.core.selection import budget, floor, ranked, view_budgets
-from foveate.pruners.core.signals import GivenAttention, ReceivedAttention
+from foveate.pruners.core.signals import GivenAttention, ReceivedAttention, Signal
 
 
 @register("fopru")

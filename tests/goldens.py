@@ -69,7 +69,7 @@ from foveate.pruners.core.canvas import canvas_of
 from foveate.pruners.core.frame_questions import parsed_objects
 from foveate.pruners.core.merging import BlockTokens, Groups
 from foveate.pruners.core.patch_scorer import PatchScorer, scorer_loss
-from foveate.pruners.core.resampling import GRID, pooled
+from foveate.pruners.core.resampling import GRID, pooled, resampled
 from foveate.pruners.core.selection import budget, keep_all, ranked
 from foveate.pruners.core.signals import ClassAttention, Columns, InstructionAttention, TransitionVariation
 from foveate.pruners.core.ui_graph import box_coverage, image_blocks, supervision, ui_graph
@@ -77,7 +77,6 @@ from foveate.pruners.corematching import above_knee, knee
 from foveate.pruners.globalcom2 import crop_ratios, distinctness, global_map, richness, token_score
 from foveate.pruners.hiprune import anchor_count, anchors
 from foveate.pruners.pospad import marker_token
-from foveate.pruners.quota import resampled
 from foveate.pruners.todre import attended_pivot, diversification
 from foveate.pruners.tome import schedule
 from foveate.pruners.transprune import combined_score

@@ -95,6 +95,18 @@ def keep_all(tokens: Tokens) -> Selection:
     return Selection(torch.arange(tokens.count, device=tokens.embeds.device).expand(len(tokens.embeds), -1))
 
 
+def largest_fitting(most: int, images: Tensor, fits: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """The largest k in 0 .. ``most`` of every image, ``(B,)`` as ``images``, for which ``fits(k (M,), rows (M,))``
+    holds, by bisection."""
+    low, high = torch.zeros_like(images), torch.full_like(images, most)
+    while len(rows := (low < high).nonzero()[:, 0]):
+        middle = (low[rows] + high[rows] + 1) // 2
+        good = fits(middle, rows)
+        low[rows] = torch.where(good, middle, low[rows])
+        high[rows] = torch.where(good, high[rows], middle - 1)
+    return low
+
+
 def stacked(chosen: Sequence[Selection]) -> Selection:
     """One batch of selections of single images: rows are padded on the right, the index with -1, values with zeros."""
     whole: dict[str, Tensor] = {}

@@ -206,6 +206,19 @@ class Selection:
     resample: Sequence[Callable[[Tensor], Tensor]] | None = None
     markers: Tensor | None = None
 
+    def kept(self, count: int) -> Tensor:
+        """``(B, count)`` bool: which of ``count`` tokens survive."""
+        kept = torch.zeros(len(self.index), count + 1, dtype=torch.bool, device=self.index.device)
+        return kept.scatter(1, self.index.where(self.index >= 0, count), True)[:, :-1]
+
+    def written(self, embeds: Tensor) -> Tensor:
+        """``embeds (B, N, D)`` with the survivors' new values, if any, in their places."""
+        if self.values is None:
+            return embeds
+        wide = torch.cat([embeds, embeds[:, :1]], dim=1)  # absent survivors write after the end
+        where = self.index.where(self.index >= 0, embeds.shape[1])[..., None].expand_as(self.values)
+        return wide.scatter(1, where, self.values.to(embeds.dtype))[:, :-1]
+
     def check(self, method: str, batch: int, count: int, padded: bool) -> None:
         """Hold ``index`` to what is said above, for ``batch`` pictures of ``count`` tokens; ``padded``: -1 may stand
         there.

@@ -14,9 +14,9 @@ from foveate.cuda import similarity_energy
 from foveate.errors import FoveateError, ParameterError, UnsupportedModelError
 from foveate.pruners import InTower, PiToMe, ToMe
 from foveate.pruners.core import Layout, ModelInfo, View
+from foveate.pruners.core.matching import energy_matching, protected_matching
 from foveate.pruners.core.merging import BlockTokens, Groups, Merger, owners
 from foveate.pruners.core.selection import ranked
-from foveate.pruners.pitome import energy_matching, protected_matching
 from foveate.pruners.tome import schedule
 
 MERGERS: list[Merger] = [

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from foveate.errors import InputError, ParameterError
 from foveate.pruners import Layout, QuoTA
-from foveate.pruners.quota import distinct_places
+from foveate.pruners.core.resampling import distinct_places
 from tests.pruners.synthetic import CLIP, QWEN, anyres, first_stage, make_tokens, run
 
 
