@@ -6,8 +6,8 @@ instruction; greedy MAP inference picks them. Headline: LLaVA-1.5-7B keeps 97 % 
 
 Acts at the decoder's entry; reads the projected tokens and the instruction's embeddings, or encoder features where a
 CLIP model judges relevance. Only the latter, ``clip=ClipText(…)``, is the published relevance: negated cosine with
-CLIP's text embedding. By default it is the positive cosine with the instruction's embeddings in the decoder.
-Cost: an N x N kernel and k dependent steps of O(k N).
+CLIP's text embedding. By default it is the positive cosine with the instruction's embeddings in the decoder. Cost: an N
+x N kernel and k dependent steps of O(k N).
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class CDPruner(Scorer):
 
 
 def similarity(embeds: Tensor, text: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean cosine of every visual token with the text embeddings: ``(B, N, E), (B, M, E), (B, M) -> (B, N)`` float32."""
+    """Mean cosine of every visual token with the text: ``(B, N, E), (B, M, E), (B, M) -> (B, N)`` float32."""
     text = normalize(text.float(), dim=-1, eps=1e-12)
     if mask is None:
         mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)

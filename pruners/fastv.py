@@ -2,7 +2,8 @@
 
 Chen et al., "An Image is Worth 1/2 Tokens After Layer 2", arXiv 2403.06764 (ECCV 2024 oral). The paper averages all
 rows of attention; released code, and this, reads the last prompt token's. K = 2 without half of the tokens costs 55 %
-of the FLOPs at equal scores. Acts before layer K, in prefill; positions stay, the cache is long below K, short above."""
+of the FLOPs at equal scores. In prefill, before layer K; positions stay, the cache is long below K, then short.
+"""
 
 from __future__ import annotations
 

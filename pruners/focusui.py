@@ -97,8 +97,8 @@ class FocusUI(Scorer):
             return _loaded(Path(path), self.heads)
         if model.family != "none" and model.token_ids:
             warnings.warn(
-                f"focusui: this {model.family} model comes without a patch scorer ({SCORER_FILE}), so the UI graph ranks "
-                "its tokens; pass scorer=<file>, or scorer='uigraph' to say that this is meant",
+                f"focusui: this {model.family} model comes without a patch scorer ({SCORER_FILE}), so the UI graph "
+                "ranks its tokens; pass scorer=<file>, or scorer='uigraph' to say that this is meant",
                 stacklevel=4,
             )
         return None

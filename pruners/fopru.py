@@ -104,6 +104,6 @@ def rank(score: Tensor, k: int) -> Tensor:
 
 
 def best_rows(score: Tensor, grid: tuple[int, int], rows: int) -> Tensor:
-    """All tokens of the ``rows`` grid rows with the largest summed score, best row first: ``(B, N) -> (B, rows * cols)``."""
+    """All tokens of the ``rows`` grid rows of largest summed score, best row first: ``(B, N) -> (B, rows * cols)``."""
     chosen = rank(score.unflatten(1, grid).sum(dim=2), rows)
     return (chosen[:, :, None] * grid[1] + torch.arange(grid[1], device=score.device)).flatten(1)

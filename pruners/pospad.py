@@ -126,11 +126,12 @@ class PosPad(Pruner):
         if names and model.token_ids and not any(map(model.token_ids.get, names)):
             missing = " and no ".join(f"{name}_token_id" for name in names)
             raise MissingSignalError(
-                f"marker={marker!r}: the configuration of this {model.family} model has no {missing}; use 'run_mean' or 'last'"
+                f"marker={marker!r}: the configuration of this {model.family} model has no {missing}; "
+                "use 'run_mean' or 'last'"
             )
         if model.token_ids and not _is(marker, "trained") and self.placement != "none":
             warnings.warn(
-                f"pospad: this {model.family} model was not trained with a marker; what is published of PosPad need not hold",
+                f"pospad: this {model.family} model was not trained with a marker; what is published need not hold",
                 stacklevel=4,
             )
         return marker
@@ -154,8 +155,8 @@ class PosPad(Pruner):
         total, stretches = self.total(tokens.layout), int(stretch_ends(tokens.layout).sum())
         if stretches > total:
             raise BudgetError(
-                f"{self.name}: a picture of {stretches} separate stretches (rows, frames, crops) needs a token in each, and "
-                f"the budget is {total}; use a larger keep, or count_markers=False"
+                f"{self.name}: a picture of {stretches} separate stretches (rows, frames, crops) needs a token in "
+                f"each, and the budget is {total}; use a larger keep, or count_markers=False"
             )
         images = torch.arange(len(tokens.embeds), device=tokens.embeds.device)
 

@@ -66,8 +66,8 @@ class QuoTA(Pruner):
         cap = self.cap or ("waterfill" if model.mrope else published)
         if model.mrope and cap == "none":
             raise ParameterError(
-                f"cap='none' may enlarge a frame beyond its own places, and the three-axis positions of {model.family} tie "
-                "tokens to them; use cap='waterfill' or cap='official'"
+                f"cap='none' may enlarge a frame beyond its own places, and the three-axis positions of {model.family} "
+                "tie tokens to them; use cap='waterfill' or cap='official'"
             )
         # the ToMe assigner alone starts from what the model itself has pooled
         signals = {"unpooled": UnpooledFrames(0)} if model.pools_frames and self.assigner != "tome" else {}
@@ -114,8 +114,8 @@ class QuoTA(Pruner):
         scores = self.scores if tokens.frame_scores is None else tokens.frame_scores[b]
         if scores is None:
             raise InputError(
-                f"quota needs scores for the frames of a video that makes {views} views: set session.frame_scores to one "
-                "sequence per video before each call (foveate.FrameScorer makes them), or give scores=..."
+                f"quota needs scores for the frames of a video that makes {views} views: set session.frame_scores to "
+                "one sequence per video before each call (foveate.FrameScorer makes them), or give scores=..."
             )
         shared = scores_per_view(checked_scores(scores), views, frames_per_view)
         return frame_weights(shared, self.score_power, self.score_scale)

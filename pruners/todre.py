@@ -98,7 +98,7 @@ class ToDRE(Pruner):
         return None if self.stage2 else budget(self.keep, layout.size)  # stage 2 removes all of an image or nothing
 
     def diversify(self, tokens: Tokens, class_attention: Tensor | None = None) -> Selection:
-        """Stage 1: the budget's tokens, as unlike as can be; ``class_attention (B, N)`` finds the pivot where it is read."""
+        """Stage 1: tokens as unlike as can be; ``class_attention (B, N)`` finds the pivot where it is read."""
         k = budget(self.keep, tokens.count)
         if k >= tokens.count:
             return keep_all(tokens)
@@ -119,7 +119,7 @@ class ToDRE(Pruner):
         return closeness.argmax(dim=1) if self.pivot == "center" else closeness.argmin(dim=1)
 
     def drop_irrelevant(self, tokens: Tokens, shares: Tensor) -> Selection:
-        """Stage 2: no token of the images whose ``shares (B, 2)`` of attention between text and picture are both small."""
+        """Stage 2: no token of images whose ``shares (B, 2)`` of attention between text and picture are both small."""
         gone = irrelevant(shares, self.tau)
         index = keep_all(tokens).index.masked_fill(gone[:, None], -1)
         return Selection(index[:, :0] if bool(gone.all()) else index)

@@ -94,7 +94,7 @@ class ToMe(Merger):
 
 
 def schedule(r: int | tuple[int, ...], layers: int, inflection: float = 0.0) -> list[int]:
-    """How many tokens each of ``layers`` blocks merges; cut to integers as officially, so the sum may be below ``r * layers``."""
+    """How many tokens each of ``layers`` blocks merges; cut to integers, as officially, so the sum may be lower."""
     if isinstance(r, tuple):
         return [*r, *[0] * layers][:layers]
     lowest = int(r * (1.0 - inflection))

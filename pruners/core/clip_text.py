@@ -46,7 +46,7 @@ class ClipText:
 
     @torch.no_grad()
     def text_embeds(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Decoder tokens ``(B, T)``, -1 where there is none -> ``(B, M, E)`` one per segment, ``(B, M)`` which exist."""
+        """Decoder tokens ``(B, T)``, -1 for none -> ``(B, M, E)`` one per segment, ``(B, M)`` which exist."""
         length, device = self.model.config.text_config.max_position_embeddings, self.model.device
         samples = []
         for row in ids.tolist():

@@ -47,7 +47,7 @@ def kth(metric: Tensor, k: int, *, prefix: int = 0) -> Groups:
 def random_groups(
     metric: Tensor, r: int, generator: torch.Generator, *, prefix: int = 0, pairs: bool = False
 ) -> Groups:
-    """``r`` random rows of ``metric (B, N, d)`` merge into their best match among the others, or (``pairs``) into random ones."""
+    """``r`` random rows of ``metric (B, N, d)`` merge into their best match among the others, or random ``pairs``."""
     batch, n, _ = metric.shape
     shuffled = prefix + torch.randperm(n - prefix, generator=generator).to(metric.device)
     source, stay = shuffled[:r], shuffled[r:].sort().values

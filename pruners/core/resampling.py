@@ -44,7 +44,7 @@ def linspace(frames: Tensor, cells: int) -> Resample:
 
 
 def tome(frames: Tensor, cells: int) -> Resample:
-    """Rounds of ToMe's bipartite matching until ``cells`` tokens are left, in the order in which the last round left them."""
+    """Rounds of ToMe's bipartite matching until ``cells`` tokens are left, in the order of the last round."""
     rounds = matching_rounds(frames.flatten(1, 2), cells)
     return lambda x: merged(x.flatten(1, 2), rounds)
 
@@ -84,7 +84,7 @@ def linspace_index(n: int, k: int) -> Tensor:
 
 
 def pooled(frames: Tensor) -> Tensor:
-    """The 2 x 2 bilinear pooling of the LLaVA video models: ``(M, rows, cols, D)`` -> ``(M, ceil(rows/2), ceil(cols/2), D)``."""
+    """The 2 x 2 bilinear pooling of the LLaVA video models, ``(M, rows, cols, D)``; halves are rounded up."""
     half = tuple(-(-side // 2) for side in frames.shape[1:3])
     return bilinear(frames, half)(frames).unflatten(1, half)
 

@@ -38,7 +38,7 @@ class Runs:
         return Runs(*(x[b : b + 1] for x in (self.dropped, self.first, self.last, self.number)))
 
     def marker_places(self, placement: str) -> Tensor:
-        """``(B, N)`` the token in whose place the marker of each dropped token's run stands (``"full"``: its own place)."""
+        """``(B, N)`` the token in whose place each dropped token's run has its marker (``"full"``: its own place)."""
         if placement == "full":
             return torch.arange(self.dropped.shape[1], device=self.dropped.device).expand_as(self.first)
         return {"end": self.last, "first": self.first, "middle": (self.first + self.last) // 2}[placement]
@@ -82,7 +82,8 @@ def with_markers(x: Tensor, index: Tensor, markers: Tensor, gone: Runs, vector: 
 
 def features_with_markers(index: Tensor, markers: Tensor, gone: Runs, mean: bool, x: Tensor) -> Tensor:
     """Other features ``x (N, C)`` of one picture's tokens for its survivors ``index (K,)``, -1 for none: markers have
-    their run's ``mean``, or nothing."""
+    their run's ``mean``, or nothing.
+    """
     present = index[index >= 0][None]
     return with_markers(x[None], present, markers[None], gone, None if mean else x.new_zeros(x.shape[1]))[0]
 
