@@ -25,6 +25,7 @@ MOVED = {
     "foveate.pruners.base": "foveate.pruners.core",
     "foveate.pruners.registry": "foveate.pruners.core.method",
     "foveate.adapters.overlay": "foveate.adapters.drawing",
+    "foveate.pruners.baselines": "foveate.pruners",
     "foveate.adapters.frame_scorer": "foveate.adapters.video.frame_scorer",
     "foveate.cuda.bench": "foveate.eval_suites.speed.kernels",
     "foveate.eval_suites.clock": "foveate.eval_suites.speed.harness",

@@ -1,7 +1,8 @@
 """The methods, one file per published method."""
 
 from foveate.pruners.avgpool import AvgPool
-from foveate.pruners.cdpruner import CDPruner, ClipText
+from foveate.pruners.cdpruner import CDPruner
+from foveate.pruners.core.clip_text import ClipText
 from foveate.pruners.core.compose import Then
 from foveate.pruners.core.control import RandomLike
 from foveate.pruners.core.method import PRUNERS, ByView, ModelInfo, Pruner, Scorer, create, find, register

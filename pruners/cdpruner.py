@@ -6,79 +6,24 @@ instruction; greedy MAP inference picks them. Headline: LLaVA-1.5-7B keeps 97 % 
 
 Acts at the decoder's entry; reads the projected tokens and the instruction's embeddings, or encoder features where a
 CLIP model judges relevance. Only the latter, ``clip=ClipText(…)``, is the published relevance: negated cosine with
-CLIP's text embedding. By default it is the positive cosine with the instruction's embeddings in the decoder.
-Cost: an N x N kernel and k dependent steps of O(k N).
+CLIP's text embedding. By default it is the positive cosine with the instruction's embeddings in the decoder. Cost: an N
+x N kernel and k dependent steps of O(k N).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, pad
-from torch.nn.utils.rnn import pad_sequence
+from torch.nn.functional import normalize
 
 from foveate.cuda import conditional_dpp
 from foveate.errors import MissingSignalError, ParameterError
-from foveate.pruners.core import (
-    AtEntry,
-    EncoderFeatures,
-    Keep,
-    ModelInfo,
-    Scorer,
-    Selection,
-    Stage,
-    Tokens,
-    choice,
-    register,
-)
-
-
-@dataclass(frozen=True, eq=False)
-class ClipText:
-    """The CLIP model whose vision tower the VLM uses, to compare patches with the instruction.
-
-    Attributes:
-        model: a ``transformers`` ``CLIPModel``.
-        tokenizer: its tokenizer.
-        llm_tokenizer: the decoder's, to read the prompt.
-    """
-
-    model: Any
-    tokenizer: Any
-    llm_tokenizer: Any
-
-    @torch.no_grad()
-    def image_embeds(self, features: Tensor) -> Tensor:
-        """Patches of the encoder ``(B, N, C)`` in the space shared with text: ``(B, N, E)``.
-
-        Raises:
-            MissingSignalError: the features are not those of this model's tower.
-        """
-        expected = self.model.visual_projection.in_features
-        if features.shape[-1] != expected:
-            raise MissingSignalError(
-                f"the tower's features have {features.shape[-1]} channels, this CLIP model reads {expected}; pass the "
-                "CLIP model of the VLM's own vision tower, or no clip (relevance='embeddings')"
-            )
-        weight = self.model.visual_projection.weight
-        hidden = self.model.vision_model.post_layernorm(features.to(weight.device, weight.dtype))
-        return self.model.visual_projection(hidden).to(features.device)
-
-    @torch.no_grad()
-    def text_embeds(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Decoder tokens ``(B, T)``, -1 where there is none -> ``(B, M, E)`` one per segment, ``(B, M)`` which exist."""
-        length, device = self.model.config.text_config.max_position_embeddings, self.model.device
-        samples = []
-        for row in ids.tolist():
-            text = self.llm_tokenizer.decode([i for i in row if i >= 0], skip_special_tokens=True)
-            whole = torch.tensor(self.tokenizer(text)["input_ids"], device=device)
-            segments = pad(whole, (0, -len(whole) % length)).view(-1, length)
-            samples.append(self.model.get_text_features(segments, return_dict=True).pooler_output)
-        exists = pad_sequence([s.new_ones(len(s), dtype=torch.bool) for s in samples], batch_first=True)
-        return pad_sequence(samples, batch_first=True).to(ids.device), exists.to(ids.device)
+from foveate.pruners.core import AtEntry, Keep, ModelInfo, Scorer, Selection, Stage, Tokens, choice, register
+from foveate.pruners.core.clip_text import ClipText
+from foveate.pruners.core.signals import EncoderFeatures
 
 
 @register("cdpruner")
@@ -133,7 +78,7 @@ class CDPruner(Scorer):
 
 
 def similarity(embeds: Tensor, text: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean cosine of every visual token with the text embeddings: ``(B, N, E), (B, M, E), (B, M) -> (B, N)`` float32."""
+    """Mean cosine of every visual token with the text: ``(B, N, E), (B, M, E), (B, M) -> (B, N)`` float32."""
     text = normalize(text.float(), dim=-1, eps=1e-12)
     if mask is None:
         mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)

@@ -122,7 +122,7 @@ class CoreMatching(Pruner):
         return None if self.budget is None else budget(self.budget, layout.length)  # separators count as tokens
 
     def core_tokens(self, tokens: Tokens, matches: Tensor) -> Selection:
-        """The tokens whose count of matching neurons, ``matches (B, N)``, passes the knee, or the ``budget`` largest."""
+        """The tokens whose count of matching neurons, ``matches (B, N)``, passes the knee, or the ``budget`` best."""
         n = tokens.count
         if self.budget is not None:
             keep = budget(self.budget, tokens.entered)

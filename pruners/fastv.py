@@ -1,10 +1,8 @@
 """FastV: after the first decoder layers keep the visual tokens that the last prompt token looks at.
 
 Chen et al., "An Image is Worth 1/2 Tokens After Layer 2", arXiv 2403.06764 (ECCV 2024 oral). The paper averages all
-tokens' attention; all released code, and this, reads the last prompt token's row only. Headline: K = 2 with half of the
-tokens removed costs 55 % of the FLOPs at unchanged scores. Acts before decoder layer K, in prefill only; reads one row
-of layer K - 1's attention. Survivors keep their positions; the cache is long below layer K, short from there on. Cost:
-O(H N d), a row per head.
+rows of attention; released code, and this, reads the last prompt token's. K = 2 without half of the tokens costs 55 %
+of the FLOPs at equal scores. In prefill, before layer K; positions stay, the cache is long below K, then short.
 """
 
 from __future__ import annotations
@@ -14,17 +12,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from foveate.pruners.core import (
-    BeforeLayer,
-    Keep,
-    LastTokenAttention,
-    ModelInfo,
-    Scorer,
-    Stage,
-    Tokens,
-    integer,
-    register,
-)
+from foveate.pruners.core import BeforeLayer, Keep, ModelInfo, Scorer, Stage, Tokens, integer, register
+from foveate.pruners.core.signals import LastTokenAttention
 
 
 @register("fastv")
@@ -45,8 +34,8 @@ class FastV(Scorer):
     k: int = integer(2, "layer that follows one whose attention can be read", 1)
 
     def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
-        layer = model.decoder_layer("k", self.k)
-        return (BeforeLayer(self.select, {"attention": LastTokenAttention(layer - 1)}, layer=layer, positions="keep"),)
+        read = {"attention": LastTokenAttention(self.k - 1)}
+        return (BeforeLayer(self.select, read, layer=model.decoder_layer("k", self.k), positions="keep"),)
 
     def score(self, tokens: Tokens, attention: Tensor) -> Tensor:
         return attention

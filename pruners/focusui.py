@@ -30,19 +30,10 @@ import torch
 from torch import Tensor
 
 from foveate.errors import InputError, MissingSignalError
-from foveate.pruners.core import (
-    AtEntry,
-    Keep,
-    ModelInfo,
-    PatchPixels,
-    Scorer,
-    Stage,
-    Tokens,
-    budget,
-    register,
-)
+from foveate.pruners.core import AtEntry, Keep, ModelInfo, Scorer, Stage, Tokens, budget, register
 from foveate.pruners.core.parameters import check_number, choice, integer, number, parameter
 from foveate.pruners.core.patch_scorer import PatchScorer, load_scorer
+from foveate.pruners.core.signals import PatchPixels
 from foveate.pruners.core.ui_graph import MODES, ui_graph
 
 SCORER_FILE = "patch_scorer.safetensors"
@@ -106,8 +97,8 @@ class FocusUI(Scorer):
             return _loaded(Path(path), self.heads)
         if model.family != "none" and model.token_ids:
             warnings.warn(
-                f"focusui: this {model.family} model comes without a patch scorer ({SCORER_FILE}), so the UI graph ranks "
-                "its tokens; pass scorer=<file>, or scorer='uigraph' to say that this is meant",
+                f"focusui: this {model.family} model comes without a patch scorer ({SCORER_FILE}), so the UI graph "
+                "ranks its tokens; pass scorer=<file>, or scorer='uigraph' to say that this is meant",
                 stacklevel=4,
             )
         return None

@@ -19,21 +19,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from foveate.pruners.core import (
-    ByView,
-    Keep,
-    Layout,
-    ModelInfo,
-    Selection,
-    Signal,
-    Tokens,
-    View,
-    choice,
-    integer,
-    register,
-)
+from foveate.pruners.core import ByView, Keep, Layout, ModelInfo, Selection, Tokens, View, register
+from foveate.pruners.core.parameters import choice, integer
 from foveate.pruners.core.selection import budget, floor, ranked, view_budgets
-from foveate.pruners.core.signals import GivenAttention, ReceivedAttention
+from foveate.pruners.core.signals import GivenAttention, ReceivedAttention, Signal
 
 
 @register("fopru")
@@ -115,6 +104,6 @@ def rank(score: Tensor, k: int) -> Tensor:
 
 
 def best_rows(score: Tensor, grid: tuple[int, int], rows: int) -> Tensor:
-    """All tokens of the ``rows`` grid rows with the largest summed score, best row first: ``(B, N) -> (B, rows * cols)``."""
+    """All tokens of the ``rows`` grid rows of largest summed score, best row first: ``(B, N) -> (B, rows * cols)``."""
     chosen = rank(score.unflatten(1, grid).sum(dim=2), rows)
     return (chosen[:, :, None] * grid[1] + torch.arange(grid[1], device=score.device)).flatten(1)

@@ -23,20 +23,11 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, interpolate, normalize, one_hot
 
 from foveate.errors import ParameterError
-from foveate.pruners.core import AtEntry, Keep, Layout, ModelInfo, Pruner, Selection, Signal, Stage, Tokens, register
+from foveate.pruners.core import AtEntry, Keep, Layout, ModelInfo, Pruner, Selection, Stage, Tokens, keep_all, register
 from foveate.pruners.core.canvas import Canvas, canvas_of
 from foveate.pruners.core.parameters import choice, number
-from foveate.pruners.core.selection import (
-    among_top,
-    best,
-    budget,
-    keep_all,
-    kept_tokens,
-    per_view,
-    ranked,
-    view_budgets,
-)
-from foveate.pruners.core.signals import ClassAttention, EncoderFeatures
+from foveate.pruners.core.selection import among_top, best, budget, kept_tokens, per_view, ranked, view_budgets
+from foveate.pruners.core.signals import ClassAttention, EncoderFeatures, Signal
 
 
 @register("globalcom2")

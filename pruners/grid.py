@@ -1,4 +1,4 @@
-"""A regular sub-lattice of every view: a baseline that reads no content, acts at the decoder's entry and costs nothing."""
+"""A regular sub-lattice of every view: a baseline that reads no content and costs nothing, at the decoder's entry."""
 
 from __future__ import annotations
 

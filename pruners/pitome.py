@@ -1,10 +1,10 @@
 """PiToMe: merge inside big clusters of similar tokens, leave isolated tokens alone.
 
-Tran, Nguyen, Nguyen, Nguyen, Le, Xie, Sonntag, Zou, Nguyen, Niepert, "Accelerating Transformers with
-Spectrum-Preserving Token Merging", NeurIPS 2024, arXiv 2405.16148. Every token gets an *energy*, its mean similarity to
-all others beyond a margin that falls with depth. Tokens of high energy belong to large redundant clusters; they are
-split by turns along the energy ranking and merged with their best partner, while tokens of low energy are protected.
-Headline: 40 to 60 % fewer operations for 0.5 points of ImageNet accuracy off the shelf, where other mergers lose 2.6.
+Tran et al., "Accelerating Transformers with Spectrum-Preserving Token Merging", NeurIPS 2024, arXiv 2405.16148. Every
+token gets an *energy*, its mean similarity to all others beyond a margin that falls with depth. Tokens of high energy
+belong to large redundant clusters; they are split by turns along the energy ranking and merged with their best partner,
+while tokens of low energy are protected. Headline: 40 to 60 % fewer operations for 0.5 points of ImageNet accuracy off
+the shelf, where other mergers lose 2.6.
 
 Follows the published code where it differs from the paper (continuous energy, blocks without protection by family),
 with attention that counts patches as the paper says. Sets depend on the parity of energy ranks, so energies are exact
@@ -19,21 +19,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from foveate.cuda import best_match, similarity_energy
-from foveate.cuda.merging import take_rows
+from foveate.cuda import similarity_energy
 from foveate.errors import ParameterError
 from foveate.pruners.core import InTower, ModelInfo, choice, number, one_or_several, register
+from foveate.pruners.core.matching import bipartite, energy_matching, protected_matching
 from foveate.pruners.core.merging import BlockKeys, BlockTokens, Groups, Merger, ratio_of_block, removed
-from foveate.pruners.core.parameters import check_number
-from foveate.pruners.core.selection import ranked
-from foveate.pruners.tome import bipartite
 
-LLAVA_TOME_BLOCKS = 13
-"""How many blocks of the published CLIP patch are ToMe's."""
-
-
-def _margin(name: str, value: float) -> float:
-    return check_number(name, value, "similarity")
+LLAVA_TOME_BLOCKS = 13  # of the published CLIP patch
 
 
 @register("pitome")
@@ -64,7 +56,7 @@ class PiToMe(Merger):
 
     ratio: float | tuple[float, ...] = one_or_several(0.9, ratio_of_block)
     order: str = choice("deit", "deit", "mae", "plain", "llava")
-    margin: float | tuple[float, float] | None = one_or_several(None, _margin)
+    margin: float | tuple[float, float] | None = one_or_several(None, number(0, "similarity"))
     alpha: float = number(1.0, "slope")
     metric: str | None = choice(None, "keys", "tokens")
     prop_attn: bool | None = None
@@ -105,18 +97,13 @@ class PiToMe(Merger):
             merge = protected_matching if variant == "pitome" else energy_matching
             return merge(features, energy, tokens.count, prefix=prefix)
 
-        return InTower(
-            select,
-            {"metric": BlockKeys()} if metric == "keys" else {},
-            layer=i,
-            removes=removes,
-            proportional=not llava if self.prop_attn is None else self.prop_attn,
-            weighting=self.weighting or ("mean" if llava else "size"),
-            after_mlp=llava,
-        )
+        read = {"metric": BlockKeys()} if metric == "keys" else {}
+        how = {"weighting": self.weighting or ("mean" if llava else "size"), "after_mlp": llava}
+        how["proportional"] = not llava if self.prop_attn is None else self.prop_attn
+        return InTower(select, read, layer=i, removes=removes, **how)
 
     def variant(self, i: int, depth: int) -> str:
-        """``"pitome"`` (protects), ``"bsm_pitome"`` (ranks by energy, protects nothing) or ``"bsm"`` (ToMe) in block ``i``."""
+        """In block ``i``: ``"pitome"`` protects, ``"bsm_pitome"`` ranks by energy only, ``"bsm"`` is ToMe."""
         if self.order == "llava":
             return "bsm" if i < LLAVA_TOME_BLOCKS else "pitome"
         first_half = i < (depth + 1) // 2
@@ -131,37 +118,3 @@ class PiToMe(Merger):
     def ratio_of(self, i: int) -> float:
         """The keep ratio of block ``i``."""
         return self.ratio if not isinstance(self.ratio, tuple) else self.ratio[i] if i < len(self.ratio) else 1.0
-
-
-def protected_matching(metric: Tensor, energy: Tensor, r: int, *, prefix: int = 0) -> Groups:
-    """The 2r patches of highest energy are paired, all others protected (variant "pitome").
-
-    ``metric (B, N, d)`` with ``energy (B, N - prefix)`` of its patches; r at most half of them. Rows leave as prefix,
-    protected, targets, by falling energy.
-    """
-    order = prefix + ranked(energy)
-    source, targets, protected = order[:, 0 : 2 * r : 2], order[:, 1 : 2 * r : 2], order[:, 2 * r :]
-    paired = take_rows(metric, order[:, : 2 * r])
-    _, match = best_match(paired[:, 0::2], paired[:, 1::2])
-    keep = torch.cat([_prefix(metric, prefix), protected, targets], dim=1)
-    return Groups(keep, source, prefix + protected.shape[1] + match)
-
-
-def energy_matching(metric: Tensor, energy: Tensor, r: int, *, prefix: int = 0) -> Groups:
-    """All patches are split along the energy ranking, and the ``r`` best pairs merge (variant "bsm_pitome").
-
-    Rows leave as prefix, unmerged sources by falling similarity, targets by falling energy.
-    """
-    order = prefix + ranked(energy)
-    sources, targets = order[:, 0::2], order[:, 1::2]
-    by_rank = take_rows(metric, order)
-    score, match = best_match(by_rank[:, 0::2], by_rank[:, 1::2])
-    best = ranked(score)
-    sources = sources.gather(1, best)
-    source, stay = sources[:, :r], sources[:, r:]
-    keep = torch.cat([_prefix(metric, prefix), stay, targets], dim=1)
-    return Groups(keep, source, prefix + stay.shape[1] + match.gather(1, best[:, :r]))
-
-
-def _prefix(metric: Tensor, prefix: int) -> Tensor:
-    return torch.arange(prefix, device=metric.device).expand(len(metric), -1)

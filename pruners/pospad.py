@@ -5,8 +5,7 @@ single marker that stands where the run ends and has the position of that place,
 renumbered, so the model still sees how far apart the survivors are. Runs never cross text, a newline, or from one
 picture, frame or crop into the next. With the markers that this package adds (``run_mean``, ``last``) it works after
 any selector on any model; **published are only models that were fine-tuned together with a marker of their own**.
-Headline, from the paper's ablation on ScreenSpot-Pro with half the tokens: 42.3 instead of 29.2 for dropping them
-directly.
+Headline, from the paper's ablation on ScreenSpot-Pro with half the tokens: 42.3, and 29.2 for dropping them directly.
 
 Acts where the inner method acts, the decoder's entry. Markers are tokens, too: after a scattered selection there are
 nearly as many as survivors, so the budget counts them unless ``count_markers=False``, as published. Inside the decoder
@@ -19,31 +18,20 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from foveate.cuda import gather_tokens, run_mean
+from foveate.cuda import gather_tokens
 from foveate.errors import BudgetError, MissingSignalError, ParameterError
-from foveate.pruners.core import (
-    BeforeLayer,
-    Keep,
-    Layout,
-    ModelInfo,
-    Pruner,
-    Selection,
-    Stage,
-    Tokens,
-    create,
-    register,
-)
-from foveate.pruners.core.parameters import check_choice, choice, integer, parameter
-from foveate.pruners.core.runs import Runs, runs, stretch_ends
-from foveate.pruners.core.selection import budget, kept_tokens, ranked, stacked, top_k
+from foveate.pruners.core import BeforeLayer, Layout, ModelInfo, Pruner, Selection, Stage, Tokens, create, register
+from foveate.pruners.core.parameters import Keep, check_choice, choice, integer, parameter
+from foveate.pruners.core.runs import features_with_markers, mean_embedding, runs, stretch_ends, with_markers
+from foveate.pruners.core.selection import budget, kept_tokens, largest_fitting, ranked, stacked, top_k
 
 MARKERS = ("trained", "run_mean", "last", "mean_vocab", "pad")
 TOKEN_OF = {"trained": ("image_drop_end",), "pad": ("pad", "bos")}
@@ -78,7 +66,7 @@ class PosPad(Pruner):
         vocab: number of real tokens for ``"mean_vocab"``; None: all rows of the table.
     """
 
-    title: ClassVar[str] = "A marker for every run of dropped tokens, behind any selector"
+    title: ClassVar[str] = "A marker for every run of dropped tokens, after any selector"
     paper: ClassVar[str] = "arXiv 2601.03928 (CVPR 2026)"
     cost: ClassVar[str] = "one gather; counted markers repeat the selection about 10 times"
 
@@ -98,9 +86,7 @@ class PosPad(Pruner):
         if self.count_markers and not budgeted:
             raise ParameterError(f"{inner.name} has no budget that markers could count in; pass count_markers=False")
         if self.count_markers and self.placement == "full":
-            raise ParameterError(
-                "placement='full' drops nothing that could make room for markers; pass count_markers=False"
-            )
+            raise ParameterError("placement='full' leaves no room that markers could take; pass count_markers=False")
         inner = inner if self.keep == "inner" else replace(inner, keep=self.keep)
         object.__setattr__(self, "inner", inner)
         object.__setattr__(self, "keep", getattr(inner, "keep", None))
@@ -126,7 +112,7 @@ class PosPad(Pruner):
 
         def select(tokens: Tokens, **signals: Tensor) -> Selection:
             chosen = stage.select(tokens, **signals)
-            if self.count_markers and self.placement != "none" and not bool(_mask(chosen, tokens).all()):
+            if self.count_markers and self.placement != "none" and not bool(chosen.kept(tokens.count).all()):
                 chosen = self._within_budget(tokens, chosen, signals, model)
             return self.padded(tokens, chosen, marker, model.token_ids)
 
@@ -140,11 +126,12 @@ class PosPad(Pruner):
         if names and model.token_ids and not any(map(model.token_ids.get, names)):
             missing = " and no ".join(f"{name}_token_id" for name in names)
             raise MissingSignalError(
-                f"marker={marker!r}: the configuration of this {model.family} model has no {missing}; use 'run_mean' or 'last'"
+                f"marker={marker!r}: the configuration of this {model.family} model has no {missing}; "
+                "use 'run_mean' or 'last'"
             )
         if model.token_ids and not _is(marker, "trained") and self.placement != "none":
             warnings.warn(
-                f"pospad: this {model.family} model was not trained with a marker; what is published of PosPad need not hold",
+                f"pospad: this {model.family} model was not trained with a marker; what is published need not hold",
                 stacklevel=4,
             )
         return marker
@@ -168,8 +155,8 @@ class PosPad(Pruner):
         total, stretches = self.total(tokens.layout), int(stretch_ends(tokens.layout).sum())
         if stretches > total:
             raise BudgetError(
-                f"{self.name}: a picture of {stretches} separate stretches (rows, frames, crops) needs a token in each, and "
-                f"the budget is {total}; use a larger keep, or count_markers=False"
+                f"{self.name}: a picture of {stretches} separate stretches (rows, frames, crops) needs a token in "
+                f"each, and the budget is {total}; use a larger keep, or count_markers=False"
             )
         images = torch.arange(len(tokens.embeds), device=tokens.embeds.device)
 
@@ -178,7 +165,7 @@ class PosPad(Pruner):
 
         if _is_top_k(chosen):
             place = ranked(chosen.scores).argsort(dim=1)
-            most = _largest(total, images, lambda k, rows: fits(place[rows] < k[:, None]))
+            most = largest_fitting(total, images, lambda k, rows: fits(place[rows] < k[:, None]))
             return replace(chosen, index=kept_tokens(place < most[:, None]))
 
         def ask(k: int, rows: Tensor) -> Selection:
@@ -190,10 +177,10 @@ class PosPad(Pruner):
         def enough(k: Tensor, rows: Tensor) -> Tensor:
             good = torch.zeros_like(k, dtype=torch.bool)
             for count in k.unique().tolist():
-                good[k == count] = fits(_mask(ask(count, rows[k == count]), tokens))
+                good[k == count] = fits(ask(count, rows[k == count]).kept(tokens.count))
             return good
 
-        most = _largest(total, images, enough)
+        most = largest_fitting(total, images, enough)
         return stacked([ask(k, row) for k, row in zip(most.tolist(), images.split(1))])
 
     def padded(
@@ -205,7 +192,7 @@ class PosPad(Pruner):
             marker: what the markers are, as resolved for the model (never None); a tensor is an embedding ``(D,)``.
             token_ids: ids of the model's special tokens, of which some markers are the embedding.
         """
-        kept = _mask(chosen, tokens)
+        kept = chosen.kept(tokens.count)
         if bool(kept.all()) or self.placement == "none":
             return replace(chosen, order=None)
         gone = runs(~kept, tokens.layout)
@@ -220,11 +207,13 @@ class PosPad(Pruner):
             owner = torch.where(markers, itself, owner)
         survivors = Selection(index, owner=owner, scores=chosen.scores, markers=markers)
         if _is(marker, "last"):
-            survivors.values = None if chosen.values is None else gather_tokens(_written(tokens, chosen), index)
+            survivors.values = None if chosen.values is None else gather_tokens(chosen.written(tokens.embeds), index)
             return survivors
         vector = None if mean else self._vector(marker, tokens, token_ids)
-        survivors.values = _marked(_written(tokens, chosen), index, markers, gone, vector)
-        survivors.resample = [partial(_deepstack, index[b], markers[b], gone.image(b), mean) for b in range(len(index))]
+        survivors.values = with_markers(chosen.written(tokens.embeds), index, markers, gone, vector)
+        survivors.resample = [
+            partial(features_with_markers, index[b], markers[b], gone.image(b), mean) for b in range(len(index))
+        ]
         return survivors
 
     def _vector(self, marker: str | Tensor, tokens: Tokens, token_ids: Mapping[str, tuple[int, ...]]) -> Tensor:
@@ -255,59 +244,8 @@ def _is(marker: str | Tensor, name: str) -> bool:
     return isinstance(marker, str) and marker == name
 
 
-def _mask(chosen: Selection, tokens: Tokens) -> Tensor:
-    """``(B, N)`` bool: what the selection keeps."""
-    mask = torch.zeros(len(chosen.index), tokens.count + 1, dtype=torch.bool, device=chosen.index.device)
-    return mask.scatter(1, chosen.index.where(chosen.index >= 0, tokens.count), True)[:, :-1]
-
-
-def _written(tokens: Tokens, chosen: Selection) -> Tensor:
-    """The tokens' embeddings ``(B, N, D)`` with the survivors' new values, if any, in their places."""
-    embeds = tokens.embeds
-    if chosen.values is None:
-        return embeds
-    wide = torch.cat([embeds, embeds[:, :1]], dim=1)  # absent survivors write after the end
-    where = chosen.index.where(chosen.index >= 0, embeds.shape[1])[..., None].expand_as(chosen.values)
-    return wide.scatter(1, where, chosen.values.to(embeds.dtype))[:, :-1]
-
-
-def _marked(x: Tensor, index: Tensor, markers: Tensor, gone: Runs, vector: Tensor | None) -> Tensor:
-    """Rows ``index (B, K)`` of ``x (B, N, D)``, markers' rows being ``vector``, or None: the mean of their run."""
-    slot = index.clamp(min=0)
-    marked = markers.gather(1, slot) & (index >= 0)
-    if vector is None:
-        means = run_mean(x, gone.number, int(gone.counts.max()))
-        vector = gather_tokens(means, gone.number.gather(1, slot))
-    return gather_tokens(x, index, marked=marked, marker=vector)
-
-
-def _deepstack(index: Tensor, markers: Tensor, gone: Runs, mean: bool, x: Tensor) -> Tensor:
-    """Other features of one picture's tokens, ``(N, C)``, for its survivors: markers have their run's mean, or nothing."""
-    present = index[index >= 0][None]
-    return _marked(x[None], present, markers[None], gone, None if mean else x.new_zeros(x.shape[1]))[0]
-
-
 def _is_top_k(chosen: Selection) -> bool:
     """Whether the selection is just the best of its scores."""
     if chosen.scores is None or chosen.values is not None or bool((chosen.index < 0).any()):
         return False
     return torch.equal(top_k(chosen.scores, chosen.index.shape[1]), chosen.index)
-
-
-def _largest(most: int, images: Tensor, good: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """The largest k in 0 .. ``most`` of every image, ``(B,)``, for which ``good(k (M,), rows (M,))`` holds, by bisection."""
-    low, high = torch.zeros_like(images), torch.full_like(images, most)
-    while len(rows := (low < high).nonzero()[:, 0]):
-        middle = (low[rows] + high[rows] + 1) // 2
-        found = good(middle, rows)
-        low[rows] = torch.where(found, middle, low[rows])
-        high[rows] = torch.where(found, high[rows], middle - 1)
-    return low
-
-
-@torch.no_grad()
-def mean_embedding(embed: nn.Module, count: int, at_once: int = 8192) -> Tensor:
-    """Mean output ``(D,)`` of the input embedding over its first ``count`` tokens, in float32."""
-    device = next(embed.parameters()).device
-    parts = [embed(ids).float().sum(dim=0) for ids in torch.arange(count, device=device).split(at_once)]
-    return torch.stack(parts).sum(dim=0) / count

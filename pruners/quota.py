@@ -4,15 +4,13 @@ Luo, Chen et al., "QuoTA: Query-oriented Token Assignment via CoT Query Decouple
 2503.08689 (AAAI 2026). Headline: LLaVA-Video-7B gains 3.2 points on average over six video benchmarks at the same
 number of visual tokens. At the decoder's entry, each frame's grid of tokens is resampled to its share of the video's
 budget; a frame with a share below one token vanishes. The frames' scores come from outside: ``session.frame_scores``,
-which ``foveate.FrameScorer`` makes. Cost: the scorer, one forward pass per frame; what happens here reads a few rows
-per token. Formulas follow the authors' code.
+which ``foveate.FrameScorer`` makes. Cost: the scorer, one forward pass per frame. Formulas follow the authors' code.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
 
@@ -21,22 +19,12 @@ import torch
 from torch import Tensor
 
 from foveate.errors import InputError, ParameterError
-from foveate.pruners.core import AtEntry, Keep, Layout, ModelInfo, Pruner, Selection, Stage, Tokens, View, register
-from foveate.pruners.core.allocation import (
-    CAPS,
-    checked_scores,
-    frame_budgets,
-    frame_grid,
-    frame_weights,
-    scores_per_view,
-)
-from foveate.pruners.core.lattice import host_slots, middles
+from foveate.pruners.core import AtEntry, Keep, Layout, ModelInfo, Pruner, Selection, Stage, Tokens, register
+from foveate.pruners.core.allocation import CAPS, checked_scores, frame_budgets, frame_weights, scores_per_view
 from foveate.pruners.core.parameters import choice, integer, number, parameter
-from foveate.pruners.core.resampling import GRID, MERGING, PLANS, linspace_index
+from foveate.pruners.core.resampling import GRID, PLANS, resampled
 from foveate.pruners.core.selection import budget, keep_all, split_budget, stacked
 from foveate.pruners.core.signals import UnpooledFrames
-
-Cells = tuple[int, int] | int
 
 
 @register("quota")
@@ -49,9 +37,8 @@ class QuoTA(Pruner):
         assigner: how a frame gets to its share: ``"bilinear"`` (published), ``"adaptive_avg"``, ``"linspace"``,
             ``"tome"`` or ``"separable_tome"``.
         cap: what happens to shares above a frame's size. ``"none"`` enlarges the frame, ``"official"`` is the authors'
-            single pass, which loses part of the budget, ``"waterfill"`` (recommended) hands the surplus to the other
-            frames. None: as published, ``"none"`` for bilinear and ``"official"`` for the others; on m-RoPE models
-            ``"waterfill"``.
+            single pass, which loses part of the budget, ``"waterfill"`` (recommended) hands the surplus to the others.
+            None: as published, ``"none"`` for bilinear, else ``"official"``; on m-RoPE models ``"waterfill"``.
         remainder: ``"drop"`` loses fractions of tokens, as published; ``"largest"`` gives them to the frames with the
             largest. With it, waterfill and linspace or tome, the budget is met exactly.
         min_tokens_per_frame: every frame gets so many at any rate, the rest is shared by the scores.
@@ -79,8 +66,8 @@ class QuoTA(Pruner):
         cap = self.cap or ("waterfill" if model.mrope else published)
         if model.mrope and cap == "none":
             raise ParameterError(
-                f"cap='none' may enlarge a frame beyond its own places, and the three-axis positions of {model.family} tie "
-                "tokens to them; use cap='waterfill' or cap='official'"
+                f"cap='none' may enlarge a frame beyond its own places, and the three-axis positions of {model.family} "
+                "tie tokens to them; use cap='waterfill' or cap='official'"
             )
         # the ToMe assigner alone starts from what the model itself has pooled
         signals = {"unpooled": UnpooledFrames(0)} if model.pools_frames and self.assigner != "tome" else {}
@@ -94,7 +81,7 @@ class QuoTA(Pruner):
     def select(
         self, tokens: Tokens, unpooled: Tensor | None = None, *, cap: str = "none", frames_per_view: int = 1
     ) -> Selection:
-        """Resample the views of every image; ``unpooled (B, V * n, D)`` are square frames before the model pooled them."""
+        """Resample the views of every image; ``unpooled (B, V * n, D)``: square frames before the model pooled them."""
         total = budget(self.keep, tokens.count)
         if total >= tokens.count:
             return keep_all(tokens)
@@ -108,18 +95,15 @@ class QuoTA(Pruner):
         chosen = []
         for b in range(len(tokens.embeds)):
             weights = self._weights(tokens, b, frames_per_view)
-            if weights is None:
-                shares = split_budget(total, tokens.layout.sizes)
-            else:
+            shares = split_budget(total, tokens.layout.sizes)
+            if weights is not None:
                 size = frames[0].shape[1] * frames[0].shape[2]
                 shares = frame_budgets(weights, total, size, cap, self.remainder, self.min_tokens_per_frame)
             one = resampled(tokens.layout, [frame[b] for frame in frames], shares, self.assigner, limited)
             one.values = one.values.to(tokens.embeds.dtype)
             if weights is not None:
                 one.scores = torch.from_numpy(weights).float().repeat_interleave(views[0].size).to(device)[None]
-            if unpooled is not None:
-                one.resample = None  # nothing else has that shape
-            chosen.append(one)
+            chosen.append(one if unpooled is None else replace(one, resample=None))  # nothing else has that shape
         return stacked(chosen)
 
     def _weights(self, tokens: Tokens, b: int, frames_per_view: int) -> np.ndarray | None:
@@ -130,62 +114,8 @@ class QuoTA(Pruner):
         scores = self.scores if tokens.frame_scores is None else tokens.frame_scores[b]
         if scores is None:
             raise InputError(
-                f"quota needs scores for the frames of a video that makes {views} views: set session.frame_scores to one "
-                "sequence per video before each call (foveate.FrameScorer makes them), or give scores=..."
+                f"quota needs scores for the frames of a video that makes {views} views: set session.frame_scores to "
+                "one sequence per video before each call (foveate.FrameScorer makes them), or give scores=..."
             )
-        scores = scores_per_view(checked_scores(scores), views, frames_per_view)
-        return frame_weights(scores, self.score_power, self.score_scale)
-
-
-def resampled(
-    layout: Layout, frames: Sequence[Tensor], shares: Sequence[int], assigner: str, limited: bool = True
-) -> Selection:
-    """Bring the views' ``(rows, cols, D)`` to their shares: the selection of one image, a batch of one.
-
-    A cell takes the place of the token under its centre. Frames that grew beyond their own places push into their
-    neighbours', in order, which only sequences with compact positions can bear.
-    """
-    device = frames[0].device
-    groups: dict[tuple[torch.Size, Cells], list[int]] = {}
-    targets = []
-    for v, (view, frame, share) in enumerate(zip(layout.views, frames, shares)):
-        if share > 0:
-            rows, cols = frame.shape[:2]
-            share = min(share, rows * cols) if assigner in MERGING else share
-            cells = frame_grid(share, (rows, cols), limited or assigner in MERGING) if assigner in GRID else share
-            groups.setdefault((frame.shape, cells), []).append(v)
-            targets.append(view.tokens()[_targets(view, cells, assigner)])
-    plans = [
-        (members, PLANS[assigner](torch.stack([frames[v] for v in members]), cells))
-        for (_, cells), members in groups.items()
-    ]
-    target, entry = torch.cat(targets).sort(stable=True)  # views of a canvas share its rows
-
-    def follow(frames: Sequence[Tensor]) -> Tensor:
-        made = {}
-        for members, plan in plans:
-            made |= dict(zip(members, plan(torch.stack([frames[v] for v in members]))))
-        return torch.cat([made[v] for v in sorted(made)])[entry.to(device)]
-
-    def resample(x: Tensor) -> Tensor:
-        return follow([x[view.tokens(x.device)].unflatten(0, view.grid) for view in layout.views])
-
-    index = distinct_places(target, layout.size).to(device)
-    return Selection(index[None], follow(frames)[None], resample=[resample])
-
-
-def distinct_places(targets: Tensor, n: int) -> Tensor:
-    """Ascending, unique places among ``n`` as near as may be to ``targets (K,)``, which ascend: ``(K,)`` int64."""
-    number = torch.arange(len(targets))
-    return torch.minimum((targets - number).cummax(0).values + number, n - len(targets) + number)
-
-
-def _targets(view: View, cells: Cells, assigner: str) -> Tensor:
-    """Places in the view's raster where its cells would sit."""
-    if assigner == "linspace":
-        return linspace_index(view.size, cells)
-    if isinstance(cells, tuple):
-        if cells[0] <= view.rows and cells[1] <= view.cols:
-            return host_slots(view.grid, cells)
-        cells = cells[0] * cells[1]
-    return middles(view.size, cells)
+        shared = scores_per_view(checked_scores(scores), views, frames_per_view)
+        return frame_weights(shared, self.score_power, self.score_scale)

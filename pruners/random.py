@@ -12,18 +12,8 @@ from typing import ClassVar
 import torch
 
 from foveate.errors import ParameterError
-from foveate.pruners.core import (
-    BeforeLayer,
-    ByView,
-    Keep,
-    Layout,
-    ModelInfo,
-    Selection,
-    Stage,
-    Tokens,
-    integer,
-    register,
-)
+from foveate.pruners.core import BeforeLayer, ByView, Keep, Layout, ModelInfo, Selection, Stage, Tokens, register
+from foveate.pruners.core.parameters import integer
 from foveate.pruners.core.selection import budget, seeded
 
 

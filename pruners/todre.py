@@ -16,7 +16,7 @@ rows of one layer.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,44 +24,12 @@ from torch.nn.functional import normalize
 
 from foveate.cuda import diverse_subset
 from foveate.errors import ParameterError
-from foveate.pruners.core import (
-    AtEntry,
-    BeforeLayer,
-    Keep,
-    Layout,
-    ModelInfo,
-    Pruner,
-    Selection,
-    Stage,
-    Tokens,
-    register,
-)
-from foveate.pruners.core.parameters import (
-    check_choice,
-    check_integer,
-    check_number,
-    choice,
-    integer,
-    number,
-    parameter,
-    several,
-)
+from foveate.pruners.core import AtEntry, BeforeLayer, Layout, ModelInfo, Pruner, Selection, Stage, Tokens, register
+from foveate.pruners.core.parameters import Keep, choice, integer, number, several
 from foveate.pruners.core.selection import budget, floor, keep_all, seeded
 from foveate.pruners.core.signals import ClassAttention, CrossModalAttention
 
 OBJECTIVES = {"max_sum": "max_sum", "k_center": "max_min"}
-
-
-def _pivot(name: str, value: Any) -> Any:
-    if isinstance(value, str):
-        return check_choice(name, value, ("cls", "farthest", "center", "random"))
-    return check_integer(name, value, "token number or rule", 0)
-
-
-def _depth(name: str, value: Any) -> float:
-    if not 0.0 < check_number(name, value, "share of the layers", 0, 1) < 1.0:
-        raise ParameterError(f"{name}={value}: give fractions between 0 and 1, at least one")
-    return value
 
 
 @register("todre")
@@ -92,10 +60,12 @@ class ToDRE(Pruner):
 
     keep: Keep = 0.1
     diversity: str = choice("max_sum", *OBJECTIVES)
-    pivot: str | int | None = parameter(None, _pivot)
+    pivot: str | int | None = choice(
+        None, "cls", "farthest", "center", "random", otherwise=integer(0, "token number or rule", 0)
+    )
     cls_layer: int = integer(-1, "block of the vision tower")
     tau: float = number(0.1, "share of attention", 0, 1)
-    check_depth: tuple[float, ...] = several((7 / 8,), _depth)
+    check_depth: tuple[float, ...] = several((7 / 8,), number(0, "share of the layers", 0, 1))
     system_tokens: int | None = integer(None, "number of tokens", 0)
     stage1: bool = True
     stage2: bool = True
@@ -103,8 +73,8 @@ class ToDRE(Pruner):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.check_depth:
-            raise ParameterError("check_depth=(): give fractions between 0 and 1, at least one")
+        if not self.check_depth or not all(0.0 < depth < 1.0 for depth in self.check_depth):
+            raise ParameterError(f"check_depth={self.check_depth}: give fractions between 0 and 1, at least one")
         if not (self.stage1 or self.stage2):
             raise ParameterError("stage1 and stage2 are both off: nothing would be pruned")
 
@@ -128,7 +98,7 @@ class ToDRE(Pruner):
         return None if self.stage2 else budget(self.keep, layout.size)  # stage 2 removes all of an image or nothing
 
     def diversify(self, tokens: Tokens, class_attention: Tensor | None = None) -> Selection:
-        """Stage 1: the budget's tokens, as unlike as can be; ``class_attention (B, N)`` finds the pivot where it is read."""
+        """Stage 1: tokens as unlike as can be; ``class_attention (B, N)`` finds the pivot where it is read."""
         k = budget(self.keep, tokens.count)
         if k >= tokens.count:
             return keep_all(tokens)
@@ -149,7 +119,7 @@ class ToDRE(Pruner):
         return closeness.argmax(dim=1) if self.pivot == "center" else closeness.argmin(dim=1)
 
     def drop_irrelevant(self, tokens: Tokens, shares: Tensor) -> Selection:
-        """Stage 2: no token of the images whose ``shares (B, 2)`` of attention between text and picture are both small."""
+        """Stage 2: no token of images whose ``shares (B, 2)`` of attention between text and picture are both small."""
         gone = irrelevant(shares, self.tau)
         index = keep_all(tokens).index.masked_fill(gone[:, None], -1)
         return Selection(index[:, :0] if bool(gone.all()) else index)

@@ -20,16 +20,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from foveate.cuda import best_match
 from foveate.errors import ParameterError
 from foveate.pruners.core import InTower, ModelInfo, choice, integer, number, one_or_several, parameter, register
+from foveate.pruners.core.matching import bipartite, kth, random_groups
 from foveate.pruners.core.merging import BlockKeys, BlockTokens, Groups, Merger, ratio_of_block, removed
-from foveate.pruners.core.parameters import check_integer
-from foveate.pruners.core.selection import ranked
-
-
-def _tokens(name: str, value: int) -> int:
-    return check_integer(name, value, "number of tokens", 0)
 
 
 @register("tome")
@@ -59,7 +53,7 @@ class ToMe(Merger):
     paper: ClassVar[str] = "arXiv 2210.09461 (ICLR 2023)"
     cost: ClassVar[str] = "N^2 / 4 similarities of key width per block"
 
-    r: int | tuple[int, ...] = one_or_several(8, _tokens)
+    r: int | tuple[int, ...] = one_or_several(8, integer(0, "number of tokens", 0))
     inflection: float = number(0.0, "bend", -1, 1)
     ratio: float | None = parameter(None, ratio_of_block)
     prop_attn: bool = True
@@ -100,58 +94,10 @@ class ToMe(Merger):
 
 
 def schedule(r: int | tuple[int, ...], layers: int, inflection: float = 0.0) -> list[int]:
-    """How many tokens each of ``layers`` blocks merges; cut to integers as officially, so the sum may be below ``r * layers``."""
+    """How many tokens each of ``layers`` blocks merges; cut to integers, as officially, so the sum may be lower."""
     if isinstance(r, tuple):
         return [*r, *[0] * layers][:layers]
     lowest = int(r * (1.0 - inflection))
     highest = 2 * r - lowest
     step = (highest - lowest) / max(1, layers - 1)
     return [int(lowest + step * i) for i in range(layers)] if layers > 1 else [int(r)]
-
-
-def bipartite(metric: Tensor, r: int, *, prefix: int = 0, ascending: bool = True) -> Groups:
-    """Bipartite soft matching of ``metric (B, N, d)``: even rows against odd ones, the ``r`` best pairs merge.
-
-    ``prefix`` rows stay first. After them come the even rows that stay (ascending, or by falling similarity), then all
-    odd rows. ``r`` is at most half of the other rows.
-    """
-    even, odd = prefix + prefix % 2, prefix + 1 - prefix % 2
-    score, match = best_match(metric[:, even::2], metric[:, odd::2])
-    order = ranked(score)
-    target = match.gather(1, order[:, :r])
-    order = order.mul_(2).add_(even)  # as rows of the metric
-    source, stay = order[:, :r], order[:, r:]
-    if ascending or prefix:
-        stay = stay.sort(dim=1).values
-    rows = torch.arange(metric.shape[1], device=metric.device).expand(len(metric), -1)
-    keep = torch.cat([rows[:, :prefix], stay, rows[:, odd::2]], dim=1)
-    return Groups(keep, source, target + (prefix + stay.shape[1]))
-
-
-def kth(metric: Tensor, k: int, *, prefix: int = 0) -> Groups:
-    """Of every ``k`` consecutive rows after the prefix, the first k - 1 merge into their best match among the k-th
-    ones.
-
-    ``metric (B, N, d)``; the last N mod k rows, which the official code loses, stay as they are.
-    """
-    rows = torch.arange(metric.shape[1], device=metric.device).expand(len(metric), -1)
-    whole = (metric.shape[1] - prefix) // k * k
-    periods = rows[:, prefix : prefix + whole].unflatten(1, (-1, k))
-    source, last = periods[..., :-1].flatten(1), periods[..., -1]
-    _, match = best_match(metric[:, source[0]], metric[:, last[0]])
-    return Groups(torch.cat([rows[:, :prefix], last, rows[:, prefix + whole :]], dim=1), source, prefix + match)
-
-
-def random_groups(
-    metric: Tensor, r: int, generator: torch.Generator, *, prefix: int = 0, pairs: bool = False
-) -> Groups:
-    """``r`` random rows of ``metric (B, N, d)`` merge into their best match among the others, or (``pairs``) into random ones."""
-    batch, n, _ = metric.shape
-    shuffled = prefix + torch.randperm(n - prefix, generator=generator).to(metric.device)
-    source, stay = shuffled[:r], shuffled[r:].sort().values
-    if pairs:
-        match = torch.randint(len(stay), (r,), generator=generator).to(metric.device).expand(batch, -1)
-    else:
-        _, match = best_match(metric[:, source], metric[:, stay])
-    keep = torch.cat([torch.arange(prefix, device=metric.device), stay])
-    return Groups(keep.expand(batch, -1), source.expand(batch, -1), prefix + match)

@@ -65,8 +65,8 @@ class TransPrune(Pruner):
     title: ClassVar[str] = "Token transitions and instruction attention, in steps inside the decoder"
     paper: ClassVar[str] = "arXiv 2507.20630 (CVPR 2026)"
     cost: ClassVar[str] = (
-        "O(N d) per accumulated layer and O(H L N d_h) per prune layer for L instruction tokens; the mean KV cache kept (41 % by "
-        "default) is far above the last ratio (12.5 %)"
+        "O(N d) per accumulated layer and O(H L N d_h) per prune layer for L instruction tokens; the mean KV cache "
+        "kept (41 % by default) is far above the last ratio (12.5 %)"
     )
 
     ratios: tuple[float, ...] = several(HIGH_RATIOS, _ratio)
@@ -94,7 +94,7 @@ class TransPrune(Pruner):
 
     @classmethod
     def combined(cls) -> TransPrune:
-        """For tokens that another method has thinned out already, e.g. ``Then(VisionZip(keep=192), TransPrune.combined())``."""
+        """For tokens that another method has thinned out: ``Then(VisionZip(keep=192), TransPrune.combined())``."""
         return cls(ratios=COMBINED_RATIOS)
 
     def stages(self, model: ModelInfo) -> tuple[Stage, ...]:

@@ -2,8 +2,8 @@
 
 Yang et al., "VisionZip: Longer is Better but Not Necessary in Vision Language Models", arXiv 2412.04467 (CVPR 2025).
 *Dominant* are the class token itself and the patches it attends to most. Of the others evenly spaced *targets* are
-chosen; every remaining patch goes to the target with the most similar attention key, and a target becomes itself plus the
-mean of its members: the *contextual* tokens. Headline: 64 of 576 tokens keep 93 % of LLaVA-1.5-7B's score.
+chosen; every remaining patch goes to the target with the most similar attention key, and a target becomes itself plus
+the mean of its members: the *contextual* tokens. Headline: 64 of 576 tokens keep 93 % of LLaVA-1.5-7B's score.
 
 Acts at the decoder's entry (merging encoder features, which are projected afterwards); reads class attention, keys and
 features of the block that feeds the projector. Towers without class token are ranked by received attention instead and
@@ -77,14 +77,14 @@ class VisionZip(ByView):
         return tuple(min(self.dominant + self.contextual, size) for size in layout.sizes)
 
     def _require_room(self, layout: Layout, class_token: bool) -> None:
-        """Raise if ``dominant + contextual`` is more than a view has; views that are all padding have nothing to keep."""
+        """Raise if ``dominant + contextual`` is more than a view has; views that are all padding do not count."""
         asked = (self.dominant or 0) + (self.contextual or 0)
         for view in layout.views:
             if view.size and asked > view.size + class_token:
                 raise BudgetError(
-                    f"dominant={self.dominant} and contextual={self.contextual} ask for {asked} tokens per view, and a view "
-                    f"of {view.rows} x {view.cols} has {view.size}{' and a class token' if class_token else ''}; ask for "
-                    "fewer, or give keep, which is shared among the views by their sizes"
+                    f"dominant={self.dominant} and contextual={self.contextual} ask for {asked} tokens per view, and a "
+                    f"view of {view.rows} x {view.cols} has {view.size}{' and a class token' if class_token else ''}; "
+                    "ask for fewer, or give keep, which is shared among the views by their sizes"
                 )
 
     def split(self, k: int) -> tuple[int, int]:
@@ -131,8 +131,8 @@ class VisionZip(ByView):
         if has_class:
             if project is None and class_features.shape[-1] != tokens.embeds.shape[-1]:
                 raise MissingSignalError(
-                    "visionzip sends the class token to the decoder, and this model has no projector that could take it "
-                    "there; use hiprune or fopru"
+                    "visionzip sends the class token to the decoder, and this model has no projector that could take "
+                    "it there; use hiprune or fopru"
                 )
             values.insert(0, (class_features if project is None else project(class_features))[:, None])
             places.insert(0, complement(torch.cat([dominant, targets], dim=1), tokens.count)[:, :1])

@@ -1,7 +1,7 @@
 """Maps the inputs of a golden case, given by meaning, to calls of the shipped functions.
 
-Recorded attention maps enter the attention operations as scores: with queries ``log P``, keys the identity and scale 1 the
-operation's softmax gives P back. Nothing here computes what a method computes; parameters that are not understood
+Recorded attention maps enter the attention operations as scores: with queries ``log P``, keys the identity and scale 1
+the operation's softmax gives P back. Nothing here computes what a method computes; parameters that are not understood
 raise, inputs that nothing reads are warned of.
 """
 
@@ -69,7 +69,7 @@ from foveate.pruners.core.canvas import canvas_of
 from foveate.pruners.core.frame_questions import parsed_objects
 from foveate.pruners.core.merging import BlockTokens, Groups
 from foveate.pruners.core.patch_scorer import PatchScorer, scorer_loss
-from foveate.pruners.core.resampling import GRID, pooled
+from foveate.pruners.core.resampling import GRID, pooled, resampled
 from foveate.pruners.core.selection import budget, keep_all, ranked
 from foveate.pruners.core.signals import ClassAttention, Columns, InstructionAttention, TransitionVariation
 from foveate.pruners.core.ui_graph import box_coverage, image_blocks, supervision, ui_graph
@@ -77,7 +77,6 @@ from foveate.pruners.corematching import above_knee, knee
 from foveate.pruners.globalcom2 import crop_ratios, distinctness, global_map, richness, token_score
 from foveate.pruners.hiprune import anchor_count, anchors
 from foveate.pruners.pospad import marker_token
-from foveate.pruners.quota import resampled
 from foveate.pruners.todre import attended_pivot, diversification
 from foveate.pruners.tome import schedule
 from foveate.pruners.transprune import combined_score
@@ -198,7 +197,8 @@ def identity_keys(scores: Tensor) -> Tensor:
 def attention_of(inputs: Inputs, length: int, *, logits: bool = False) -> tuple[Tensor, Tensor, float | None]:
     """Queries and keys ``(B, H, length, d)`` and their scale, whose attention the case is about.
 
-    The recorded ``q`` and ``k``, unscaled, or such as have the recorded map ``attn`` as softmax (``logits``: as products).
+    The recorded ``q`` and ``k``, unscaled, or such as have the recorded map ``attn`` as softmax (``logits``: as
+    products).
     """
     if "attn" in inputs:
         inputs.remarks("q", "k")  # say the same
@@ -685,7 +685,9 @@ def view_scores(score: str, inputs: Inputs, side: int) -> Tensor:
 
 
 def by_canvas(scores: Tensor, canvas: Any, side: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores ``(V, n)`` of whole views: the thumbnail's, those of valid tokens view by view, (view, token) by token number."""
+    """Scores ``(V, n)`` of whole views: the thumbnail's, those of valid tokens view by view, (view, token) by token
+    number.
+    """
     left = (canvas.across * side - canvas.cols) // 2
     pairs = torch.empty(side**2 + canvas.rows * canvas.cols, 2, dtype=torch.long)
     pairs[: side**2] = torch.stack([torch.zeros(side**2, dtype=torch.long), torch.arange(side**2)], dim=1)
@@ -1287,8 +1289,8 @@ def transprune_run(params: Params, inputs: Inputs) -> Tensors:
 def recorded_model(text: LlamaConfig, weights: Tensors, embeds: Tensor, image: slice) -> tuple[LlavaModel, Tensor]:
     """A LLaVA around recorded decoder weights that sees ``embeds (L, D)``, and the ids to call it with.
 
-    Its vocabulary goes on behind the recorded one with the prompt's embeddings. Every visual token is a picture by itself,
-    which no layout of a real tower limits.
+    Its vocabulary goes on behind the recorded one with the prompt's embeddings. Every visual token is a picture by
+    itself, which no layout of a real tower limits.
     """
     known = len(weights["embed_tokens.weight"])
     text.vocab_size = known + len(embeds) + 1
@@ -1425,9 +1427,11 @@ def corematching_core(params: Params, inputs: Inputs) -> Tensors:
 
 
 def recorded_core(inputs: Inputs, counts: Tensor, beta: float) -> Tensor:
-    """The core neurons, ``(1, F)`` bool. Where counts tie at the boundary, the case comes with the recorded choice ``core``.
+    """The core neurons, ``(1, F)`` bool. Where counts tie at the boundary, the case comes with the recorded choice
+    ``core``.
 
-    The released sort is unstable, so any neurons with the same counts as ours are as good; what follows follows the record.
+    The released sort is unstable, so any neurons with the same counts as ours are as good; what follows follows the
+    record.
     """
     ours = core_neurons(counts, beta)
     if "core" not in inputs:

@@ -131,7 +131,9 @@ def prompt(*parts: tuple[int, int] | int) -> list[int]:
 
 
 def test_pospad_of_a_batch() -> None:
-    """Statement: PosPad's cases may be whole batches: pictures of other shapes, several in a sample, padding on the left."""
+    """Statement: PosPad's cases may be whole batches: pictures of other shapes, several in a sample, padding on the
+    left.
+    """
     prompts = [prompt(3, (2, 4), 4), prompt(3, (4, 2), 4), prompt(2, (2, 2), 2, (2, 2), 3), prompt(3, (2, 4), 4)]
     grids = [[2, 4], [4, 2], [2, 2], [2, 2], [2, 4]]
     keeps = [{0, 1, 4, 6}, {2, 3, 4, 6}, {0, 1, 4, 6}, {0, 3, 5, 6}]  # of 8; what is dropped makes three runs each
@@ -375,7 +377,7 @@ def test_globalcom2_on_listed_canvases() -> None:
 
 @pytest.mark.parametrize("score", ["cls_logits", "cls_softmax", "neg_cos"])
 def test_globalcom2_from_what_scores_are_made_of(score: str) -> None:
-    """Statement: scores come from the class token's query and the keys, or from features where there is no such token."""
+    """Statement: scores come from the class token's query and the keys, or from features where there is none."""
     q, k, features = drawn(19, 3, 2, 4), drawn(20, 3, 2, 1 + SIDE**2, 4), drawn(21, 3, SIDE**2, 5)
     logits = np.einsum("vhd,vhkd->vhk", q, k) / 2
     if score == "neg_cos":
@@ -396,8 +398,9 @@ def test_globalcom2_from_what_scores_are_made_of(score: str) -> None:
 @pytest.mark.parametrize("sized", [False, True])
 @pytest.mark.parametrize("tail", ["zero", "left out"])
 def test_tome_kth(n: int, k: int, prefix: int, sized: bool, tail: str) -> None:
-    """Statement: of kth matching the first ``prefix + N // k`` rows count; tokens behind them, which the released code loses,
-    must stay as they are, and their rows in ``assign`` mean nothing."""
+    """Statement: of kth matching the first ``prefix + N // k`` rows count; tokens behind them, which the released code
+    loses, must stay as they are, and their rows in ``assign`` mean nothing.
+    """
     metric, x = drawn(22, 2, n, 4), drawn(23, 2, n, 3)
     size = np.random.default_rng(24).integers(1, 5, (2, n, 1)).astype(np.float32) if sized else np.ones((2, n, 1))
     periods = (n - prefix) // k
@@ -444,7 +447,7 @@ def test_tome_kth_tail_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
 def merged_pairs(
     x: NDArray[Any], size: NDArray[Any], r: int, prefix: int
 ) -> tuple[list[list[int]], list[int], list[int]]:
-    """Bipartite matching of ``x (N, C)``: groups of rows in the released order without class token, and both positions."""
+    """Bipartite matching of ``x (N, C)``: groups of rows in the released order without class token; positions."""
     a, b = list(range(0, len(x), 2)), list(range(1, len(x), 2))
     cosines = np.array([[unit(x[i]) @ unit(x[j]) for j in b] for i in a])
     cosines[: (prefix + 1) // 2] = -np.inf
@@ -478,8 +481,9 @@ ROWS = (
     ("more", "weighting"), [({}, "size"), ({"weighted": False}, "mean"), ({"mode": "prune"}, "prune")]
 )
 def test_pitome_rows_in_another_order(more: dict[str, Any], weighting: str) -> None:
-    """Statement: rows may leave in another order than recorded, if the groups are the same; sources keep their order. Groups
-    may become plain means or their targets, too."""
+    """Statement: rows may leave in another order than recorded, if the groups are the same; sources keep their order.
+    Groups may become plain means or their targets, too.
+    """
     x = drawn(25, 12, 5)
     size = np.random.default_rng(26).integers(1, 4, 12).astype(np.float32)
     groups, unm, src = merged_pairs(x, size, 3, 0)
@@ -665,7 +669,10 @@ def at_knee(counts: list[int], keeps: str) -> tuple[int, int, list[int]]:
     return place, value, [i for i, c in enumerate(counts) if c > value or (c == value and keeps == ">=")]
 
 
-TIED = "neuron_counts exact; core exact set (if tie_at_boundary, any set with the same multiset of counts is legal); counts exact; keep exact set"
+TIED = (
+    "neuron_counts exact; core exact set (if tie_at_boundary, any set with the same multiset of counts is legal); "
+    "counts exact; keep exact set"
+)
 
 
 def tied() -> tuple[NDArray[np.float32], list[int], list[int], list[int]]:

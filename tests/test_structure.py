@@ -40,7 +40,7 @@ OTHERS = {
     "adapters/towers/timm.py": "names of timm",
     "adapters/towers/base.py": "names of torch",
     "adapters/vllm_plugin/towers.py": "names of vLLM",
-    "pruners/cdpruner.py": "a user's CLIP; pruners stand below the adapters",
+    "pruners/core/clip_text.py": "a user's CLIP; pruners stand below the adapters",
     "eval_suites/vision/subjects.py": "public methods of CLIP and SigLIP models",
     **{
         f"eval_suites/training/{model}.py": "a training recipe, which runs by itself"

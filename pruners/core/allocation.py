@@ -1,4 +1,4 @@
-"""Share a video's tokens among its frames by their scores, as QuoTA (arXiv 2503.08689) does: on the host, in float64."""
+"""Share a video's tokens among its frames by scores, as QuoTA (arXiv 2503.08689) does: on the host, in float64."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def scores_per_view(scores: Floats, views: int, frames_per_view: int) -> Floats:
 
 
 def frame_weights(scores: Floats, power: float = 2.0, scale: float = 100.0) -> Floats:
-    """Sharpened scores that sum to one, ``(T,)``. Scores without information (all zero, or one NaN) weigh alike, with a warning."""
+    """Sharpened scores that sum to one, ``(T,)``. All zero, or with a NaN, they weigh alike, with a warning."""
     sharp = (scale * scores) ** power
     total = sharp.sum()
     if not 0 < total < math.inf:
@@ -81,7 +81,7 @@ def clipped(weights: Floats, cap: float) -> Floats:
 
 
 def waterfilled(weights: Floats, cap: float) -> Floats:
-    """No weight above ``cap``, what is cut off goes to the others in proportion until none overflows; the sum stays if it can."""
+    """No weight above ``cap``; what is cut off goes to the others in proportion, as often as needed; the sum stays."""
     weights = weights.copy()
     full = np.zeros(len(weights), dtype=bool)
     total = weights.sum()
@@ -115,7 +115,7 @@ def frame_budgets(
     frames = len(weights)
     if least * frames > total or least > size:
         raise BudgetError(
-            f"min_tokens_per_frame={least}: {frames} frames of {size} tokens share a budget of {total}; give a larger budget"
+            f"min_tokens_per_frame={least}: {frames} frames of {size} tokens share {total} tokens; give a larger budget"
         )
     shared = total - least * frames
     limit = math.inf if cap == "none" else size - least

@@ -71,10 +71,11 @@ def _check_order(before: Pruner, first: Stage, after: Pruner, second: Stage) -> 
     """Raise unless ``second`` may follow ``first``."""
     if isinstance(first, AtEntry) and isinstance(second, AtEntry):
         raise ParameterError(
-            f"{before.name} and {after.name} both act at the decoder's entry; combine one of them with a method that acts "
-            "before a decoder layer, such as fastv"
+            f"{before.name} and {after.name} both act at the decoder's entry; combine one of them with a method that "
+            "acts before a decoder layer, such as fastv"
         )
     if (_DEPTH[type(second)], second.layer) <= (_DEPTH[type(first)], first.layer):
         raise ParameterError(
-            f"{after.name} acts at {second.label}, not after {before.name} at {first.label}; change their order or their layers"
+            f"{after.name} acts at {second.label}, not after {before.name} at {first.label}; change their order or "
+            "their layers"
         )

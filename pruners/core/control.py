@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from foveate.pruners.core.matching import random_groups
 from foveate.pruners.core.merging import BlockTokens, Groups
 from foveate.pruners.core.method import ModelInfo, Pruner
 from foveate.pruners.core.parameters import Keep
 from foveate.pruners.core.selection import kept_tokens, seeded
 from foveate.pruners.core.stages import InTower, Stage, TokenStage
 from foveate.pruners.core.tokens import Layout, Selection, Tokens
-from foveate.pruners.tome import random_groups
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ Question: {question}
 Find out what must be seen in a video to answer the question above. Work in three steps and write each on its own line.
 Step 1: does the answer depend on seeing particular things? Write yes or no.
 Step 2: if yes, list these things as a Python list of strings.
-Step 3: take out whatever is not a physical thing, such as "video", a colour alone or a corner of the picture, and write the
+Step 3: take out whatever is not a physical thing, such as "video", a colour alone or a corner of the picture, and \
+write the
 list again; write null if nothing is left.
 
 Example 1. Question: What does the woman put on the long table, candles or blue balloons?

@@ -1,4 +1,4 @@
-"""What the mergers inside vision towers share: the groups that they make of a block's tokens, and how many they take away."""
+"""What the mergers inside vision towers share: groups of a block's tokens, and how many of them merge away."""
 
 from __future__ import annotations
 
@@ -98,8 +98,8 @@ class Merger(Pruner):
         """
         if model.full_attention is not None:
             raise UnsupportedModelError(
-                f"{self.name} merges tokens anywhere in a picture, but the {model.tower} tower of {model.family} attends inside "
-                "windows of a fixed size; use a method that acts at the decoder's entry"
+                f"{self.name} merges tokens anywhere in a picture, but the {model.tower} tower of {model.family} "
+                "attends inside windows of a fixed size; use a method that acts at the decoder's entry"
             )
         return tuple(self.block(i, model) for i in range(model.feature_layer + 1))
 

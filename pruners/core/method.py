@@ -79,8 +79,8 @@ class ModelInfo:
             raise ParameterError(f"{name}={layer}: the {self.tower} tower has blocks 0 .. {self.encoder_layers - 1}")
         if self.full_attention is not None and block not in self.full_attention:
             raise ParameterError(
-                f"{name}={layer}: block {block} of the {self.tower} tower attends inside windows only; blocks with full "
-                f"attention: {', '.join(map(str, self.full_attention))}"
+                f"{name}={layer}: block {block} of the {self.tower} tower attends inside windows only; blocks with "
+                f"full attention: {', '.join(map(str, self.full_attention))}"
             )
         return block
 
@@ -98,11 +98,11 @@ class ModelInfo:
         return layer
 
     def require_class_token(self, what: str, instead: str) -> None:
-        """Raise :class:`MissingSignalError` if the tower has no class token for ``what``; ``instead``: what would work."""
+        """Raise :class:`MissingSignalError` if the tower has no class token for ``what``; ``instead`` would work."""
         if not self.class_token:
             raise MissingSignalError(
-                f"{what} reads the attention of the class token, and the {self.tower} tower of this {self.family} model "
-                f"has none; use {instead}"
+                f"{what} reads the attention of the class token, and the {self.tower} tower of this {self.family} "
+                f"model has none; use {instead}"
             )
 
 

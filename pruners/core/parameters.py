@@ -56,24 +56,33 @@ def integer(default: Any, what: str, low: int | None = None, *, error: type[Fove
     return parameter(default, lambda name, value: check_integer(name, value, what, low, error=error))
 
 
-def choice(default: str | None, *allowed: str) -> Any:
-    """One of several words."""
-    return parameter(default, lambda name, value: check_choice(name, value, allowed))
+def choice(default: str | None, *allowed: str, otherwise: Check | dataclasses.Field[Any] | None = None) -> Any:
+    """One of several words, or, where it is not a word, what ``otherwise`` accepts."""
+
+    def how(name: str, value: Any) -> Any:
+        words = otherwise is None or isinstance(value, str)
+        return check_choice(name, value, allowed) if words else _check_of(otherwise)(name, value)
+
+    return parameter(default, how)
 
 
-def several(default: Iterable[Any] | None, one: Check) -> Any:
-    """A sequence of what ``one`` accepts."""
-    return parameter(default, lambda name, value: check_many(name, value, lambda x: one(name, x)))
+def several(default: Iterable[Any] | None, one: Check | dataclasses.Field[Any]) -> Any:
+    """A sequence of what ``one`` accepts, a check or a parameter."""
+    return parameter(default, lambda name, value: check_many(name, value, lambda x: _check_of(one)(name, x)))
 
 
-def one_or_several(default: Any, one: Check) -> Any:
-    """What ``one`` accepts, or a sequence of that."""
+def one_or_several(default: Any, one: Check | dataclasses.Field[Any]) -> Any:
+    """What ``one`` accepts, a check or a parameter, or a sequence of that."""
 
-    def either(name: str, value: Any) -> Any:
+    def how(name: str, value: Any) -> Any:
         many = isinstance(value, Iterable) and not isinstance(value, str)
-        return check_many(name, value, lambda x: one(name, x)) if many else one(name, value)
+        return check_many(name, value, lambda x: _check_of(one)(name, x)) if many else _check_of(one)(name, value)
 
-    return parameter(default, either)
+    return parameter(default, how)
+
+
+def _check_of(one: Check | dataclasses.Field[Any]) -> Check:
+    return one.metadata["check"] if isinstance(one, dataclasses.Field) else one
 
 
 def layers(default: Iterable[int] | None) -> Any:

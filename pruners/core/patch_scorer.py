@@ -99,7 +99,7 @@ def load_scorer(path: str | Path, *, heads: int = 8, pooling: str = "mean") -> P
 
     Args:
         path: a ``.safetensors`` file, one written by ``torch.save``, or a folder with the checkpoint of a whole model.
-            Names are those of the published code, behind ``patch_scorer.`` and ``module.`` or neither; of a whole model
+            Names are those of the published code, after ``patch_scorer.`` and ``module.`` or neither; of a whole model
             only the scorer is read.
 
     Raises:

@@ -8,15 +8,22 @@ number.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d, interpolate, normalize
+from torch.nn.functional import adaptive_avg_pool2d, interpolate
+
+from foveate.cuda import merge_tokens
+from foveate.pruners.core.allocation import frame_grid
+from foveate.pruners.core.lattice import host_slots, middles
+from foveate.pruners.core.matching import bipartite
+from foveate.pruners.core.merging import Groups
+from foveate.pruners.core.tokens import Layout, Selection, View
 
 Resample = Callable[[Tensor], Tensor]
+Cells = tuple[int, int] | int
 
 
 def bilinear(frames: Tensor, cells: tuple[int, int]) -> Resample:
@@ -37,7 +44,7 @@ def linspace(frames: Tensor, cells: int) -> Resample:
 
 
 def tome(frames: Tensor, cells: int) -> Resample:
-    """Rounds of ToMe's bipartite matching until ``cells`` tokens are left, in the order in which the last round left them."""
+    """Rounds of ToMe's bipartite matching until ``cells`` tokens are left, in the order of the last round."""
     rounds = matching_rounds(frames.flatten(1, 2), cells)
     return lambda x: merged(x.flatten(1, 2), rounds)
 
@@ -77,53 +84,26 @@ def linspace_index(n: int, k: int) -> Tensor:
 
 
 def pooled(frames: Tensor) -> Tensor:
-    """The 2 x 2 bilinear pooling of the LLaVA video models: ``(M, rows, cols, D)`` -> ``(M, ceil(rows/2), ceil(cols/2), D)``."""
+    """The 2 x 2 bilinear pooling of the LLaVA video models, ``(M, rows, cols, D)``; halves are rounded up."""
     half = tuple(-(-side // 2) for side in frames.shape[1:3])
     return bilinear(frames, half)(frames).unflatten(1, half)
 
 
-@dataclass(frozen=True)
-class Round:
-    """One round of bipartite matching, tokens at even places (A) against those at odd places (B).
-
-    Attributes:
-        stay: ``(M, a - r)`` the A that stay, by falling similarity; go: ``(M, r)`` those that are merged, as numbers
-            among the A.
-        into: ``(M, r)`` the B that each of those joins.
-    """
-
-    stay: Tensor
-    go: Tensor
-    into: Tensor
-
-
-def matching_rounds(x: Tensor, k: int) -> list[Round]:
-    """The rounds that bring ``x (M, n, D)`` to ``k`` tokens; none where n <= k."""
-    rounds = []
+def matching_rounds(x: Tensor, k: int) -> list[Groups]:
+    """The rounds of bipartite matching that bring ``x (M, n, D)`` to ``k`` tokens; none where n <= k."""
+    rounds: list[Groups] = []
     while x.shape[1] > k:
-        metric = normalize(x.float(), dim=-1)
-        best, partner = (metric[:, ::2] @ metric[:, 1::2].mT).max(dim=-1)  # (M, a)
-        order = best.argsort(dim=-1, descending=True, stable=True)
-        r = min(x.shape[1] - k, x.shape[1] // 2)
-        go, stay = order[:, :r], order[:, r:]
-        rounds.append(Round(stay, go, partner.gather(1, go)))
+        rounds.append(bipartite(x.float(), min(x.shape[1] - k, x.shape[1] // 2), ascending=False))
         x = merged(x, rounds[-1:])
     return rounds
 
 
-def merged(x: Tensor, rounds: list[Round]) -> Tensor:
+def merged(x: Tensor, rounds: list[Groups]) -> Tensor:
     """``x (M, n, C)`` after the rounds, float32. A token is the plain mean of those that join it in one round."""
     x = x.float()
-    for round_ in rounds:
-        even, odd = x[:, ::2], x[:, 1::2]
-        into = round_.into[..., None].expand(-1, -1, x.shape[-1])
-        joined = odd.scatter_reduce(1, into, _rows(even, round_.go), "mean", include_self=True)
-        x = torch.cat([_rows(even, round_.stay), joined], dim=1)
+    for groups in rounds:
+        x, _ = merge_tokens(x, groups.keep, groups.source, groups.target)
     return x
-
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def _picture(x: Tensor) -> Tensor:
@@ -132,3 +112,57 @@ def _picture(x: Tensor) -> Tensor:
 
 def _rastered(picture: Tensor) -> Tensor:
     return picture.flatten(2).mT
+
+
+def resampled(
+    layout: Layout, frames: Sequence[Tensor], shares: Sequence[int], assigner: str, limited: bool = True
+) -> Selection:
+    """Bring the views' ``(rows, cols, D)`` to their shares: the selection of one image, a batch of one.
+
+    A cell takes the place of the token under its centre. Frames that grew beyond their own places push into their
+    neighbours', in order, which only sequences with compact positions can bear.
+    """
+    device = frames[0].device
+    groups: dict[tuple[torch.Size, Cells], list[int]] = {}
+    targets = []
+    for v, (view, frame, share) in enumerate(zip(layout.views, frames, shares)):
+        if share > 0:
+            rows, cols = frame.shape[:2]
+            share = min(share, rows * cols) if assigner in MERGING else share
+            cells = frame_grid(share, (rows, cols), limited or assigner in MERGING) if assigner in GRID else share
+            groups.setdefault((frame.shape, cells), []).append(v)
+            targets.append(view.tokens()[_targets(view, cells, assigner)])
+    plans = [
+        (members, PLANS[assigner](torch.stack([frames[v] for v in members]), cells))
+        for (_, cells), members in groups.items()
+    ]
+    target, entry = torch.cat(targets).sort(stable=True)  # views of a canvas share its rows
+
+    def follow(frames: Sequence[Tensor]) -> Tensor:
+        made = {}
+        for members, plan in plans:
+            made |= dict(zip(members, plan(torch.stack([frames[v] for v in members]))))
+        return torch.cat([made[v] for v in sorted(made)])[entry.to(device)]
+
+    def resample(x: Tensor) -> Tensor:
+        return follow([x[view.tokens(x.device)].unflatten(0, view.grid) for view in layout.views])
+
+    index = distinct_places(target, layout.size).to(device)
+    return Selection(index[None], follow(frames)[None], resample=[resample])
+
+
+def distinct_places(targets: Tensor, n: int) -> Tensor:
+    """Ascending, unique places among ``n`` as near as may be to ``targets (K,)``, which ascend: ``(K,)`` int64."""
+    number = torch.arange(len(targets))
+    return torch.minimum((targets - number).cummax(0).values + number, n - len(targets) + number)
+
+
+def _targets(view: View, cells: Cells, assigner: str) -> Tensor:
+    """Places in the view's raster where its cells would sit."""
+    if assigner == "linspace":
+        return linspace_index(view.size, cells)
+    if isinstance(cells, tuple):
+        if cells[0] <= view.rows and cells[1] <= view.cols:
+            return host_slots(view.grid, cells)
+        cells = cells[0] * cells[1]
+    return middles(view.size, cells)

@@ -1,4 +1,4 @@
-"""Runs of dropped tokens in sequence order, and where a marker for each stands."""
+"""Runs of dropped tokens in sequence order, and the markers that stand for them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from foveate.cuda import gather_tokens, run_mean
 from foveate.pruners.core.tokens import Layout
 
 
@@ -37,7 +38,7 @@ class Runs:
         return Runs(*(x[b : b + 1] for x in (self.dropped, self.first, self.last, self.number)))
 
     def marker_places(self, placement: str) -> Tensor:
-        """``(B, N)`` the token in whose place the marker of each dropped token's run stands (``"full"``: its own place)."""
+        """``(B, N)`` the token in whose place each dropped token's run has its marker (``"full"``: its own place)."""
         if placement == "full":
             return torch.arange(self.dropped.shape[1], device=self.dropped.device).expand_as(self.first)
         return {"end": self.last, "first": self.first, "middle": (self.first + self.last) // 2}[placement]
@@ -64,3 +65,32 @@ def stretch_ends(layout: Layout) -> Tensor:
     ends[:-1] = view_of[1:] != view_of[:-1]
     ends[[newline.last - 1 for newline in layout.newlines if newline.last]] = True
     return ends
+
+
+def with_markers(x: Tensor, index: Tensor, markers: Tensor, gone: Runs, vector: Tensor | None) -> Tensor:
+    """Rows ``index (B, K)`` of ``x (B, N, D)``, markers' rows being ``vector``, or None: the mean of their run.
+
+    ``markers (B, N)`` bool: which tokens are markers of the runs ``gone``.
+    """
+    slot = index.clamp(min=0)
+    marked = markers.gather(1, slot) & (index >= 0)
+    if vector is None:
+        means = run_mean(x, gone.number, int(gone.counts.max()))
+        vector = gather_tokens(means, gone.number.gather(1, slot))
+    return gather_tokens(x, index, marked=marked, marker=vector)
+
+
+def features_with_markers(index: Tensor, markers: Tensor, gone: Runs, mean: bool, x: Tensor) -> Tensor:
+    """Other features ``x (N, C)`` of one picture's tokens for its survivors ``index (K,)``, -1 for none: markers have
+    their run's ``mean``, or nothing.
+    """
+    present = index[index >= 0][None]
+    return with_markers(x[None], present, markers[None], gone, None if mean else x.new_zeros(x.shape[1]))[0]
+
+
+@torch.no_grad()
+def mean_embedding(embed: nn.Module, count: int, at_once: int = 8192) -> Tensor:
+    """Mean output ``(D,)`` of an input embedding over its first ``count`` tokens, in float32."""
+    device = next(embed.parameters()).device
+    parts = [embed(ids).float().sum(dim=0) for ids in torch.arange(count, device=device).split(at_once)]
+    return torch.stack(parts).sum(dim=0) / count

@@ -61,7 +61,7 @@ def ranked(scores: Tensor) -> Tensor:
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:
-    """Indices of the ``k`` largest scores along the last axis, :func:`ranked`, but ascending: ``(…, N) -> (…, k)`` int64."""
+    """Indices of the ``k`` largest scores along the last axis, as :func:`ranked`, ascending: ``(…, N) -> (…, k)``."""
     return ranked(scores)[..., :k].sort(dim=-1).values
 
 
@@ -71,7 +71,7 @@ def best(tokens: Tokens, k: int, scores: Tensor) -> Selection:
 
 
 def among_top(scores: Tensor, k: int | Tensor) -> Tensor:
-    """Which scores are among the ``k`` largest of their row, :func:`ranked`: ``(B, N)`` bool; ``k`` may be ``(B, 1)``."""
+    """Which scores are among the ``k`` largest of a row, :func:`ranked`: ``(B, N)`` bool; ``k`` may be ``(B, 1)``."""
     return ranked(scores).argsort(dim=1) < k
 
 
@@ -95,6 +95,19 @@ def keep_all(tokens: Tokens) -> Selection:
     return Selection(torch.arange(tokens.count, device=tokens.embeds.device).expand(len(tokens.embeds), -1))
 
 
+def largest_fitting(most: int, images: Tensor, fits: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """The largest k in 0 .. ``most`` of every image, ``(B,)`` as ``images``, for which ``fits(k (M,), rows (M,))``
+    holds, by bisection.
+    """
+    low, high = torch.zeros_like(images), torch.full_like(images, most)
+    while len(rows := (low < high).nonzero()[:, 0]):
+        middle = (low[rows] + high[rows] + 1) // 2
+        good = fits(middle, rows)
+        low[rows] = torch.where(good, middle, low[rows])
+        high[rows] = torch.where(good, high[rows], middle - 1)
+    return low
+
+
 def stacked(chosen: Sequence[Selection]) -> Selection:
     """One batch of selections of single images: rows are padded on the right, the index with -1, values with zeros."""
     whole: dict[str, Tensor] = {}
@@ -109,7 +122,7 @@ def stacked(chosen: Sequence[Selection]) -> Selection:
 
 
 def seeded(seed: int, tokens: Tokens) -> list[torch.Generator]:
-    """One CPU generator per image, from ``seed`` and the image's id alone: the same draw on every device, in every batch."""
+    """One CPU generator per image, of ``seed`` and the image's id alone: equal draws on all devices, in all batches."""
     return [torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + i) % 2**63) for i in tokens.ids]
 
 
@@ -137,9 +150,9 @@ def per_view(
     """Run ``select(view_tokens, k, **view_signals)`` on every view by itself and join the results.
 
     Views of equal grid and budget are stacked into one batch. ``signals (B, N, …)`` are cut to the view's tokens, those
-    named in ``by_view`` are ``(B, V, …)`` and cut to the view's row. ``budgets`` has one entry per view; a view with budget
-    0 keeps nothing, one whose budget is not below its size keeps everything without asking ``select``. An only view goes
-    by its image's id, one of several by its :func:`view_id`.
+    named in ``by_view`` are ``(B, V, …)`` and cut to the view's row. ``budgets`` has one entry per view; a view with
+    budget 0 keeps nothing, one whose budget is not below its size keeps everything without asking ``select``. An only
+    view goes by its image's id, one of several by its :func:`view_id`.
     """
     views = tokens.layout.views
     if all(k >= view.size for view, k in zip(views, budgets)):

@@ -1,17 +1,9 @@
 """What a stage can ask to read, and how it comes out of the tensors of the module that it is about.
 
-A signal says where it is read by its base class, and how by ``reduce``. Adapters bring the tensors; nothing here knows
-a model. A new signal is one class.
-
-========================  =========================================================================================
-:class:`TowerAttention`   queries and keys of a vision tower's block
-:class:`TowerOutput`      what a block of the vision tower returns
-:class:`LayerAttention`   attention of a decoder layer, asked for by query rows
-:class:`LayerUpdate`      what attention and MLP of a decoder layer add
-:class:`LayerNeurons`     activations inside a decoder layer's gated MLP
-========================  =========================================================================================
-
-:class:`UnpooledFrames` and :class:`PatchPixels` are read before any of them.
+A signal says where it is read by its base class (:class:`TowerAttention`, :class:`TowerOutput`,
+:class:`LayerAttention`, :class:`LayerUpdate`, :class:`LayerNeurons`), and how by ``reduce``. Adapters bring the
+tensors; nothing here knows a model. A new signal is one class. :class:`UnpooledFrames` and :class:`PatchPixels` are
+read before any of them.
 """
 
 from __future__ import annotations
@@ -51,8 +43,14 @@ class Signal:
     """Whether there is a vector, not a number, per token."""
     per_view: ClassVar[bool] = False
     """Whether there is one per view ``(B, V, …)``, not one per token."""
+    per_sample: ClassVar[bool] = False
+    """Whether there is one per sample ``(B, …)``, not one per token."""
 
     layer: int
+
+    def reduce(self, *tensors: Any) -> Tensor:
+        """The signal; what it is made of is for the base class to say."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement reduce()")
 
 
 # ------------------------------------------------------------------------------------------------- of the vision tower
@@ -60,11 +58,10 @@ class Signal:
 
 @dataclass(frozen=True)
 class TowerAttention(Signal):
-    """Read from the queries and keys of a block."""
+    """Read from the queries and keys of a block: ``reduce(q, k, scale, prefix) -> (V, n[, d])``.
 
-    def reduce(self, q: Tensor, k: Tensor, scale: float, prefix: int) -> Tensor:
-        """``q, k (V, H, L, d)``, of whose rows the first ``prefix`` are no patches -> ``(V, n[, d])``."""
-        raise NotImplementedError
+    ``q, k (V, H, L, d)``, of whose rows the first ``prefix`` are not patches.
+    """
 
 
 @dataclass(frozen=True)
@@ -85,7 +82,7 @@ class ReceivedAttention(TowerAttention):
 
 @dataclass(frozen=True)
 class GivenAttention(TowerAttention):
-    """``(B, N)`` attention each patch gives: mean over heads and the patch columns of its softmax row (or of the logits)."""
+    """``(B, N)`` attention each patch gives: mean over heads and patch columns of its softmax row (or the logits)."""
 
     logits: bool = False
 
@@ -95,10 +92,9 @@ class GivenAttention(TowerAttention):
 
 @dataclass(frozen=True)
 class ClassAttention(TowerAttention):
-    """``(B, N)`` attention that the class token pays to each patch, mean over heads of the softmax row (or of the logits)."""
+    """``(B, N)`` attention that the class token pays each patch: mean over heads of softmax rows (or of the logits)."""
 
     needs_class_token = True
-
     logits: bool = False
 
     def reduce(self, q: Tensor, k: Tensor, scale: float, prefix: int) -> Tensor:
@@ -122,13 +118,12 @@ class EncoderKeys(TowerAttention):
 
 @dataclass(frozen=True)
 class TowerOutput(Signal):
-    """Read from what a block returns."""
+    """Read from what a block returns: ``reduce(hidden, prefix)``.
+
+    ``hidden (V, L, C)``, of whose rows the first ``prefix`` are not patches.
+    """
 
     channels = True
-
-    def reduce(self, hidden: Tensor, prefix: int) -> Tensor:
-        """``hidden (V, L, C)``, of whose rows the first ``prefix`` are no patches."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -159,7 +154,6 @@ class UnpooledFrames(Signal):
     """
 
     channels = True
-
     layer: int = 0
 
 
@@ -168,7 +162,6 @@ class PatchPixels(Signal):
     """``(B, N, 3, T, h, w)`` RGB in [0, 1] under each token: of T frames, in no set order inside a token."""
 
     channels = True
-
     layer: int = 0
 
 
@@ -212,19 +205,15 @@ column, mean over heads and over the rows that count, softmax over the whole seq
 
 @dataclass(frozen=True)
 class LayerAttention(Signal):
-    """Read from the attention of a decoder layer, without ever holding a map of it."""
+    """Read from the attention of a decoder layer, without ever holding a map of it: ``reduce(pay, columns)``.
+
+    It gives ``(B, K)`` per column, or ``(B, …)`` where :attr:`per_sample`.
+    """
 
     from_text = True
     in_decoder = True
-
     ahead: ClassVar[bool] = False
     """Whether the layer's attention is computed before the layer, on what would enter it."""
-
-    def reduce(self, pay: Pay, columns: Columns) -> Tensor:
-        """``(B, K)`` per column, or ``(B, …)`` where :attr:`per_sample`."""
-        raise NotImplementedError
-
-    per_sample: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
@@ -244,7 +233,6 @@ class CrossModalAttention(LayerAttention):
     """
 
     per_sample = True
-
     system_tokens: int | None = None
 
     def reduce(self, pay: Pay, columns: Columns) -> Tensor:
@@ -269,15 +257,13 @@ class InstructionAttention(LayerAttention):
 
 @dataclass(frozen=True)
 class LayerUpdate(Signal):
-    """Read from what a decoder layer's attention, and then its MLP, add to the states that enter them; both are summed."""
+    """Read from what a decoder layer's attention, and then its MLP, do to the states that enter them; both are summed.
+
+    ``reduce(before, after, columns) -> (B, K)``, with ``before, after (B, K, D)``: what entered the part, what it
+    returned.
+    """
 
     in_decoder = True
-
-    per_sample: ClassVar[bool] = False
-
-    def reduce(self, before: Tensor, after: Tensor, columns: Columns) -> Tensor:
-        """``before, after (B, K, D)``: what entered the part and what it returned -> ``(B, K)``."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -300,16 +286,13 @@ class TransitionVariation(LayerUpdate):
 
 @dataclass(frozen=True)
 class LayerNeurons(Signal):
-    """Read from the activations ``act(gate) * up`` of a decoder layer's gated MLP."""
+    """Read from the activations ``act(gate) * up`` of a decoder layer's gated MLP: ``reduce(hidden, columns)``.
+
+    ``hidden (B, K, F)``; it gives ``(B, K)`` per column, or ``(B, …)`` where :attr:`per_sample`.
+    """
 
     from_text = True
     in_decoder = True
-
-    per_sample: ClassVar[bool] = False
-
-    def reduce(self, hidden: Tensor, columns: Columns) -> Tensor:
-        """``hidden (B, K, F)`` -> ``(B, K)`` per column, or ``(B, …)`` where :attr:`per_sample`."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -321,7 +304,6 @@ class CoreNeurons(LayerNeurons):
     """
 
     per_sample = True
-
     rho: float = 0.2
     beta: float = 0.4
     topk: str = "mean"
@@ -369,7 +351,7 @@ def _counts(signal: CoreNeurons | CoreMatches, hidden: Tensor, columns: Columns)
 
 
 def listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns where ``chosen (B, K)`` holds, as ``(B, R)`` columns and which of these count; R: those of the fullest row."""
+    """Columns where ``chosen (B, K)`` holds, ``(B, R)``, and which of these count; R: those of the fullest row."""
     width = int(chosen.sum(dim=1).amax())
     order = chosen.long().argsort(dim=1, descending=True, stable=True)[:, :width]
     return order, chosen.gather(1, order)

@@ -44,7 +44,7 @@ class View:
 
 @dataclass(frozen=True)
 class Newline:
-    """A separator embedding after tokens ``first .. last - 1``; it occupies a place in the sequence, not a token number."""
+    """A separator embedding after tokens ``first .. last - 1``; it has a place in the sequence, not a token number."""
 
     place: int
     first: int
@@ -85,7 +85,7 @@ class Layout:
         return torch.tensor([n.place for n in self.newlines], dtype=torch.long, device=device)
 
     def rows_left(self, chosen: Tensor) -> Tensor:
-        """For every separator whether the tokens that it closes have any of the tokens ``chosen (K,)``: ``(S,)`` bool."""
+        """For every separator whether any of the tokens that it closes is ``chosen (K,)``: ``(S,)`` bool."""
         upto = chosen.new_zeros(self.size + 1).index_fill(0, chosen + 1, 1).cumsum(0)
         first, last = chosen.new_tensor([(n.first, n.last) for n in self.newlines]).view(-1, 2).unbind(1)
         return upto[last] > upto[first]
@@ -224,3 +224,16 @@ class Selection:
             raise ParameterError(
                 f"{method} chose {index[wrong].tolist()}; give unique, ascending token numbers 0 .. {count - 1}"
             )
+
+    def kept(self, count: int) -> Tensor:
+        """``(B, count)`` bool: which of ``count`` tokens survive."""
+        kept = torch.zeros(len(self.index), count + 1, dtype=torch.bool, device=self.index.device)
+        return kept.scatter(1, self.index.where(self.index >= 0, count), True)[:, :-1]
+
+    def written(self, embeds: Tensor) -> Tensor:
+        """``embeds (B, N, D)`` with the survivors' new values, if any, in their places."""
+        if self.values is None:
+            return embeds
+        wide = torch.cat([embeds, embeds[:, :1]], dim=1)  # absent survivors write after the end
+        where = self.index.where(self.index >= 0, embeds.shape[1])[..., None].expand_as(self.values)
+        return wide.scatter(1, where, self.values.to(embeds.dtype))[:, :-1]

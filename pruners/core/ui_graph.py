@@ -55,7 +55,7 @@ def ui_graph(pixels: Tensor, layout: Layout, threshold: float = 2.0, mode: str =
 
 
 def _distance(blocks: Tensor, one: Tensor, other: Tensor, at_once: int = 4096) -> Tensor:
-    """Euclidean distances ``(B, E)`` between blocks ``one`` and ``other`` of ``blocks (B, N, P)``, a few edges at a time."""
+    """Euclidean distances ``(B, E)`` of blocks ``one`` and ``other`` of ``blocks (B, N, P)``, a few edges at a time."""
     parts = [
         (blocks[:, a].float() - blocks[:, b].float()).norm(dim=-1)
         for a, b in zip(one.split(at_once), other.split(at_once))

@@ -127,7 +127,8 @@ def one(tokens: Tokens, b: int) -> Tokens:
 
 def most(pruner: Pruner, layout: Layout) -> int:
     """How many tokens a method's first selection of tokens keeps at most, as its documentation says: no more than the
-    budget, but for markers and crops; the count itself where the layout alone decides."""
+    budget, but for markers and crops; the count itself where the layout alone decides.
+    """
     count = pruner.count(layout)
     if count is not None:
         return count

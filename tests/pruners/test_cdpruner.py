@@ -123,7 +123,7 @@ def test_clip_text_is_cut_into_segments() -> None:
 
 
 def test_clip_relevance_is_negated() -> None:
-    """Statement: with CLIP the patches *least* similar to the text are most relevant, through post-norm and projection."""
+    """Statement: with CLIP the patches *least* similar to the text count most, through post-norm and projection."""
     method = CDPruner(keep=3, clip=tiny_clip())
     assert dict(first_stage(method).signals) == {"features": EncoderFeatures(22)}
     tokens = make_tokens(Layout.grid(4, 4), 1, 0)

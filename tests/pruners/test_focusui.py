@@ -46,7 +46,7 @@ def make(layout: Layout, batch: int = 2, width: int = WIDTH) -> Tokens:
 
 
 def test_both_namings_of_the_budget() -> None:
-    """Statement: ``keep`` is floored with a whisker, ``reduct`` truncates as released, and leaves ``min_keep`` tokens."""
+    """Statement: ``keep`` is floored with a whisker, ``reduct`` truncates as released and leaves ``min_keep``."""
     assert FocusUI(keep=0.1).count(Layout.grid(1, 1000)) == 100
     assert FocusUI(reduct=0.9).count(Layout.grid(1, 1000)) == 99  # 1 - 0.9 is a little less than a tenth
     assert FocusUI(reduct=0.9).count(Layout.grid(1, 10)) == 1
@@ -139,7 +139,9 @@ def test_a_scorer_of_another_model_is_refused(scorer: PatchScorer) -> None:
 
 
 def test_the_scorer_beside_the_weights_is_found(scorer: PatchScorer, tmp_path: Path) -> None:
-    """Statement: by default the model's own scorer, then the UI graph with a warning; a file or folder by name; both by word."""
+    """Statement: by default the model's own scorer, then the UI graph with a warning; a file or folder by name; both by
+    word.
+    """
     model = ModelInfo(family="qwen2_5_vl", token_ids={"eos": (1,)})
     with pytest.warns(UserWarning, match="without a patch scorer"):
         assert FocusUI().stages(model)[0].signals == {"pixels": PatchPixels()}
@@ -205,7 +207,9 @@ def screenshot(height: int, width: int) -> Image.Image:
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_pixels_of_packed_families_are_those_under_the_token(family: str) -> None:
-    """Statement: what the processor cut up comes back in [0, 1] in raster order, twice in time, and gives the same UI graph."""
+    """Statement: what the processor cut up comes back in [0, 1] in raster order, twice in time, and gives the same UI
+    graph.
+    """
     from transformers import Qwen2VLImageProcessorFast
 
     own = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3} if family == "qwen3_vl" else {}
@@ -229,7 +233,9 @@ def test_pixels_of_packed_families_are_those_under_the_token(family: str) -> Non
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llava", "llava_next", "llava_onevision"])
 def test_pixels_of_views_lie_where_their_tokens_do(family: str) -> None:
-    """Statement: in the layout's order, padding left out: a view whose patches are numbered shows every token its number."""
+    """Statement: in the layout's order, padding left out: a view whose patches are numbered shows every token its
+    number.
+    """
     model, probe = tiny(family), Probe()
     given = inputs(family, [[3, picture(family, 1), 4]])
     side = SIDE // PATCH

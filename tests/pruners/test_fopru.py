@@ -27,7 +27,7 @@ def test_equal_variances_take_received() -> None:
 
 
 def test_given_attention_is_constant_without_class_token() -> None:
-    """Statement: softmax rows sum to one, so without prefix tokens only received attention can differ between tokens."""
+    """Statement: softmax rows sum to one, so without prefix tokens only received attention can tell tokens apart."""
     torch.manual_seed(0)
     q, k = torch.randn(1, 2, 9, 4), torch.randn(1, 2, 9, 4)
     torch.testing.assert_close(given_attention(q, k), torch.full((1, 9), 1 / 9))

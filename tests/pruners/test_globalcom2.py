@@ -87,7 +87,7 @@ def test_published_floors_stay_below_the_stated_bound(size: tuple[int, int]) -> 
 
 
 def test_apportioning_is_proportional_capped_and_exact() -> None:
-    """Statement: quotas follow the weights, surplus above a part's size goes to the others, remainders decide the rest."""
+    """Statement: quotas follow the weights, what a part cannot hold goes to others, remainders decide the rest."""
     weights = torch.tensor([[1.0, 1.0, 2.0], [10.0, 1.0, 1.0], [0.0, 0.0, 5.0]], dtype=torch.float64)
     most = torch.tensor([4.0, 4.0, 9.0], dtype=torch.float64)
     assert apportion(weights, 8, most).tolist() == [[2, 2, 4], [4, 2, 2], [0, 0, 8]]
@@ -97,7 +97,7 @@ def test_apportioning_is_proportional_capped_and_exact() -> None:
 
 
 def test_tiny_budgets_leave_something() -> None:
-    """Statement: where R N < 1 the thumbnail keeps nothing, crops may, and never is a picture left without any token."""
+    """Statement: where R N < 1 the thumbnail keeps nothing, crops may, and no picture is left without any token."""
     layout = layout_of(60, 60)
     index = run(GlobalCom2(keep=0.004), layout, logits(layout)).index
     assert (index >= 0).sum(dim=1).tolist() == [1, 1]
@@ -289,7 +289,9 @@ def test_several_pictures_have_each_their_own_thumbnail() -> None:
 
 @torch.no_grad()
 def test_class_logits_are_those_of_the_last_block() -> None:
-    """Statement: mean over heads of q_cls . k / sqrt(d) before the softmax, class column dropped, in the layout's order."""
+    """Statement: mean over heads of q_cls . k / sqrt(d) before the softmax, class column dropped, in the layout's
+    order.
+    """
     model, seen = tiny("llava_next"), {}
     attention = model.model.vision_tower.encoder.layers[-1].self_attn
     handles = [

@@ -93,7 +93,9 @@ def test_official_exclusion_counts_strong_tokens_twice() -> None:
 
 
 def test_official_exclusion_works_on_sums_where_there_is_no_class_token() -> None:
-    """Statement: ``exclude="official"`` sees mean-one scores on Qwen towers and may keep fewer tokens, which is announced."""
+    """Statement: ``exclude="official"`` sees mean-one scores on Qwen towers and may keep fewer tokens, which is
+    announced.
+    """
     method = HiPrune(keep=4, alpha=1.0, buffer="none", exclude="official")
     assert method.count(Layout.grid(2, 4)) is None
     assert HiPrune(keep=4).count(Layout.grid(2, 4)) == 4
@@ -107,7 +109,9 @@ def test_official_exclusion_works_on_sums_where_there_is_no_class_token() -> Non
 
 
 def test_budgets_of_views() -> None:
-    """Statement: ``int(total / V)`` per view, as published for 3 and 5 views; nothing is lost to views that are too small."""
+    """Statement: ``int(total / V)`` per view, as published for 3 and 5 views; nothing is lost to views that are too
+    small.
+    """
     assert per_view_budget(640, (576,) * 5) == (128,) * 5
     assert [per_view_budget(k, (576,) * 3)[0] for k in (640, 320, 160)] == [213, 106, 53]
     assert per_view_budget(12, (8, 8, 2)) == (5, 5, 2)
@@ -125,7 +129,9 @@ def test_views_do_not_compete() -> None:
 
 
 def test_layers_follow_the_published_ones() -> None:
-    """Statement: object block 9 of 24 for CLIP-L and 16 of 32 for Qwen2.5-VL (counted from 1), registers where features leave."""
+    """Statement: object block 9 of 24 for CLIP-L and 16 of 32 for Qwen2.5-VL (counted from 1), registers where features
+    leave.
+    """
     assert dict(first_stage(HiPrune()).signals) == {"anchor": ReceivedAttention(8), "deep": ReceivedAttention(22)}
     assert dict(first_stage(HiPrune(), QWEN).signals) == {
         "anchor": ReceivedAttention(15),
@@ -148,14 +154,14 @@ def test_bad_layers_are_refused() -> None:
 
 
 def test_class_rows_need_a_class_token() -> None:
-    """Statement: ``query_rows="cls"`` reads class attention, and names signal, tower and way out where there is none."""
+    """Statement: ``query_rows="cls"`` reads class attention, or names signal, tower and way out where there is none."""
     assert first_stage(HiPrune(query_rows="cls")).signals["deep"] == ClassAttention(22)
     with pytest.raises(MissingSignalError, match=r"class token.*Qwen2_5_VisionTransformer.*query_rows='all'"):
         HiPrune(query_rows="cls").stages(QWEN)
 
 
 def test_separators_are_dropped_unless_asked_for() -> None:
-    """Statement: as published, no newline separators reach the decoder; on request those of rows that keep a token do."""
+    """Statement: as published, no newline separators reach the decoder; on request those of rows with a token do."""
     assert first_stage(HiPrune()).newlines == "drop"
     assert first_stage(HiPrune(newline="rows")).newlines == "rows"
 
@@ -177,7 +183,7 @@ def test_anchors_and_masks_break_ties_by_index() -> None:
 
 
 def test_tokens_without_a_score_come_last() -> None:
-    """Statement: NaN never makes an anchor or a register, and the budget is met even where only such tokens are left."""
+    """Statement: NaN never makes an anchor or a register, and the budget is met even where only such are left."""
     nan = float("nan")
     assert anchors(torch.tensor([[nan, 1.0, 3.0, nan]]), 2).tolist() == [[2, 1]]
     core = torch.tensor([[True, False, False, False, False]])

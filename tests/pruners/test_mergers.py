@@ -14,9 +14,9 @@ from foveate.cuda import similarity_energy
 from foveate.errors import FoveateError, ParameterError, UnsupportedModelError
 from foveate.pruners import InTower, PiToMe, ToMe
 from foveate.pruners.core import Layout, ModelInfo, View
+from foveate.pruners.core.matching import energy_matching, protected_matching
 from foveate.pruners.core.merging import BlockTokens, Groups, Merger, owners
 from foveate.pruners.core.selection import ranked
-from foveate.pruners.pitome import energy_matching, protected_matching
 from foveate.pruners.tome import schedule
 
 MERGERS: list[Merger] = [
@@ -53,7 +53,9 @@ def groups_of(stage: InTower, x: Tensor, prefix: int) -> Groups:
 def test_groups_are_a_partition_of_the_announced_size(
     merger: Merger, n: int, prefix: int, batch: int, seed: int
 ) -> None:
-    """Statement: in every block ``removes(n)`` rows merge into others, every row is in one group, the prefix stays in front."""
+    """Statement: in every block ``removes(n)`` rows merge into others, every row is in one group, the prefix stays in
+    front.
+    """
     x = drawn(batch, prefix + n, seed)
     for stage in merger.stages(tower(prefix)):
         count = stage.removes(prefix + n)
@@ -99,7 +101,9 @@ def test_low_precision_metrics_are_compared_in_float32(merger: Merger) -> None:
 
 
 def test_a_dead_row_attracts_nothing() -> None:
-    """Statement: a row of zeros is similar to nothing; it makes no NaN and no row merges into it where others match better."""
+    """Statement: a row of zeros is similar to nothing; it makes no NaN and no row merges into it where others match
+    better.
+    """
     x = drawn(1, 20, 0).abs()
     x[0, 5] = 0
     (stage,) = ToMe(r=8).stages(tower(0, 1))
@@ -145,7 +149,7 @@ def test_the_orders_differ_in_which_half_protects() -> None:
 
 @pytest.mark.parametrize(("ratio", "kept"), [(0.85, 17), (0.875, 30), (0.9, 54), (0.925, 101), (0.95, 183)])
 def test_counts_on_llava_are_the_published_ones(ratio: float, kept: int) -> None:
-    """Statement: of LLaVA-1.5's 576 tokens as many are left as the authors' runs had (arXiv 2405.16148, LLaVA table)."""
+    """Statement: of LLaVA-1.5's 576 tokens as many stay as in the authors' runs (arXiv 2405.16148, LLaVA table)."""
     assert PiToMe(ratio=ratio, order="llava").count(Layout.grid(24, 24)) == kept
 
 
@@ -157,7 +161,7 @@ def test_counts_on_vit_are_the_published_ones() -> None:
 
 
 def test_views_are_counted_whole() -> None:
-    """Statement: crops are merged before their padding is cut off, so their count is bounded by what is left of them."""
+    """Statement: crops are merged before their padding is cut off, so their count is bounded by what that leaves."""
     layout = Layout(
         (View(4, 4, kind="thumbnail"), View(4, 2, start=16, kind="crop"), View(4, 4, start=24, kind="crop"))
     )

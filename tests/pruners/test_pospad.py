@@ -128,7 +128,9 @@ def test_deepstack_features_follow_the_marker() -> None:
 @pytest.mark.parametrize("keep", [0.3, 0.5, 0.8, 0.95])
 @pytest.mark.parametrize("inner", [FocusUI(scorer="uigraph"), Random(), DivPrune()], ids=["ranked", "random", "greedy"])
 def test_counted_markers_fit_the_budget_and_fill_it(layout: Layout, keep: float, inner: foveate.pruners.Pruner) -> None:
-    """Statement: survivors and markers together stay within the inner method's budget; of nested choices one more would not."""
+    """Statement: survivors and markers together stay within the inner method's budget; of nested choices one more would
+    not.
+    """
     method, tokens = PosPad(inner, keep=keep), make_tokens(layout, 3, 5)
     (stage,) = method.stages(QWEN)
     signals = make_signals(stage, tokens, 5)
@@ -184,7 +186,7 @@ def test_an_image_that_loses_everything_leaves_its_last_place() -> None:
 
 
 def test_names_compose() -> None:
-    """Statement: ``outer:inner`` on the command line, parameters to whom they belong, labels that tell methods apart."""
+    """Statement: ``outer:inner`` on the command line, parameters where they belong, labels that tell methods apart."""
     assert create("pospad:random", keep=0.3, seed=2, marker="last") == PosPad(Random(keep=0.3, seed=2), marker="last")
     assert create("then:divprune+fastv") == Then(DivPrune(), FastV())
     assert create("pospad").name == "pospad:focusui"
@@ -304,8 +306,9 @@ def unpruned_features(model: torch.nn.Module, given: dict[str, Tensor]) -> tuple
     [(f, s) for f in FAMILIES for s in ("padded", "several", "video") if s != "video" or f in VIDEO_FAMILIES],
 )
 def test_padded_equals_the_unpruned_model_with_markers_in_it(family: str, scene: str, marker: str) -> None:
-    """Statement: at full-sequence positions, the model is the unpruned one in which the markers' places carry the marker
-    and the other dropped places are masked; generated tokens too."""
+    """Statement: at full-sequence positions, the model is the unpruned one in which the markers' places carry the
+    marker and the other dropped places are masked; generated tokens too.
+    """
     model, given = tiny(family), scene_inputs(family, scene)
     positions = rope_positions(model, given)
     vector = torch.randn(32, generator=torch.Generator().manual_seed(3))
@@ -383,7 +386,9 @@ def test_full_placement_of_last_tokens_is_the_unpruned_model() -> None:
 
 @torch.no_grad()
 def test_official_deepstack_is_the_first_level_only() -> None:
-    """Statement: ``FocusUI(deepstack="first")`` is the model whose later levels are zero; at full budget all levels join."""
+    """Statement: ``FocusUI(deepstack="first")`` is the model whose later levels are zero; at full budget all levels
+    join.
+    """
     model, given = tiny("qwen3_vl"), scene_inputs("qwen3_vl", "single")
     positions = rope_positions(model, given)
     embeds, mask, levels = unpruned_features(model, given)

@@ -155,8 +155,9 @@ def check(selection: Selection, tokens: Tokens, kept: int) -> None:
 def test_selections_have_the_promised_size_and_form(
     variant: Pruner, layout: Layout, keep: Keep, batch: int, seed: int
 ) -> None:
-    """Statement: exactly ``count(layout)`` tokens survive, at most the stated bound where content decides, and the selection
-    is well-formed, on both kinds of tower."""
+    """Statement: exactly ``count(layout)`` tokens survive, at most the stated bound where content decides, and the
+    selection is well-formed, on both kinds of tower.
+    """
     pruner = at(variant, keep)
     if not supported(pruner, layout):
         return
@@ -203,8 +204,9 @@ def test_a_batch_selects_as_its_images_do_alone(
 @settings(max_examples=10, deadline=None)
 @given(grid=GRIDS, keep=KEEPS)
 def test_counts_are_known_from_the_layout_alone(variant: Pruner, grid: tuple[int, int], keep: Keep) -> None:
-    """Statement: the layout tells the count, or a bound where content decides, which few methods leave to it; both lie in
-    1 .. n, and never exceed an integer budget."""
+    """Statement: the layout tells the count, or a bound where content decides, which few methods leave to it; both lie
+    in 1 .. n, and never exceed an integer budget.
+    """
     pruner, layout = at(variant, keep), Layout.grid(*grid)
     if not supported(pruner, layout):
         return
@@ -257,7 +259,7 @@ def test_budgets_above_the_image_are_said(name: str) -> None:
 
 @pytest.mark.parametrize("name", BUDGETED)
 def test_low_precision_tokens_are_selected_in_float32(name: str) -> None:
-    """Statement: bfloat16 tokens are judged like the same values in float32, and merged values come back in bfloat16."""
+    """Statement: bfloat16 tokens are judged like the same values in float32, merged values come back in bfloat16."""
     layout = Layout.grid(5, 5)
     pruner = create(name, keep=6)
     tokens = make_tokens(layout, 2, 3)

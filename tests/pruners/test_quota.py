@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from foveate.errors import InputError, ParameterError
 from foveate.pruners import Layout, QuoTA
-from foveate.pruners.quota import distinct_places
+from foveate.pruners.core.resampling import distinct_places
 from tests.pruners.synthetic import CLIP, QWEN, anyres, first_stage, make_tokens, run
 
 
@@ -26,7 +26,9 @@ def test_a_frame_without_a_token_vanishes_and_cells_sit_under_their_centres() ->
 
 
 def test_a_dominant_frame_is_enlarged_unless_capped() -> None:
-    """Statement: without a cap a frame may take more tokens than it had, from its neighbours' places; with one it may not."""
+    """Statement: without a cap a frame may take more tokens than it had, from its neighbours' places; with one it may
+    not.
+    """
     tokens = make_tokens(Layout.video(3, 2, 2), 1, 0)
     tokens.frame_scores = [[0.0, 1.0, 0.0]]
     free, capped = (run(QuoTA(keep=9, cap=cap), tokens) for cap in (None, "waterfill"))
@@ -94,7 +96,7 @@ def test_bad_parameters_are_refused(bad: dict) -> None:
 
 
 def test_exact_budgets_are_announced_as_exact() -> None:
-    """Statement: only waterfill with largest remainders and an assigner of exact numbers has a count before the scores."""
+    """Statement: only waterfill, largest remainders and an assigner of exact numbers give a count before the scores."""
     video = Layout.video(2, 2, 2)
     assert QuoTA(keep=5, assigner="linspace", cap="waterfill", remainder="largest").count(video) == 5
     assert QuoTA().count(video) is None

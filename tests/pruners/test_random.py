@@ -69,7 +69,7 @@ def test_random_shuffles_on_request() -> None:
 
 
 def test_random_is_the_control_for_fastv() -> None:
-    """Statement: at a layer it acts where and on as many tokens as FastV, crops and survivors of other stages included."""
+    """Statement: at a layer it acts where and on as many tokens as FastV, with crops and survivors of other stages."""
     (control,), (fastv,) = Random(layer=3).stages(CLIP), FastV(k=3).stages(CLIP)
     assert (type(control), control.layer, control.positions) == (type(fastv), fastv.layer, fastv.positions)
     assert not control.signals

@@ -44,7 +44,7 @@ def test_duplicates_and_zeros_are_taken_once_lowest_first(diversity: str) -> Non
 
 
 def test_zero_tokens_count_as_orthogonal() -> None:
-    """Statement: a zero vector has similarity 0 to everything: farther than a like token, nearer than an opposite one."""
+    """Statement: a zero vector has similarity 0 to everything: farther than a like one, nearer than an opposite one."""
     features = torch.tensor([[[1.0, 0.0], [0.9, 0.1], [0.0, 0.0], [-1.0, 0.0]]])
     assert diversification(features, 4, torch.tensor([0]), "k_center").tolist() == [[0, 3, 2, 1]]
 
@@ -97,7 +97,9 @@ def test_random_pivots_depend_on_seed_and_image_only() -> None:
 
 
 def test_default_pivot_follows_the_tower() -> None:
-    """Statement: by default the class token of the last block decides; towers without one start from the farthest token."""
+    """Statement: by default the class token of the last block decides; towers without one start from the farthest
+    token.
+    """
     assert dict(first_stage(ToDRE()).signals) == {"class_attention": ClassAttention(23)}
     assert dict(first_stage(ToDRE(cls_layer=-2)).signals) == {"class_attention": ClassAttention(22)}
     stage = first_stage(ToDRE(keep=3), QWEN)

@@ -42,7 +42,9 @@ def test_layers_outside_the_model_are_refused(layer: int) -> None:
 
 
 def test_the_published_schedule() -> None:
-    """Statement: on 32 layers the defaults act in front of 0-based layers 7, 9, 12 and read transitions of 6 .. 11 so far."""
+    """Statement: on 32 layers the defaults act in front of 0-based layers 7, 9, 12 and read transitions of 6 .. 11 so
+    far.
+    """
     stages = TransPrune().stages(CLIP)
     assert [stage.layer for stage in stages] == [7, 9, 12]
     read = [[s.layer for s in stage.signals.values() if isinstance(s, TransitionVariation)] for stage in stages]
@@ -54,7 +56,9 @@ def test_the_published_schedule() -> None:
 
 @pytest.mark.parametrize("depth", [2, 4, 8, 28, 40])
 def test_other_depths_are_scaled(depth: int) -> None:
-    """Statement: the scaled schedule fits the decoder, ends with the last ratio, and keeps about 41 % on average if it can."""
+    """Statement: the scaled schedule fits the decoder, ends with the last ratio, and keeps about 41 % on average if it
+    can.
+    """
     schedule = TransPrune().schedule(ModelInfo(decoder_layers=depth))
     assert list(schedule) == sorted(schedule)
     assert 1 <= min(schedule) <= max(schedule) < depth
@@ -80,7 +84,9 @@ def test_small_pictures_may_lose_everything_and_full_stages_nothing() -> None:
 
 
 def test_scores_are_normalised_before_they_are_added() -> None:
-    """Statement: transitions and attention weigh alike whatever their scale; without transitions attention decides alone."""
+    """Statement: transitions and attention weigh alike whatever their scale; without transitions attention decides
+    alone.
+    """
     attention, moves = torch.tensor([[1.0, 3.0]]), torch.tensor([[30.0, 10.0]])
     torch.testing.assert_close(combined_score((moves, moves), attention), torch.tensor([[1.0, 1.0]]))
     torch.testing.assert_close(combined_score((), attention), torch.tensor([[0.25, 0.75]]))

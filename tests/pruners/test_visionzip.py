@@ -94,7 +94,9 @@ def test_visionzip_merges_in_front_of_the_decoder_without_projector() -> None:
 
 
 def test_visionzip_refuses_more_than_a_view_has() -> None:
-    """Statement: at most N + 1 tokens with a class token, N without; empty views do not count, ``keep`` is capped as ever."""
+    """Statement: at most N + 1 tokens with a class token, N without; empty views do not count, ``keep`` is capped as
+    ever.
+    """
     layout = anyres((4, 4), [3, 0], [3, 2])  # the smallest view that is not empty: 3 x 2
     tokens = make_tokens(layout, 1, 0)
     for dominant, contextual, class_token, fits in [
@@ -147,7 +149,9 @@ def test_visionzip_needs_a_way_for_the_class_token() -> None:
 
 
 def test_visionzip_order_of_crops() -> None:
-    """Statement: thumbnail first; then the crops' dominant patches in raster order of the canvas; then class and merged tokens."""
+    """Statement: thumbnail first; then the crops' dominant patches in raster order of the canvas; then class and merged
+    tokens.
+    """
     layout = anyres((3, 3), [3], [3, 3])
     tokens = make_tokens(layout, 1, 0)
     chosen = run(VisionZip(dominant=3, contextual=2), tokens)

@@ -106,7 +106,7 @@ def test_one_frame_takes_the_whole_budget() -> None:
 
 
 def test_grids() -> None:
-    """Statement: square frames give the largest square or one row more; others keep their aspect; none above the share."""
+    """Statement: squares give the largest square or one row more; others keep their aspect; none above the share."""
     assert [frame_grid(b, (27, 27)) for b in (0, 1, 2, 3, 5, 6, 130)] == [
         (0, 0), (1, 1), (2, 1), (2, 1), (2, 2), (3, 2), (11, 11),
     ]  # fmt: skip
@@ -129,7 +129,7 @@ def test_the_sampler_takes_more_frames_of_longer_videos() -> None:
 
 
 def test_fused_frames_share_the_mean_of_their_scores() -> None:
-    """Statement: a view of two fused frames has their mean score, an odd last frame its own; other numbers are refused."""
+    """Statement: two fused frames have their mean score, an odd last frame its own; other numbers are refused."""
     assert scores_per_view(np.array([0.2, 0.4, 0.6]), 2, 2).tolist() == pytest.approx([0.3, 0.6])
     assert scores_per_view(np.array([0.2, 0.4]), 2, 2).tolist() == [0.2, 0.4]
     with pytest.raises(InputError, match="5 frame scores for a video of 2 views"):

@@ -27,7 +27,9 @@ def test_fractions_count_what_is_left() -> None:
 
 
 def test_properties_come_from_the_parts() -> None:
-    """Statement: counts, also where the content or the grid decides, parameters and picture preparation are those of the parts."""
+    """Statement: counts, also where the content or the grid decides, parameters and picture preparation are those of
+    the parts.
+    """
     picture = Layout.grid(4, 6)
     assert Then(ToDRE(keep=8, stage2=False), FastV()).count(picture) == 4
     assert Then(DivPrune(), ToDRE(stage1=False)).count(picture) is None

@@ -12,7 +12,9 @@ from tests.models import inputs, picture, tiny
 
 @torch.no_grad()
 def test_the_control_has_its_methods_counts_and_other_tokens() -> None:
-    """Statement: equal numbers in every layer and cache, sample by sample, also where the content decides; another seed, another choice."""
+    """Statement: equal numbers in every layer and cache, sample by sample, also where the content decides; another
+    seed, another choice.
+    """
     model = tiny("llava")
     given = inputs("llava", [[2, picture("llava", 1), 4], [5, picture("llava", 2), 9]])
     for method in (
@@ -33,7 +35,7 @@ def test_the_control_has_its_methods_counts_and_other_tokens() -> None:
 
 
 def test_the_control_has_a_name() -> None:
-    """Statement: random@METHOD makes it wherever a method is named, with the method's parameters, composed names too."""
+    """Statement: random@METHOD makes it wherever methods are named, with the method's parameters, composed ones too."""
     assert foveate.pruners.create("random@fastv", keep=7) == RandomLike(foveate.FastV(keep=7))
     assert foveate.pruners.create("random@pospad:hiprune", keep=7) == RandomLike(
         foveate.PosPad(inner=foveate.HiPrune(keep=7))
@@ -41,7 +43,9 @@ def test_the_control_has_a_name() -> None:
 
 
 def test_the_bench_draws_the_control_at_every_budget() -> None:
-    """Statement: random@METHOD has the budgets of the method, its own row where the method finds its own, and every seed."""
+    """Statement: random@METHOD has the budgets of the method, its own row where the method finds its own, and every
+    seed.
+    """
     runs = [run for run in plan("random@transprune,random@corematching(beta=0.5)", [0.5, 4], 2) if "@" in run.label]
     assert all(run.baseline for run in runs)
     label = "random@corematching(beta=0.5)"

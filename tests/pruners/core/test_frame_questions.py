@@ -30,7 +30,7 @@ def test_replies_are_read_as_literals(reply: str, objects: list[str]) -> None:
 
 
 def test_every_frame_is_asked_about_the_objects_or_the_question() -> None:
-    """Statement: with objects the prompt names them, without it quotes the question; braces in a question do no harm."""
+    """Statement: with objects the prompt names them, without it quotes the question; braces in one do no harm."""
     prompts = FramePrompts()
     assert "red car, dog" in prompts.about("Who?", ["red car", "dog"])
     assert "Who {is} it?" in prompts.about("Who {is} it?", [])

@@ -27,7 +27,7 @@ def test_lattices_of_the_usual_budgets(k: int, small: tuple[int, int]) -> None:
 
 
 def test_pooled_tokens_stand_in_their_bins() -> None:
-    """Statement: host slots are the grid baseline's, and the owner of every token is a host whose bin holds the token."""
+    """Statement: host slots are the grid baseline's, and the owner of each token is a host whose bin holds it."""
     for rows, cols, k in itertools.product(range(1, 9), range(1, 9), (1, 2, 3, 5, 8, 13, 21)):
         small = lattice((rows, cols), k)
         hosts, owner = host_slots((rows, cols), small), nearest_host((rows, cols), small)

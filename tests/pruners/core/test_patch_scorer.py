@@ -66,7 +66,7 @@ def test_widths_must_divide() -> None:
 
 
 def test_the_scorer_learns_a_label() -> None:
-    """Statement: the loss is zero at the labels, differentiable, ignores filling, and training on it ranks as labelled."""
+    """Statement: the loss is zero at labels, differentiable, ignores filling, and training on it ranks as labelled."""
     labels = torch.tensor([[0.5, -1.0, 0.0, -1.0]])
     assert scorer_loss(labels + 3, labels).abs() < 1e-6
     filled = torch.cat([labels, torch.full((1, 2), -torch.inf)], dim=1)

@@ -10,7 +10,7 @@ from foveate.pruners.core.resampling import GRID, PLANS, matching_rounds, merged
 
 @pytest.mark.parametrize("assigner", sorted(PLANS))
 def test_assigners_agree_with_a_plain_account(assigner: str) -> None:
-    """Statement: each assigner gives what its definition says, cell by cell (spelled out with loops), and in a batch."""
+    """Statement: each assigner gives what its definition says, cell by cell (spelled out in loops), and in batches."""
     g = torch.Generator().manual_seed(0)
     frames = torch.randn(2, 5, 5, 3, generator=g)
     cells = (3, 2) if assigner in GRID else 7

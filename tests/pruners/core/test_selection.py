@@ -39,7 +39,7 @@ def test_top_k_is_stable_and_survives_nan() -> None:
 
 
 def first(tokens: Tokens, k: int, mark: torch.Tensor) -> Selection:
-    """Keep the view's first ``k`` tokens, valued with ``mark``; the last kept one speaks for the rest and enters first."""
+    """Keep the view's first ``k`` tokens, valued with ``mark``; the last one speaks for the rest and enters first."""
     batch, n = tokens.embeds.shape[:2]
     index = torch.arange(k).expand(batch, -1)
     owner = torch.arange(n).clamp(max=k - 1).expand(batch, -1)
@@ -48,7 +48,9 @@ def first(tokens: Tokens, k: int, mark: torch.Tensor) -> Selection:
 
 
 def test_views_are_selected_apart_and_joined() -> None:
-    """Statement: indices, values, owners, scores and order of every view land at its own tokens, thumbnail to last crop."""
+    """Statement: indices, values, owners, scores and order of every view land at its own tokens, thumbnail to last
+    crop.
+    """
     layout = anyres((1, 3), [2], [2, 1])  # tokens 0-2; canvas rows 3 4 | 5 and 6 7 | 8
     tokens = make_tokens(layout, 2, 0)
     mark = torch.arange(9.0) + torch.tensor([[100.0], [200.0]])
@@ -104,7 +106,9 @@ def test_per_view_signals_reach_their_view() -> None:
 
 
 def test_view_ids_are_unlike_all_others() -> None:
-    """Statement: no view of an image has the id of another view or image, also in the 32 bits that a CPU generator uses."""
+    """Statement: no view of an image has the id of another view or image, also in the 32 bits that a CPU generator
+    uses.
+    """
     views = [view_id(sample, view) for sample in range(200) for view in range(7)]
     assert len({i % 2**32 for i in (*views, *range(1000))}) == len(views) + 1000
     # SplitMix64 from seed 1234567, as its reference implementation prints it
