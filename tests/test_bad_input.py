@@ -301,7 +301,7 @@ FILES: dict[str, tuple[Callable[[Path], Any], Callable[[Path], Any], str]] = {
     "results in a text file": (lambda p: p.write_text("hello " * 50), lambda p: store.Store(p), "result file"),
     "results of another program": (foreign, lambda p: store.Store(p), "another program"),
     "results in a folder": (lambda p: p.mkdir(), lambda p: store.Store(p), "cannot be opened"),
-    "JSON cut short": (lambda p: p.write_text('{"benches": ['), store.read, "no readable JSON"),
+    "JSON cut short": (lambda p: p.write_text('{"benches": ['), store.read, "not readable JSON"),
     "JSON of something else": (
         lambda p: p.write_text(json.dumps({"a": 1})),
         lambda p: store.Store(p.with_suffix(".db")).merge(store.read(p), str(p)),

@@ -18,6 +18,7 @@ from torch import Tensor
 from foveate.adapters.engine.decoder import Kept, Span, take, visual_rows
 from foveate.adapters.trace import ImageTrace, StageTrace, Trace
 from foveate.errors import InputError, ParameterError
+from foveate.pruners.core.method import ModelInfo, Pruner
 from foveate.pruners.core.signals import Columns, LayerAttention, Signal
 from foveate.pruners.core.stages import AtEntry, InsideDecoder, InTower, Stage, TokenStage
 from foveate.pruners.core.tokens import Layout, Selection, Tokens, View
@@ -33,17 +34,21 @@ _TOWER = InTower(lambda tokens: tokens)  # stands for all that happens inside th
 # runner
 
 
-def run_stage(stage: TokenStage, tokens: Tokens, signals: dict[str, Tensor], method: str) -> list[Selection]:
+def run_stage(
+    stage: TokenStage, tokens: Tokens, signals: dict[str, Tensor], pruner: Pruner, info: ModelInfo | None = None
+) -> list[Selection]:
     """Run a stage in full precision whatever autocast says; one selection per picture, without a batch axis.
 
+    Rows may be padded where the method's content decides how many tokens stay.
+
     Raises:
-        ParameterError: it returns something else than it should; the message names the ``method``.
+        ParameterError: it returns something else than it should; the message names the method.
     """
     with torch.autocast(tokens.embeds.device.type, enabled=False):
         chosen = stage.select(tokens, **signals)
     if not isinstance(chosen, Selection):
-        raise ParameterError(f"{method} returned {chosen!r} at {stage.point}; return a Selection")
-    chosen.check(method, *tokens.embeds.shape[:2])
+        raise ParameterError(f"{pruner.name} returned {chosen!r} at {stage.point}; return a Selection")
+    chosen.check(pruner.name, *tokens.embeds.shape[:2], padded=pruner.count(tokens.layout, info) is None)
     fields = {name: value for name, value in vars(chosen).items() if value is not None}
     rows = range(len(chosen.index))
     return [replace(Selection(chosen.index[b]), **{n: v[b] for n, v in fields.items()}) for b in rows]
@@ -311,7 +316,7 @@ class Prefill:
 
                 tokens = self._tokens(stage, stacked(lambda one: one.features), layout, items)
                 signals = {n: stacked(lambda one, s=signal: one.signals[s]) for n, signal in stage.signals.items()}
-                rows = run_stage(stage, tokens, signals, self.session.pruner.name)
+                rows = run_stage(stage, tokens, signals, self.session.pruner, self.session.adapter.info)
                 selected |= {(item.kind, item.number): row for item, row in zip(items, rows)}
         return selected
 
@@ -347,7 +352,7 @@ class Prefill:
             }
             tokens = self._tokens(stage, states, alike[0].layout, [c.items[0] for c in alike])
             tokens.entered = alike[0].entered
-            rows = run_stage(stage, tokens, signals, self.session.pruner.name)
+            rows = run_stage(stage, tokens, signals, self.session.pruner, self.session.adapter.info)
             done |= {id(c): row for c, row in zip(alike, rows)}
         return [(c, done[id(c)]) for c in every]
 

@@ -304,7 +304,7 @@ class ServedMethod:
         return [kept_of(one, layout, self.newlines, row, self.stage.deepstack) for one, row in zip(chosen, rows)]
 
     def _run(self, tokens: Tokens, signals: dict[str, Tensor]) -> list[Selection]:
-        chosen = run_stage(self.stage, tokens, signals, self.pruner.name)
+        chosen = run_stage(self.stage, tokens, signals, self.pruner, self.adapter.info)
         if any(one.order is not None and bool((one.order < 0).any()) for one in chosen):
             raise ParameterError(
                 f"{self.pruner.name}: separators of its own placing cannot be served; use the default order"

@@ -206,8 +206,9 @@ class Selection:
     resample: Sequence[Callable[[Tensor], Tensor]] | None = None
     markers: Tensor | None = None
 
-    def check(self, method: str, batch: int, count: int) -> None:
-        """Hold ``index`` to what is said above, for ``batch`` pictures of ``count`` tokens.
+    def check(self, method: str, batch: int, count: int, padded: bool = True) -> None:
+        """Hold ``index`` to what is said above, for ``batch`` pictures of ``count`` tokens; ``padded``: -1 may stand
+        there.
 
         Raises:
             ParameterError: it is something else; the message names the ``method``.
@@ -216,7 +217,7 @@ class Selection:
         if index.ndim != 2 or len(index) != batch or index.dtype is not torch.int64:
             found = f"{tuple(index.shape)} of {index.dtype}"
             raise ParameterError(f"{method} returned an index {found}; give (B, K) int64 with B = {batch}")
-        gone = index == -1
+        gone = (index == -1) & padded
         token = (index >= 0) & (index < count) | gone
         rising = (index[:, 1:] > index[:, :-1]) & ~gone[:, :-1] | gone[:, 1:]
         if not bool(token.all() & rising.all()):

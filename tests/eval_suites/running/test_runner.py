@@ -510,16 +510,16 @@ def test_an_interrupt_is_one_line(checkpoint, tmp_path, monkeypatch, capsys):
         (["--suite", "shape"], "unknown suite 'shape'; did you mean 'shapes'?"),
         (["--pruners", "fastvv"], "unknown method 'fastvv'; did you mean 'fastv'?"),
         (["--pruners", "fopru(strateg='row')"], "fopru has no parameter 'strateg'; did you mean 'strategy'?"),
-        (["--pruners", "fastv(k=0)"], "k=0 is no layer that follows one"),
+        (["--pruners", "fastv(k=0)"], "k=0 is not a layer that follows one"),
         (["--pruners", "fastv(k='two')"], "give an int >= 1"),
         (["--keep", "1/0"], "keep='1/0' is not a number"),
         (["--pruners", "fastv(2)"], "method 'fastv(2)' cannot be read"),
         (["--keep", "0"], "keep=0 tokens leaves no visual token"),
-        (["--keep", "0.0"], "keep=0.0 is no fraction in (0, 1]"),
-        (["--keep=-0.5"], "keep=-0.5 is no fraction"),
+        (["--keep", "0.0"], "keep=0.0 is not a fraction in (0, 1]"),
+        (["--keep=-0.5"], "keep=-0.5 is not a fraction"),
         (["--keep=-3"], "keep=-3 tokens leaves no visual token"),
-        (["--keep", "0.5,1.5"], "keep=1.5 is no fraction"),
-        (["--keep", "nan"], "keep=nan is no fraction"),
+        (["--keep", "0.5,1.5"], "keep=1.5 is not a fraction"),
+        (["--keep", "nan"], "keep=nan is not a fraction"),
         (["--keep", "half"], "keep='half' is not a number"),
         (["--keep", ","], "keep is empty"),
         (["--limit", "0"], "limit=0"),
@@ -559,13 +559,13 @@ def test_looking_whether_a_file_can_be_written_changes_nothing(checkpoint, tmp_p
 
 
 def test_bench_refuses_what_the_command_refuses(loaded):
-    with pytest.raises(BudgetError, match=r"keep=2\.0 is no fraction"):
+    with pytest.raises(BudgetError, match=r"keep=2\.0 is not a fraction"):
         bench(loaded, keep=2.0)
     with pytest.raises(UnknownNameError, match="unknown suite"):
         bench(loaded, "no-suite")
     with pytest.raises(ParameterError, match="positions='sideways'"):
         bench(loaded, positions="sideways")
-    with pytest.raises(ParameterError, match="is no method"):
+    with pytest.raises(ParameterError, match="is not a method"):
         bench(loaded, pruners=[3])
 
 
