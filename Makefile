@@ -54,7 +54,7 @@ test-vllm: .venv-vllm/stamp
 
 # Models of the original LLaVA package under the transformers it was written for, in .venv-llava (1.2 GB).
 test-llava: .venv-llava/stamp
-	OMP_NUM_THREADS=1 .venv-llava/bin/python -m pytest -n 2 tests/adapters/test_llava_original.py $(ARGS)
+	OMP_NUM_THREADS=1 .venv-llava/bin/python -m pytest -n 2 tests/adapters/families/test_llava_original.py $(ARGS)
 
 # Is a newer release of a dependency out than the tests were run with (foveate/tested.py)? Nothing is installed for it.
 check-releases:
@@ -120,12 +120,12 @@ clean:
 	@touch $@
 
 # Everything that foveate itself needs, as setup.cfg has it, but for transformers
-.venv-llava/stamp: setup.cfg tests/adapters/llava-requirements.txt
+.venv-llava/stamp: setup.cfg tests/adapters/families/llava-requirements.txt
 	$(call new-venv,.venv-llava)
 	.venv-llava/bin/python -c "import configparser as c; p = c.ConfigParser(); p.read('setup.cfg'); \
 	needs = p['options']['install_requires'].split('\n'); \
 	print(*(n for n in needs if not n.startswith('transformers')), sep='\n')" > .venv-llava/core.txt
-	.venv-llava/bin/python -m pip install --requirement tests/adapters/llava-requirements.txt --requirement .venv-llava/core.txt
+	.venv-llava/bin/python -m pip install --requirement tests/adapters/families/llava-requirements.txt --requirement .venv-llava/core.txt
 	.venv-llava/bin/python -m pip install --no-deps $(LLAVA)
 	@touch $@
 

@@ -4,8 +4,8 @@
     python docs/structure_table.py --before 3de8ede   # and a commit beside it
 
 Counted are functions with a name of their own (no lambdas, no comprehensions, nothing that dataclasses write) that a
-tiny LLaVA runs through from `foveate.attach(model, HiPrune())` to the second token of an answer: attach, one picture and a
-question, two tokens. Lines are those of all Python files that `pip install` installs.
+tiny LLaVA runs through from `foveate.attach(model, HiPrune())` to the second token of an answer: attach, one picture
+and a question, two tokens. Lines are those of all Python files that `pip install` installs.
 """
 
 from __future__ import annotations

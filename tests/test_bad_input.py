@@ -22,7 +22,7 @@ from foveate.cli import main
 from foveate.errors import FoveateError
 from foveate.eval_suites.results import store
 from foveate.eval_suites.running import models as loading
-from foveate.pruners.core import AtEntry, Pruner, Selection, Stage, Tokens
+from foveate.pruners.core import AtEntry, Layout, Pruner, Selection, Stage, Tokens
 from tests.models import inputs, picture, tiny
 
 # ------------------------------------------------------------------------------------------------- attaching to a model
@@ -41,6 +41,9 @@ class Broken(Pruner):
 
     def stages(self, model: Any) -> tuple[Stage, ...]:
         return (AtEntry(self.select),)
+
+    def count(self, layout: Layout, model: Any = None) -> int | None:
+        return 2
 
 
 ATTACH: dict[str, tuple[dict[str, Any], str]] = {
