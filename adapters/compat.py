@@ -235,7 +235,7 @@ _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k")  # bounds of several sequences in o
 _DEEPSTACK = "_deepstack_process"
 
 
-def check_text_model(text_model: nn.Module) -> None:
+def check_text_model(text_model: Any) -> None:
     """Raise :class:`NotUnderstoodError` unless a text model, its layers and its masks take the arguments that are
     cut.
     """
@@ -305,7 +305,7 @@ def _shapes(value: Any) -> Iterator[tuple[int, ...]]:
             yield from _shapes(one)
 
 
-def deepstack(kwargs: Mapping[str, Any]) -> tuple[Tensor, Sequence[Tensor]] | None:
+def deepstack(kwargs: Mapping[str, Any]) -> tuple[Any, Any] | None:
     """Which places ``(B, L)`` take DeepStack features, and the levels ``(places, D)`` that join after early layers.
 
     Raises:
@@ -420,7 +420,7 @@ def _part(module: nn.Module, *names: str) -> nn.Module:
     )
 
 
-def scale(attention: nn.Module) -> float:
+def scale(attention: Any) -> float:
     """What an attention multiplies logits by."""
     for name in ("scaling", "scale"):
         if hasattr(attention, name):
@@ -573,7 +573,7 @@ def find_file(config: Any, name: str) -> str | None:
     """Path of a file beside the weights that a configuration was loaded with; None if it is neither there nor
     cached.
     """
-    from transformers.utils import cached_file
+    from transformers.utils import cached_file  # pyright: ignore[reportPrivateImportUsage]
 
     source = getattr(config, "_name_or_path", "")
     try:

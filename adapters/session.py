@@ -95,7 +95,8 @@ def attached_to(root: nn.Module) -> Attachment | None:
 def session_of(model: nn.Module) -> Session | None:
     """The session that is attached to the model, if any."""
     inner = getattr(model, "model", model)
-    return attached_to(inner if hasattr(inner, "language_model") else model)
+    found = attached_to(inner if hasattr(inner, "language_model") else model)
+    return found if isinstance(found, Session) else None
 
 
 class Attachment:
@@ -382,7 +383,7 @@ class Session(Attachment):
         self._seen, self.sample_ids = self._seen + len(items), None
         return {(item.kind, item.number): i for item, i in zip(items, ids)}
 
-    def scores_of(self, videos: Sequence[Item]) -> dict[int, Sequence[float]]:
+    def scores_of(self, videos: Sequence[Item]) -> dict[int, Any]:
         """The given frame scores by number of the encoded video."""
         given, self.frame_scores = self.frame_scores, None
         if given is None:

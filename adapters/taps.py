@@ -205,7 +205,7 @@ def by_segment(signal: TowerAttention, q: Tensor, k: Tensor, bounds: list[int], 
     Segment i goes from ``bounds[i]`` to ``bounds[i + 1]``; those of equal length go as one batch.
     """
     lengths = [stop - start for start, stop in itertools.pairwise(bounds)]
-    result = None
+    result: Any = None
     for length in sorted(set(lengths)):
         starts = torch.tensor([s for s, n in zip(bounds, lengths) if n == length], device=q.device)
         where = starts[:, None] + torch.arange(length, device=q.device)  # (segments, length)

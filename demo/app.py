@@ -479,10 +479,11 @@ def _file(result: Result) -> str:
     return "foveate-" + re.sub(r"[^\w.@+-]", "-", result.pruner.name)
 
 
-def theme() -> gr.themes.Base:
+def theme() -> Any:
     """Quiet colours and the system's own fonts: nothing is fetched from anywhere."""
     fonts = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"]
     mono = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
-    return gr.themes.Base(primary_hue="blue", neutral_hue="slate", radius_size="md", font=fonts, font_mono=mono).set(
+    base: Any = gr.themes.Base  # pyright: ignore[reportPrivateImportUsage]
+    return base(primary_hue="blue", neutral_hue="slate", radius_size="md", font=fonts, font_mono=mono).set(
         body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_300"
     )

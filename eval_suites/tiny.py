@@ -188,11 +188,11 @@ def inputs(
         rows.append(ids)
     longest = max(map(len, rows))
     pad = [[PAD] * (longest - len(ids)) for ids in rows]
-    ids = torch.tensor([p + r if pad_left else r + p for p, r in zip(pad, rows)])
+    padded = torch.tensor([p + r if pad_left else r + p for p, r in zip(pad, rows)])
     mask = torch.tensor(
         [[0] * len(p) + [1] * len(r) if pad_left else [1] * len(r) + [0] * len(p) for p, r in zip(pad, rows)]
     )
-    made: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    made: dict[str, Any] = {"input_ids": padded, "attention_mask": mask}
     images = [p for p in pictures if p.kind == "image"]
     videos = [p for p in pictures if p.kind == "video"]
     if images:

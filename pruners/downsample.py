@@ -58,9 +58,10 @@ class Downsample(Pruner):
         return AtPixels(shrink), AtEntry(self.select)
 
     def count(self, layout: Layout, model: ModelInfo | None = None) -> int | None:
-        if len(layout.views) > 1:
+        view, *more = layout.views
+        if more:
             raise UnsupportedModelError(f"downsample takes pictures of one view, not {len(layout.views)}")
-        return lattice_size(layout.views[0].grid, budget(self.keep, layout.size))
+        return lattice_size(view.grid, budget(self.keep, layout.size))
 
     def select(self, tokens: Tokens) -> Selection:
         """Put the smaller tower's patches, which come first, where they belong on the picture.

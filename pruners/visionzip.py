@@ -124,10 +124,9 @@ class VisionZip(ByView):
         rest = complement(dominant, tokens.count)
         targets, assigned = assign(keys, rest, n_contextual)  # (B, c), (B, R)
         values, places = [gather(tokens.embeds, dominant)], [dominant, targets]
-        if n_contextual and project is None:  # merging happens where the tokens are: before the decoder
-            values.append(merge(tokens.embeds, rest, targets, assigned))
-        elif n_contextual:
-            values.append(project(merge(features, rest, targets, assigned)))
+        if n_contextual:  # without a projector, merging happens where the tokens are: before the decoder
+            merged = merge(tokens.embeds if project is None else features, rest, targets, assigned)
+            values.append(merged if project is None else project(merged))
         if has_class:
             if project is None and class_features.shape[-1] != tokens.embeds.shape[-1]:
                 raise MissingSignalError(

@@ -181,7 +181,7 @@ class Decoder:
         NotUnderstoodError: the model is called otherwise than by any transformers that is known.
     """
 
-    def __init__(self, text_model: nn.Module, session: Session, *, mrope: bool) -> None:
+    def __init__(self, text_model: Any, session: Session, *, mrope: bool) -> None:
         kinds = set(getattr(text_model.config, "layer_types", None) or ["full_attention"])
         if kinds != {"full_attention"}:
             raise UnsupportedModelError(

@@ -53,7 +53,7 @@ class CachedLayer:
 class LegacyDecoder(Decoder):
     """The same hooks, in the old dialect. While they sit, caches come out as objects instead of tuples."""
 
-    def __init__(self, text_model: nn.Module, session: Session, *, mrope: bool) -> None:
+    def __init__(self, text_model: Any, session: Session, *, mrope: bool) -> None:
         if getattr(text_model.config, "pretraining_tp", 1) > 1:
             raise UnsupportedModelError(
                 f"pretraining_tp={text_model.config.pretraining_tp} slices the projections of "

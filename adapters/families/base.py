@@ -167,7 +167,9 @@ class Adapter(ABC):
     prompt_watch: ClassVar[type[PromptWatch]] = PromptWatch
     """Knows what calls bring into the decoder."""
 
-    tower: nn.Module
+    inner: Any
+    text_model: Any
+    tower: Any
     modalities: tuple[Modality, ...]
     project: Callable[[Tensor], Tensor] | None = None
     projector: nn.Module | None = None
@@ -185,7 +187,7 @@ class Adapter(ABC):
             FAMILIES.append(cls)
 
     @staticmethod
-    def parts(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    def parts(model: Any) -> tuple[Any, Any]:
         """The module whose methods encode pictures, and the decoder that takes them in."""
         inner = getattr(model, "model", model)
         inner = inner if hasattr(inner, "language_model") else model

@@ -39,9 +39,11 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
             tap.keep_output(self.projector, signal)
         return tap
 
-    def encoded(self, kind: str, output: Any, call: dict[str, Any], signals: dict[Signal, Tensor]) -> Encoded:
+    def encoded(self, kind: str, output: Any, call: dict[str, Any], signals: dict[Signal, Tensor]) -> Encoded | None:
         unpooled = {s: x for s, x in signals.items() if isinstance(s, UnpooledFrames)}  # (videos * frames, n, D)
         encoded = super().encoded(kind, output, call, {s: x for s, x in signals.items() if s not in unpooled})
+        if encoded is None:
+            return None
         for signal, frames in unpooled.items():
             by_video = list(frames.unflatten(0, (len(encoded.layouts), -1)).flatten(1, 2)) if kind == "video" else None
             encoded.signals[signal] = by_video or encoded.features

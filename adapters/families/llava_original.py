@@ -62,7 +62,7 @@ class LlavaOriginalAdapter(LlavaAdapter):
         super().__init__(model)
 
     @staticmethod
-    def parts(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    def parts(model: Any) -> tuple[Any, Any]:
         return model, model.model
 
     @property

@@ -60,7 +60,7 @@ class Tower(ABC):
         if cls.family:
             TOWERS.append(cls)
 
-    def __init__(self, model: nn.Module, trunk: nn.Module) -> None:
+    def __init__(self, model: nn.Module, trunk: Any) -> None:
         self.model, self.trunk = model, trunk
 
     @classmethod

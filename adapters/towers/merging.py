@@ -42,7 +42,7 @@ class TowerMerging:
     @property
     def trace(self) -> MergeTrace:
         """What merged in the last call of the tower."""
-        return self._merger.trace
+        return self._merger.trace  # pyright: ignore[reportReturnType]  (asked for after a call alone)
 
     @property
     def active(self) -> bool:

@@ -113,7 +113,7 @@ class HFTower(Tower):
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
-        holder = getattr(self.trunk, "encoder", self.trunk)
+        holder: Any = getattr(self.trunk, "encoder", self.trunk)
         return holder.layer if hasattr(holder, "layer") else holder.layers
 
     @property

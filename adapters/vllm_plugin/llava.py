@@ -67,7 +67,7 @@ class PrunedAnyRes(PrunedLlava):
         return torch.cat([part[: len(layout.views)] for part, layout in zip(values.split(views), layouts)])
 
 
-def blocks_of(tower: nn.Module) -> nn.ModuleList:
+def blocks_of(tower: Any) -> nn.ModuleList:
     """Blocks of a CLIP or SigLIP tower."""
     return getattr(tower, "vision_model", tower).encoder.layers
 

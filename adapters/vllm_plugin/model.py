@@ -112,7 +112,7 @@ class PrunedModel:
             made.append(entering)
         return made
 
-    def _encoded(self, embeds: Sequence[Tensor], kwargs: dict[str, Any], values: Values) -> Encoded:
+    def _encoded(self, embeds: Sequence[Tensor], kwargs: dict[str, Any], values: Values) -> Any:
         """Tokens and signals sorted by picture."""
         call = {"vision_feature_select_strategy": None, **kwargs}
         values = {signal: self._without_padding(value, kwargs) for signal, value in values.items()}

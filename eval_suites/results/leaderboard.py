@@ -68,7 +68,7 @@ class MethodRows:
         if len(self.rows) > 1:
             mean, sd = mean_sd([row.accuracy for row in self.rows])
             return f"{100 * mean:.1f} ± {100 * sd:.1f}"
-        low, high = self.first.interval
+        low, high = self.first.interval or (0.0, 1.0)
         return f"{100 * self.first.accuracy:.1f} [{100 * low:.0f}, {100 * high:.0f}]"
 
     @property

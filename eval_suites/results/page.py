@@ -234,7 +234,7 @@ def _interval(line: MethodRows) -> tuple[float, float]:
     if len(line.rows) > 1:
         mean, sd = mean_sd([row.accuracy for row in line.rows])
         return max(0.0, mean - sd), min(1.0, mean + sd)
-    return line.first.interval
+    return line.first.interval or (0.0, 1.0)
 
 
 def _ticks(most: float) -> list[float]:

@@ -221,7 +221,7 @@ class Store:
             values = (model, suite, facts["limit"], _json(list(tasks)), _json(dict(facts)))
             return self._db.execute(
                 "INSERT INTO bench (model, suite, samples, tasks, facts) VALUES (?, ?, ?, ?, ?)", values
-            ).lastrowid
+            ).lastrowid  # pyright: ignore[reportReturnType]  (an INSERT has one)
 
     def open_runs(self, bench: int, rows: Iterable[Row]) -> list[int]:
         """The numbers of the runs that ``rows`` name, made in this order if they are not there.

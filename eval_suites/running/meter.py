@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -193,7 +193,7 @@ class Meter:
         ]
 
     @contextmanager
-    def attached(self, run: MethodRun) -> Iterator[Session | None]:
+    def attached(self, run: MethodRun) -> Iterator[Any]:
         """The run's method on the model, for the block; None if it has none."""
         if run.pruner is None:
             yield None
@@ -237,12 +237,14 @@ class Meter:
         """The model itself, unpruned. It remembers one video only, so that every run pays for its scores."""
         if self._frame_scorer is None:
             prompts = self.suite.frame_prompts
-            turn = None
+            turn: Callable[[str], str] | None = None
             if not getattr(self.processor, "chat_template", None):
                 marker, picture = self.processor.video_token, self.processor.image_token
 
-                def turn(prompt: str) -> str:
+                def marked(prompt: str) -> str:
                     return self.suite.prompt(prompt).replace(marker, picture)
+
+                turn = marked
 
             self._frame_scorer = FrameScorer(
                 self.model, self.processor, prompts=prompts, turn=turn, decouple=prompts is None, cache_size=1

@@ -102,7 +102,8 @@ def _from_pretrained(name: str, source: str, dtype: torch.dtype | str) -> tuple[
 
     try:
         processor = AutoProcessor.from_pretrained(source)
-        model, report = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        model, report = loaded
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, SafetensorError, … alike
         raise FoveateError(
             f"model {name!r} cannot be loaded: {one_line(error)}; check the name or the folder, and that it is a "

@@ -512,7 +512,7 @@ def _drawn(label: str, pruner: Pruner, seeds: int) -> list[MethodRun]:
     return [MethodRun(label, replace(pruner, seed=seed), seed, blind) for seed in range(seeds)]
 
 
-def _methods(methods: Any) -> Iterator[tuple[Pruner, dict[str, Any] | None]]:
+def _methods(methods: Any) -> Iterator[tuple[Pruner, Any]]:
     """Methods, with the parameters that were given by name (None: a ready instance)."""
     if isinstance(methods, str):
         for name, given in parse_methods(methods):

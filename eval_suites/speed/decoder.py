@@ -217,7 +217,7 @@ def measure(
     at_least(1, {"batch": batch, "repeats": repeats})
     prompt = geometry.prompt(batch, model)
 
-    def traced(pruner: Pruner) -> Trace:
+    def traced(pruner: Pruner) -> Any:
         with attach(model, pruner) as session:
             model(**prompt, use_cache=True, logits_to_keep=1)
         return session.trace
@@ -251,7 +251,7 @@ def _run(model: nn.Module, prompt: dict[str, Tensor], new: int, pruner: Pruner |
     return prefill, steps[0], median(steps[1:])
 
 
-def _mlp_shares(model: nn.Module, prompt: dict[str, Tensor], new: int) -> tuple[float, float]:
+def _mlp_shares(model: Any, prompt: dict[str, Tensor], new: int) -> tuple[float, float]:
     """The MLPs' share of prefill and decoding, in runs of their own, because stopping at every MLP takes time too."""
     layers, shares = model.model.language_model.layers, []
     for _ in range(3):

@@ -241,9 +241,9 @@ async def _ask(served: Any, seed: int, args: argparse.Namespace) -> tuple[float,
     pixels = np.random.default_rng(seed).integers(0, 255, (args.side, args.side, 3), dtype=np.uint8)
     how = SamplingParams(max_tokens=args.new, temperature=0, ignore_eos=True)
     asked = {"prompt": args.prompt, "multi_modal_data": {"image": Image.fromarray(pixels)}}
-    start, first, length = time.perf_counter(), None, 0
+    start, first, length = time.perf_counter(), 0.0, 0
     async for output in served.generate(asked, how, uuid.uuid4().hex):
-        if first is None:
+        if not length:
             first, length = time.perf_counter() - start, len(output.prompt_token_ids)
     return first, length
 

@@ -77,7 +77,7 @@ def _shapes() -> Suite:
 def _shapes_wide() -> Suite:
     from foveate.eval_suites.suites import shapes
 
-    def samples(limit: int, seed: int) -> Iterator[Sample]:
+    def samples(limit: int, seed: int) -> Iterator[Any]:
         return shapes.samples(limit, seed, width=shapes.WIDE)
 
     title = "the six tasks on pictures of 192 x 96 pixels, for models that cut crops"

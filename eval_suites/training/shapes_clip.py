@@ -150,7 +150,7 @@ class Training(TrainingRun):
         scale.logit = model.logit_scale
         tower = model.vision_model
         heads = (model.text_model, model.text_projection, model.visual_projection, tower.post_layernorm, scale)
-        return [*((module, 1.0) for module in heads), (tower.encoder.layers[-1], 0.5)]
+        return [*((module, 1.0) for module in heads), (tower.encoder.layers[-1], 0.5)]  # pyright: ignore[reportReturnType]
 
     @torch.no_grad()
     def start_from(self, stage: str) -> None:

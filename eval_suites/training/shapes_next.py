@@ -108,7 +108,7 @@ class Training(TrainingRun):
     def trained(self, stage: str) -> list[tuple[nn.Module, float]]:
         ends = nn.Module()
         ends.newline = self.model.model.image_newline
-        return [(self.model.model.language_model, 1.0), (ends, 1.0)]
+        return [(self.model.model.language_model, 1.0), (ends, 1.0)]  # pyright: ignore[reportReturnType]
 
     @torch.no_grad()
     def start_from(self, stage: str) -> None:

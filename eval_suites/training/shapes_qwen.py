@@ -263,7 +263,7 @@ def answer_loss(
     visual = slice(start, start + kept.shape[1])
     loss = loss + 0.3 * place_head(middle[:, visual], seen)
     if turn[0].ndim == 4:  # transformers before 5.20 leaves it to the layers to join the three axes
-        parts = 2 * language.config.rope_parameters["mrope_section"]
+        parts = 2 * language.config.rope_parameters["mrope_section"]  # pyright: ignore[reportTypedDictNotRequiredAccess]
         turn = tuple(torch.cat([t[i % 3] for i, t in enumerate(angle.split(parts, -1))], -1) for angle in turn)
     pointed = pointing(language.layers[len(language.layers) // 2], middle, turn, at, visual)
     found = torch.logsumexp(pointed.masked_fill(~evidence[:, :, None], -1e4), -1).mean(-1)  # (B, Q)

@@ -159,17 +159,19 @@ def _transformers(name: str, source: str, device: torch.device, dtype: torch.dty
         if classifies:
             return model(pixels).logits
         pooled = model.get_image_features(pixels) if hasattr(model, "text_model") else model(pixels)
-        return pooled if isinstance(pooled, Tensor) else getattr(pooled, compat.FEATURES, None)
+        return pooled if isinstance(pooled, Tensor) else getattr(pooled, compat.FEATURES)
 
-    encode = None
+    encode: Callable[[Sequence[str]], Tensor] | None = None
     if hasattr(model, "text_model"):
         tokenizer = _tokenizer(source)
         padding = "max_length" if model.config.model_type == "siglip" else True  # as SigLIP was trained
 
-        def encode(texts: Sequence[str]) -> Tensor:
+        def encoded(texts: Sequence[str]) -> Tensor:
             ids = tokenizer(list(texts), padding=padding, truncation=True, return_tensors="pt").to(device)
             found = model.get_text_features(**ids)
-            return found if isinstance(found, Tensor) else getattr(found, compat.FEATURES, None)
+            return found if isinstance(found, Tensor) else getattr(found, compat.FEATURES)
+
+        encode = encoded
 
     named = model.config.id2label if classifies else {}
     return Subject(name, model, prepare, final, rows, encode, classifies, [(named[i],) for i in range(len(named))])
