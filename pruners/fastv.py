@@ -2,7 +2,7 @@
 
 Chen et al., "An Image is Worth 1/2 Tokens After Layer 2", arXiv 2403.06764 (ECCV 2024 oral). The paper averages all
 rows of attention; released code, and this, reads the last prompt token's. K = 2 without half of the tokens costs 55 %
-of the FLOPs at equal scores. In prefill, before layer K; positions stay, the cache is long below K, then short.
+of the FLOPs at equal scores. In prefill; positions stay, the cache is long below layer K, then short.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from foveate.pruners.core import BeforeLayer, Keep, ModelInfo, Scorer, Stage, Tokens, integer, register
-from foveate.pruners.core.signals import LastTokenAttention
+from foveate.pruners.core import BeforeLayer, Keep, LastTokenAttention, ModelInfo, Scorer, Tokens, integer, register
 
 
 @register("fastv")
@@ -33,7 +32,7 @@ class FastV(Scorer):
     keep: Keep = 0.5
     k: int = integer(2, "layer that follows one whose attention can be read", 1)
 
-    def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
+    def stages(self, model: ModelInfo) -> tuple[BeforeLayer, ...]:
         read = {"attention": LastTokenAttention(self.k - 1)}
         return (BeforeLayer(self.select, read, layer=model.decoder_layer("k", self.k), positions="keep"),)
 

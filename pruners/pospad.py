@@ -9,9 +9,9 @@ Headline, from the paper's ablation on ScreenSpot-Pro with half the tokens: 42.3
 
 Acts where the inner method acts, the decoder's entry. Markers are tokens, too: after a scattered selection there are
 nearly as many as survivors, so the budget counts them unless ``count_markers=False``, as published. Inside the decoder
-(FastV) only ``marker="last"`` means something. Qwen3-VL's DeepStack features: all levels of survivors; for markers the
-run's mean or the last token's own where the marker is made of these, else nothing. Cost: one pass over the kept mask
-and one gather; counted markers ask the inner method about 10 times (FocusUI once).
+(FastV) only ``marker="last"`` means something. DeepStack features: all levels of survivors; for markers the run's mean
+or the last token's own where the marker is made of these, else nothing. Cost: one gather; counted markers ask the inner
+method about 10 times (FocusUI once).
 """
 
 from __future__ import annotations
@@ -203,8 +203,7 @@ class PosPad(Pruner):
         if mean:  # it speaks for its run, but for what the inner method has merged into a survivor
             absorbed = torch.full_like(place, -1) if owner is None else owner
             owner = torch.where(kept, itself, torch.where(absorbed >= 0, absorbed, place))
-        if owner is not None:
-            owner = torch.where(markers, itself, owner)
+        owner = None if owner is None else torch.where(markers, itself, owner)
         survivors = Selection(index, owner=owner, scores=chosen.scores, markers=markers)
         if _is(marker, "last"):
             survivors.values = None if chosen.values is None else gather_tokens(chosen.written(tokens.embeds), index)
@@ -219,9 +218,9 @@ class PosPad(Pruner):
     def _vector(self, marker: str | Tensor, tokens: Tokens, token_ids: Mapping[str, tuple[int, ...]]) -> Tensor:
         """The embedding ``(D,)`` that all markers share."""
         width = tokens.embeds.shape[-1]
+        if isinstance(marker, Tensor) and len(marker) != width:
+            raise ParameterError(f"the marker has {len(marker)} channels, the tokens have {width}")
         if isinstance(marker, Tensor):
-            if len(marker) != width:
-                raise ParameterError(f"the marker has {len(marker)} channels, the tokens have {width}")
             return marker
         if tokens.embed is None:
             raise MissingSignalError(f"marker={marker!r} is an embedding of the decoder's, and none is at hand")
