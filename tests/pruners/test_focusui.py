@@ -170,7 +170,7 @@ def test_a_saved_model_brings_its_scorer_and_normalisation(scorer: PatchScorer, 
     model = AutoModelForImageTextToText.from_pretrained(tmp_path)
     given = scene_inputs("qwen2_5_vl", "single")
     with foveate.attach(model, "focusui", keep=0.4) as session, torch.no_grad():
-        assert session._adapter.normalisation() == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+        assert session.adapter.normalisation() == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
         model(**given)
         found = session.trace.images[0].kept
     with foveate.attach(model, FocusUI(keep=0.4, scorer=scorer)) as session, torch.no_grad():
@@ -178,7 +178,7 @@ def test_a_saved_model_brings_its_scorer_and_normalisation(scorer: PatchScorer, 
         assert torch.equal(session.trace.images[0].kept, found)
     assert tiny("llava_onevision") is not None
     with foveate.attach(tiny("llava_onevision"), FocusUI(scorer="uigraph")) as session:
-        assert session._adapter.normalisation() == ((0.5,) * 3, (0.5,) * 3)
+        assert session.adapter.normalisation() == ((0.5,) * 3, (0.5,) * 3)
 
 
 # ----------------------------------------------------------------------------------------------------------- pixels
@@ -243,7 +243,7 @@ def test_pixels_of_views_lie_where_their_tokens_do(family: str) -> None:
     numbers = torch.arange(len(views) * side * side, dtype=torch.float32).view(-1, 1, side, side) / 1000
     mean, std = (0.5, 0.5) if family == "llava_onevision" else (None, None)
     with foveate.attach(model, probe) as session:
-        mean, std = (torch.tensor(x).view(3, 1, 1) for x in session._adapter.normalisation())
+        mean, std = (torch.tensor(x).view(3, 1, 1) for x in session.adapter.normalisation())
         pixels = numbers.repeat_interleave(PATCH, 2).repeat_interleave(PATCH, 3).expand(-1, 3, -1, -1)
         model(**{**given, "pixel_values": ((pixels - mean) / std).view(given["pixel_values"].shape)})
         layout = session.trace.images[0].layout
