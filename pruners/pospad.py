@@ -210,9 +210,8 @@ class PosPad(Pruner):
             return survivors
         vector = None if mean else self._vector(marker, tokens, token_ids)
         survivors.values = with_markers(chosen.written(tokens.embeds), index, markers, gone, vector)
-        survivors.resample = [
-            partial(features_with_markers, index[b], markers[b], gone.image(b), mean) for b in range(len(index))
-        ]
+        images = range(len(index))
+        survivors.resample = [partial(features_with_markers, index[b], markers[b], gone.image(b), mean) for b in images]
         return survivors
 
     def _vector(self, marker: str | Tensor, tokens: Tokens, token_ids: Mapping[str, tuple[int, ...]]) -> Tensor:

@@ -30,7 +30,7 @@ from foveate.pruners.core.signals import UnpooledFrames
 @register("quota")
 @dataclass(frozen=True)
 class QuoTA(Pruner):
-    """Token shares for the frames of a video by their scores; a picture that is no video counts as one frame.
+    """Token shares for the frames of a video by their scores; a picture that is not a video counts as one frame.
 
     Attributes:
         keep: fraction or number of visual tokens of a video, an upper bound; a full budget changes nothing.

@@ -49,9 +49,8 @@ class Random(ByView):
 
     @property
     def pooled(self) -> bool:
-        return (
-            self.layer is not None
-        )  # survivors of an earlier stage have no grid, and are counted as FastV counts them
+        """At a layer: survivors of an earlier stage have no grid, and are counted as FastV counts them."""
+        return self.layer is not None
 
     def stages(self, model: ModelInfo) -> tuple[Stage, ...]:
         if self.layer is None:

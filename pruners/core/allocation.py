@@ -104,10 +104,12 @@ def frame_budgets(
     """Tokens of every frame, at most ``total`` together.
 
     Args:
-        weights: ``(T,)``, sum at most one; size: tokens that a frame has, for ``cap``: a key of :data:`CAPS`.
+        weights: ``(T,)``, sum at most one.
+        size: tokens that a frame has.
+        cap: what happens to shares above that, a key of :data:`CAPS`.
         remainder: ``"drop"`` truncates every share, ``"largest"`` then gives what was cut off, a token each, to the
-            frames with the largest fractions (earlier first) that ``cap`` lets grow. least: tokens that every frame
-            gets at any rate.
+            frames with the largest fractions (earlier first) that ``cap`` lets grow.
+        least: tokens that every frame gets at any rate.
 
     Raises:
         BudgetError: ``least`` tokens for every frame are more than there are.

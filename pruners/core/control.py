@@ -26,7 +26,8 @@ class RandomLike(Pruner):
     vision towers, where numbers are known in advance, random pairs merge, the same ones in all pictures.
 
     Attributes:
-        pruner: the method; seed: with the picture's id and the layer it determines the choice.
+        pruner: the method.
+        seed: with the picture's id and the layer it determines the choice.
     """
 
     title: ClassVar[str] = "Random choice with another method's schedule"

@@ -41,19 +41,20 @@ class PatchScorer(nn.Module):
     """Scores of visual tokens for an instruction.
 
     Args:
-        width: D of the decoder's embeddings; heads: of the attention, dividing D; dropout: in training, of the
-            attention.
+        width: D of the decoder's embeddings.
+        heads: of the attention, dividing D.
+        dropout: of the attention, in training.
         pooling: over the instruction's tokens, ``"mean"`` or ``"max"``.
 
     Raises:
-        ParameterError: ``width`` is no multiple of ``heads``.
+        ParameterError: ``width`` is not a multiple of ``heads``.
     """
 
     def __init__(self, width: int, heads: int = 8, dropout: float = 0.1, pooling: str = "mean") -> None:
         super().__init__()
         one_of("pooling", pooling, ("mean", "max"))
         if width % heads:
-            raise ParameterError(f"the patch scorer's width {width} is no multiple of its {heads} heads")
+            raise ParameterError(f"the patch scorer's width {width} is not a multiple of its {heads} heads")
         self.width, self.pooling = width, pooling
         self.vision_enhancer = Enhancer(width, heads, dropout)
         self.text_enhancer = Enhancer(width, heads, dropout)
@@ -64,9 +65,9 @@ class PatchScorer(nn.Module):
         """Relevance in (-1, 1).
 
         Args:
-            image_embeds: ``(B, M, D)`` visual tokens as they enter the decoder; text_embeds: ``(B, N, D)`` the
-                decoder's embeddings of the instruction, ``text_mask (B, N)`` bool where it is padded. Cast to the
-                module's dtype.
+            image_embeds: ``(B, M, D)`` visual tokens as they enter the decoder.
+            text_embeds: ``(B, N, D)`` the decoder's embeddings of the instruction.
+            text_mask: ``(B, N)`` bool, False where the instruction is padded.
             pooling: other than the module's own.
 
         Returns:

@@ -29,7 +29,9 @@ class Preset:
     """A method, ready to attach.
 
     Attributes:
-        pruner: the method; positions: as for :func:`foveate.attach`; tuned: how it was found, for people.
+        pruner: the method.
+        positions: as for :func:`foveate.attach`.
+        tuned: how it was found, for people.
     """
 
     pruner: Pruner
@@ -43,8 +45,9 @@ class Preset:
         The file is data only: it names a registered method and plain values (YAML's safe subset), and can run nothing.
 
         Raises:
-            ParameterError: no such file, or not a preset. UnknownNameError, BudgetError: it names or sets what there is
-                not.
+            ParameterError: no such file, or not a preset.
+            UnknownNameError: it names a method or a parameter that does not exist.
+            BudgetError: it sets an impossible budget.
         """
         import yaml
 
@@ -71,13 +74,13 @@ class Preset:
         """Write the file.
 
         Raises:
-            ParameterError: a parameter is nothing that a file can hold.
+            ParameterError: a file cannot hold one of the parameters.
         """
         import yaml
 
         plain: dict[str, Any] = {**_plain(self.pruner), "positions": self.positions}
         if self.tuned:
-            plain["tuned"] = json.loads(json.dumps(self.tuned))  # torch's version is no plain text, for one
+            plain["tuned"] = json.loads(json.dumps(self.tuned))  # torch's version is not plain text, for one
         text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=110)
         Path(path).write_text(text, encoding="utf-8")
 

@@ -187,7 +187,7 @@ class Columns:
 
     @property
     def valid(self) -> Tensor:
-        """``(B, K)`` bool: columns that are no padding."""
+        """``(B, K)`` bool: columns that are not padding."""
         return self.mask[:, self.mask.shape[1] - self.visual.shape[1] :]
 
     def once(self, key: Any, make: Callable[[], Tensor]) -> Tensor:

@@ -84,7 +84,7 @@ def image_blocks(image: Tensor, block: int) -> tuple[Tensor, Layout]:
     their layout.
 
     Raises:
-        ParameterError: no RGB picture, or sides that are no multiples of ``block``.
+        ParameterError: not an RGB picture, or sides that are not multiples of ``block``.
     """
     if image.ndim != 3 or image.shape[2] != 3:
         raise ParameterError(
@@ -145,8 +145,9 @@ def supervision(
     ``patch * merge``.
 
     Args:
-        box: left, top, right, bottom of the element that the instruction means, in pixels or relative; others as in
-            :func:`ui_graph` and :func:`fused_label`.
+        box: left, top, right, bottom of the element that the instruction means, in pixels or relative.
+
+    Other arguments are those of :func:`ui_graph` and :func:`fused_label`.
     """
     blocks, layout = image_blocks(image, patch * merge)
     graph = ui_graph(blocks, layout, threshold, mode).view(layout.views[0].grid)

@@ -61,7 +61,7 @@ def test_half_precision_weights_score_in_float32(scorer: PatchScorer) -> None:
 
 
 def test_widths_must_divide() -> None:
-    with pytest.raises(ParameterError, match="12 is no multiple of its 8 heads"):
+    with pytest.raises(ParameterError, match="12 is not a multiple of its 8 heads"):
         PatchScorer(12)
 
 
