@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from foveate.adapters import compat
 
@@ -16,25 +17,13 @@ VOCAB = 100
 SIDE, PATCH = 32, 8  # pixels per view, pixels per patch: 4 x 4 tokens a view
 
 TEXT = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "pad_token_id": PAD,
-    "bos_token_id": 1,
-    "eos_token_id": EOS,
-}
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 512, "pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": EOS,
+}  # fmt: skip
 VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 5,
-    "num_attention_heads": 4,
-    "image_size": SIDE,
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5, "num_attention_heads": 4, "image_size": SIDE,
     "patch_size": PATCH,
-}
+}  # fmt: skip
 QWEN_VISION = {"depth": 4, "num_heads": 4, "patch_size": PATCH, "spatial_merge_size": 2, "temporal_patch_size": 2}
 IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO}
 QWEN_IDS = {**IDS, "vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END}
@@ -76,22 +65,11 @@ CLASSES = {
 def configuration(family: str) -> Any:
     """The configuration of a family's tiny model."""
     t = transformers
-    if family == "llava":
-        return t.LlavaConfig(
-            vision_config=t.CLIPVisionConfig(**VISION),
-            text_config=t.LlamaConfig(**TEXT),
-            image_token_index=IMAGE,
-            image_token_id=IMAGE,
-            vision_feature_layer=-2,
-        )
-    if family == "llava_next":
-        return t.LlavaNextConfig(
-            vision_config=t.CLIPVisionConfig(**VISION),
-            text_config=t.LlamaConfig(**TEXT),
-            image_token_index=IMAGE,
-            image_token_id=IMAGE,
-            image_grid_pinpoints=PINPOINTS,
-            vision_feature_layer=-2,
+    if family in ("llava", "llava_next"):
+        parts = {"vision_config": t.CLIPVisionConfig(**VISION), "text_config": t.LlamaConfig(**TEXT)}
+        parts |= {"image_token_index": IMAGE, "image_token_id": IMAGE, "vision_feature_layer": -2}
+        return (
+            t.LlavaConfig(**parts) if family == "llava" else t.LlavaNextConfig(**parts, image_grid_pinpoints=PINPOINTS)
         )
     if family == "llava_onevision":
         return t.LlavaOnevisionConfig(
@@ -109,25 +87,12 @@ def configuration(family: str) -> Any:
     if family == "qwen2_vl":
         vision = {**QWEN_VISION, "embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2}
         return t.Qwen2VLConfig(text_config=text, vision_config=vision, **QWEN_IDS)
+    vision = {**QWEN_VISION, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32}
     if family == "qwen2_5_vl":
-        vision = {
-            **QWEN_VISION,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "out_hidden_size": 32,
-            "window_size": 32,
-            "fullatt_block_indexes": [1, 3],
-        }
+        vision |= {"window_size": 32, "fullatt_block_indexes": [1, 3]}
         return t.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **QWEN_IDS)
-    vision = {
-        **QWEN_VISION,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "out_hidden_size": 32,
-        "num_position_embeddings": 64,
-        "deepstack_visual_indexes": [0, 1, 2],
-    }
-    text = {**text, "head_dim": 8, "rope_parameters": {**MROPE, "mrope_interleaved": True}}
+    vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1, 2]}
+    text |= {"head_dim": 8, "rope_parameters": {**MROPE, "mrope_interleaved": True}}
     return t.Qwen3VLConfig(text_config=text, vision_config=vision, **QWEN_IDS)
 
 
@@ -144,28 +109,22 @@ class PromptMedia:
 def picture(family: str, seed: int, shape: tuple[int, ...] | None = None) -> PromptMedia:
     """A random image, or with a three-entry ``shape`` (frames, rows, cols of tokens) a random video."""
     g = torch.Generator().manual_seed(seed)
+    kind = "video" if shape is not None and len(shape) == 3 else "image"
     if family == "llava":
         return PromptMedia("image", torch.randn(3, SIDE, SIDE, generator=g), torch.tensor([SIDE, SIDE]), 16)
+    if family.startswith("llava") and kind == "video":
+        frames = torch.randn(shape[0], 3, SIDE, SIDE, generator=g)
+        return PromptMedia(kind, frames, torch.tensor([0]), shape[0] * 4 + 1)
     if family.startswith("llava"):
-        if shape is not None and len(shape) == 3:
-            return PromptMedia(
-                "video", torch.randn(shape[0], 3, SIDE, SIDE, generator=g), torch.tensor([0]), shape[0] * 4 + 1
-            )
         height, width = shape or (60, 40)
-        return _anyres(height, width, g)
-    frames, rows, cols = shape if shape is not None and len(shape) == 3 else (1, *(shape or (4, 5)))
+        left, down, across = compat.anyres_canvas(height, width, PINPOINTS, SIDE, SIDE // PATCH)
+        rows, cols = left.shape
+        pixels = torch.randn(1 + down * across, 3, SIDE, SIDE, generator=g)
+        return PromptMedia(kind, pixels, torch.tensor([height, width]), (SIDE // PATCH) ** 2 + rows * (cols + 1))
+    frames, rows, cols = shape if kind == "video" else (1, *(shape or (4, 5)))
     grid = torch.tensor([frames, rows * 2, cols * 2])
     pixels = torch.randn(int(grid.prod()), 3 * 2 * PATCH * PATCH, generator=g)
-    kind = "video" if shape is not None and len(shape) == 3 else "image"
     return PromptMedia(kind, pixels, grid, frames * rows * cols)
-
-
-def _anyres(height: int, width: int, g: torch.Generator) -> PromptMedia:
-    per_side = SIDE // PATCH
-    left, down, across = compat.anyres_canvas(height, width, PINPOINTS, SIDE, per_side)
-    rows, cols = left.shape
-    pixels = torch.randn(1 + down * across, 3, SIDE, SIDE, generator=g)
-    return PromptMedia("image", pixels, torch.tensor([height, width]), per_side**2 + rows * (cols + 1))
 
 
 def inputs(
@@ -186,11 +145,18 @@ def inputs(
                 pictures.append(part)
                 ids += _placeholders(family, part)
         rows.append(ids)
+<<<<<<< HEAD
     longest = max(map(len, rows))
     pad = [[PAD] * (longest - len(ids)) for ids in rows]
     padded = torch.tensor([p + r if pad_left else r + p for p, r in zip(pad, rows)])
     mask = torch.tensor(
         [[0] * len(p) + [1] * len(r) if pad_left else [1] * len(r) + [0] * len(p) for p, r in zip(pad, rows)]
+=======
+    side = "left" if pad_left else "right"
+    ids, mask = (
+        pad_sequence([torch.tensor(row) for row in padded], batch_first=True, padding_value=PAD, padding_side=side)
+        for padded in (rows, [[1] * len(row) for row in rows])
+>>>>>>> wt-c1
     )
     made: dict[str, Any] = {"input_ids": padded, "attention_mask": mask}
     images = [p for p in pictures if p.kind == "image"]

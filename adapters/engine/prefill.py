@@ -20,7 +20,7 @@ from foveate.adapters.trace import ImageTrace, StageTrace, Trace
 from foveate.errors import InputError, ParameterError
 from foveate.pruners.core.method import ModelInfo, Pruner
 from foveate.pruners.core.signals import Columns, LayerAttention, Signal
-from foveate.pruners.core.stages import AtEntry, InsideDecoder, InTower, Stage, TokenStage
+from foveate.pruners.core.stages import AtEntry, InCache, InsideDecoder, InTower, Stage, TokenStage
 from foveate.pruners.core.tokens import Layout, Selection, Tokens, View
 
 if TYPE_CHECKING:
@@ -48,7 +48,8 @@ def run_stage(
         chosen = stage.select(tokens, **signals)
     if not isinstance(chosen, Selection):
         raise ParameterError(f"{pruner.name} returned {chosen!r} at {stage.point}; return a Selection")
-    chosen.check(pruner.name, *tokens.embeds.shape[:2], padded=pruner.count(tokens.layout, info) is None)
+    decides = isinstance(stage, InCache) or pruner.count(tokens.layout, info) is None
+    chosen.check(pruner.name, *tokens.embeds.shape[:2], padded=decides)
     fields = {name: value for name, value in vars(chosen).items() if value is not None}
     rows = range(len(chosen.index))
     return [replace(Selection(chosen.index[b]), **{n: v[b] for n, v in fields.items()}) for b in rows]
