@@ -18,7 +18,8 @@ SIDE, PATCH = 32, 8  # pixels per view, pixels per patch: 4 x 4 tokens a view
 
 TEXT = {
     "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 512, "pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": EOS,
+    "num_key_value_heads": 2, "max_position_embeddings": 512, "pad_token_id": PAD, "bos_token_id": 1,
+    "eos_token_id": EOS,
 }  # fmt: skip
 VISION = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5, "num_attention_heads": 4, "image_size": SIDE,
@@ -145,20 +146,12 @@ def inputs(
                 pictures.append(part)
                 ids += _placeholders(family, part)
         rows.append(ids)
-<<<<<<< HEAD
-    longest = max(map(len, rows))
-    pad = [[PAD] * (longest - len(ids)) for ids in rows]
-    padded = torch.tensor([p + r if pad_left else r + p for p, r in zip(pad, rows)])
-    mask = torch.tensor(
-        [[0] * len(p) + [1] * len(r) if pad_left else [1] * len(r) + [0] * len(p) for p, r in zip(pad, rows)]
-=======
     side = "left" if pad_left else "right"
     ids, mask = (
         pad_sequence([torch.tensor(row) for row in padded], batch_first=True, padding_value=PAD, padding_side=side)
         for padded in (rows, [[1] * len(row) for row in rows])
->>>>>>> wt-c1
     )
-    made: dict[str, Any] = {"input_ids": padded, "attention_mask": mask}
+    made: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
     images = [p for p in pictures if p.kind == "image"]
     videos = [p for p in pictures if p.kind == "video"]
     if images:
