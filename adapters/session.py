@@ -76,7 +76,7 @@ def attach(
         raise ParameterError(
             f"the model comes first: foveate.attach(model, pruner), not {type(pruner).__name__} second"
         )
-    if is_preset(pruner):
+    if not isinstance(pruner, Pruner) and is_preset(pruner):
         preset = Preset.read(pruner, **params)
         method, positions = preset.pruner, preset.positions if positions == "auto" else positions
     else:

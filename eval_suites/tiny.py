@@ -147,11 +147,11 @@ def inputs(
                 ids += _placeholders(family, part)
         rows.append(ids)
     side = "left" if pad_left else "right"
-    ids, mask = (
+    prompts, mask = (
         pad_sequence([torch.tensor(row) for row in padded], batch_first=True, padding_value=PAD, padding_side=side)
         for padded in (rows, [[1] * len(row) for row in rows])
     )
-    made: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    made: dict[str, Any] = {"input_ids": prompts, "attention_mask": mask}
     images = [p for p in pictures if p.kind == "image"]
     videos = [p for p in pictures if p.kind == "video"]
     if images:
@@ -167,7 +167,7 @@ def inputs(
         if family.startswith("qwen"):
             made["video_grid_thw"] = torch.stack([p.facts for p in videos])
     if family.startswith("qwen"):
-        made["mm_token_type_ids"] = (ids == IMAGE).long() + 2 * (ids == VIDEO).long()
+        made["mm_token_type_ids"] = (prompts == IMAGE).long() + 2 * (prompts == VIDEO).long()
     return made
 
 
