@@ -266,12 +266,12 @@ class Prefill:
             return False
         adapter = self.session.adapter
         for modality in brought.modalities:
-            here = brought.ids == modality.token_id
+            here = (brought.ids == modality.token_id).to(embeds.device)
             if bool(here.any()):
                 encoded = self.encoded.get(modality.kind)
                 layouts = encoded.layouts if encoded else []
                 self.items += find_items(modality.kind, here, layouts, adapter.centre_crop)
-                self.visual = self.visual | here.to(embeds.device)
+                self.visual = self.visual | here
         if len(brought.modalities) > 1:  # pictures and videos may take turns
             self.items.sort(key=lambda item: (item.sample, int(item.places[0])))
         unique = [item for item in self.items if item.trace is not None]
@@ -511,7 +511,7 @@ class Prefill:
         place = torch.arange(length, device=self.present.device).expand_as(self.present)
         key = torch.where(self.present, place if self._order is None else self._order, -1)
         key, index = key.sort(dim=1)  # places that go sort to the front, so rows with fewer are padded on the left
-        index = torch.where(key >= 0, index, length)[:, -max(taken) if max(taken) else 0 :]
+        index = torch.where(key >= 0, index, length)[:, -max(taken) :]
         kept = Kept(index, positions=positions, evict=getattr(stage, "evict", False))
         if self._changed:
             rows, places, values = (torch.cat(parts).to(hidden.device) for parts in zip(*self._changed))
