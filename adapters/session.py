@@ -31,11 +31,11 @@ from foveate.errors import (
     UnsupportedModelError,
 )
 from foveate.pruners.core.method import PRUNERS, ModelInfo, Pruner, create
-from foveate.pruners.core.parameters import check_choice
 from foveate.pruners.core.preset import Preset, is_preset
 from foveate.pruners.core.signals import PatchPixels
 from foveate.pruners.core.stages import AtEntry, AtPixels, BeforeLayer, InCache, InMLP, InTower, Stage
 
+POSITIONS, SEPARATORS = ("auto", "keep", "compact"), ("auto", "keep", "drop")
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Attachment]] = weakref.WeakKeyDictionary()
 Self = TypeVar("Self", bound="Attachment")
 
@@ -180,8 +180,9 @@ class Session(Attachment):
     """
 
     def __init__(self, model: nn.Module, pruner: Pruner, positions: str = "auto", separators: str = "auto") -> None:
-        check_choice("positions", positions, ("auto", "keep", "compact"))
-        check_choice("separators", separators, ("auto", "keep", "drop"))
+        for name, value, known in (("positions", positions, POSITIONS), ("separators", separators, SEPARATORS)):
+            if value not in known:
+                raise ParameterError(f"{name}={value!r} is not one of {', '.join(map(repr, known))}")
         self.adapter: Adapter = adapter_for(model)
         super().__init__(model, pruner, self.adapter.inner)
         self.positions, self.separators = positions, separators

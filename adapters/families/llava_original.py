@@ -35,7 +35,7 @@ _ARGUMENTS = "input_ids, position_ids, attention_mask, past_key_values, labels, 
 
 
 @dataclass(frozen=True)
-class Picture:
+class SplicedPicture:
     """One picture of a prompt on its way into the decoder.
 
     Attributes:
@@ -58,7 +58,7 @@ class LlavaOriginalAdapter(LlavaAdapter):
     transformers: ClassVar = (((4, 36), (4, 38)), ((5, 16), (6, 0)))
 
     def __init__(self, model: nn.Module) -> None:
-        self.pictures: list[Picture] = []  # of the running call of the splicing method
+        self.pictures: list[SplicedPicture] = []  # of the running call of the splicing method
         super().__init__(model)
 
     @staticmethod
@@ -124,7 +124,7 @@ class LlavaOriginalAdapter(LlavaAdapter):
 
     # ---------------------------------------------------------------------------------------- pictures in the prompt
 
-    def find_pictures(self, call: dict[str, Any], attended: Tensor) -> list[Picture]:
+    def find_pictures(self, call: dict[str, Any], attended: Tensor) -> list[SplicedPicture]:
         """The pictures that a call of the splicing method shows, in order.
 
         Raises:
@@ -146,7 +146,7 @@ class LlavaOriginalAdapter(LlavaAdapter):
         for number, (first, show) in enumerate(zip(itertools.accumulate([0, *views]), turns)):
             if show:
                 layout, source = self._laid_out(views[number], call, number) if merged else self._raw(1)
-                pictures.append(Picture(first, first + views[number], layout, source + first * patches))
+                pictures.append(SplicedPicture(first, first + views[number], layout, source + first * patches))
         return pictures
 
     def _laid_out(self, views: int, call: dict[str, Any], number: int) -> tuple[Layout, Tensor]:
