@@ -107,8 +107,10 @@ class PromptMedia:
     tokens: int
 
 
-def picture(family: str, seed: int, shape: tuple[int, ...] | None = None) -> PromptMedia:
-    """A random image, or with a three-entry ``shape`` (frames, rows, cols of tokens) a random video."""
+def picture(family: str, seed: int, shape: Any = None) -> PromptMedia:
+    """A random image, of ``shape`` (rows, cols), or with three entries (frames, rows, cols of tokens) a
+    random video.
+    """
     g = torch.Generator().manual_seed(seed)
     kind = "video" if shape is not None and len(shape) == 3 else "image"
     if family == "llava":
