@@ -124,7 +124,8 @@ def picture(family: str, seed: int, shape: Any = None) -> PromptMedia:
         rows, cols = left.shape
         pixels = torch.randn(1 + down * across, 3, SIDE, SIDE, generator=g)
         return PromptMedia(kind, pixels, torch.tensor([height, width]), (SIDE // PATCH) ** 2 + rows * (cols + 1))
-    frames, rows, cols = shape if kind == "video" else (1, *(shape or (4, 5)))
+    size: Any = shape if kind == "video" else (1, *(shape or (4, 5)))
+    frames, rows, cols = size
     grid = torch.tensor([frames, rows * 2, cols * 2])
     pixels = torch.randn(int(grid.prod()), 3 * 2 * PATCH * PATCH, generator=g)
     return PromptMedia(kind, pixels, grid, frames * rows * cols)
