@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import importlib.util
+import itertools
 import json
 import os
 import platform
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
@@ -106,11 +106,8 @@ def _versions() -> Iterator[Finding]:
     yield Finding(part, "foveate", State.OK, f"{foveate.__version__}, {Path(foveate.__file__).parent}")
     yield Finding(part, "python", State.OK, f"{platform.python_version()}, {sys.executable}")
     for name in _CORE:
-        version = version_of(name)
-        if version is None:
-            yield Finding(part, name, State.FAILED, f"is not installed: run `pip install {name}`")
-        else:
-            yield Finding(part, name, State.OK, version)
+        version, missing = version_of(name), f"is not installed: run `pip install {name}`"
+        yield Finding(part, name, State.OK if version else State.FAILED, version or missing)
 
 
 def _gpu() -> Iterator[Finding]:
@@ -136,10 +133,10 @@ def _kernels() -> Iterator[Finding]:
         yield Finding(part, "FOVEATE_KERNELS", State.FAILED, "cupy, but there is no GPU: set auto")
     else:
         yield Finding(part, "FOVEATE_KERNELS", *_outcome(failure, mode))
-    version = next(filter(None, map(version_of, _CUPY_WHEELS)), None)
+    version = _version_of_any(_CUPY_WHEELS)
     if version is None:
-        help_ = "not installed; `pip install 'foveate[cuda13]'` (or [cuda12]) makes selection faster on a GPU"
-        told = help_ if torch.cuda.is_available() else "not installed; of use with a GPU only"
+        help_ = "`pip install 'foveate[cuda13]'` (or [cuda12]) makes selection faster on a GPU"
+        told = f"not installed; {help_ if torch.cuda.is_available() else 'of use with a GPU only'}"
         yield Finding(part, "CuPy", State.NOTE, told)
         return
     with _caught() as failure:
@@ -147,8 +144,7 @@ def _kernels() -> Iterator[Finding]:
 
         cupy.show_config  # noqa: B018  # a broken installation fails on first use
     yield Finding(part, "CuPy", *_outcome(failure, version))
-    folder = Path(os.environ.get("CUPY_CACHE_DIR") or "~/.cupy/kernel_cache").expanduser()
-    yield _cache(folder)
+    yield _cache(Path(os.environ.get("CUPY_CACHE_DIR") or "~/.cupy/kernel_cache").expanduser())
     if failure or not torch.cuda.is_available():
         return
     with _caught() as failure:
@@ -192,29 +188,26 @@ def _families(full: bool) -> Iterator[Finding]:
     """A tiny random model of every family, on the GPU where there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for family in tiny.FAMILIES:
-        works, refuses, broken = [], [], {}
+        works, refuses, broken = [], {}, []
         with _caught() as failure:
             model = tiny.tiny(family).to(device)
-            inputs = tiny.inputs(family, [[tiny.picture(family, 0), 5]])
-            inputs = {name: value.to(device) for name, value in inputs.items()}
+            prompt = tiny.inputs(family, [[tiny.picture(family, 0), 5]])
+            inputs = {name: value.to(device) for name, value in prompt.items()}
             for name in sorted(PRUNERS) if full else ("grid", "random"):
                 try:
                     _run(model, inputs, name)
                     works.append(name)
                 except FoveateError as error:
-                    refuses.append(f"{name} ({error})")
+                    refuses[name] = error
                 except Exception as error:  # whatever a broken installation raises
-                    broken[name] = f"{type(error).__name__}: {error}"
-        if failure or broken:
-            first = failure[0] if failure else "; ".join(f"{name}: {reason}" for name, reason in broken.items())
-            yield Finding("families", family, State.FAILED, first)
-        elif not works:
-            yield Finding("families", family, State.FAILED, "; ".join(refuses))
-        else:
-            told = f"{len(works)} methods run" if full else "works"
-            if refuses:
-                told += f"; not meant for it: {', '.join(reason.partition(' (')[0] for reason in refuses)}"
-            yield Finding("families", family, State.OK, told)
+                    broken.append(f"{name}: {type(error).__name__}: {error}")
+        if failure or broken or not works:
+            reasons = failure or broken or [f"{name} ({error})" for name, error in refuses.items()]
+            yield Finding("families", family, State.FAILED, "; ".join(reasons))
+            continue
+        told = f"{len(works)} methods run" if full else "works"
+        told += f"; not meant for it: {', '.join(refuses)}" if refuses else ""
+        yield Finding("families", family, State.OK, told)
 
 
 @torch.no_grad()
@@ -226,14 +219,13 @@ def _run(model: Any, inputs: dict[str, Any], name: str) -> None:
 def _optional(full: bool) -> Iterator[Finding]:
     part = "optional"
     for module, (package, extra, enables) in OPTIONAL.items():
-        version = next(filter(None, map(version_of, _CUPY_WHEELS if module == "cupy" else (package,))), None)
+        version = _version_of_any(_CUPY_WHEELS if module == "cupy" else (package,))
         if version is None:
             how = f"`pip install 'foveate[{extra}]'`" if extra else f"`pip install {package}`"
             yield Finding(part, package, State.NOTE, f"not installed; {how} for {enables}")
             continue
-        failure: list[str] = []
-        if full:
-            with _caught() as failure:
+        with _caught() as failure:
+            if full:
                 importlib.import_module(module)
         yield Finding(part, package, *_outcome(failure, f"{version}: {enables}"))
 
@@ -251,6 +243,10 @@ def _caught() -> Iterator[list[str]]:
         failure.append(f"{type(error).__name__}: {' '.join(str(error).split())}")
 
 
+def _version_of_any(packages: Iterable[str]) -> str | None:
+    return next(filter(None, map(version_of, packages)), None)
+
+
 def _outcome(failure: list[str], told: str) -> tuple[State, str]:
     return (State.FAILED, failure[0]) if failure else (State.OK, told)
 
@@ -263,17 +259,12 @@ def _print(findings: list[Finding]) -> None:
     from rich.text import Text
 
     table = Table(box=None, padding=(0, 1), pad_edge=False, show_header=False)
-    part = None
-    for finding in findings:
-        if finding.part != part:
-            part = finding.part
-            table.add_row("", Text(part, style="bold cyan"), "")
-        mark, style = _MARKS[finding.state]
-        told = Text(finding.told, style="" if finding.state is State.OK else style)
-        table.add_row(Text(mark, style=style), finding.what, told)
+    for part, group in itertools.groupby(findings, lambda finding: finding.part):
+        table.add_row("", Text(part, style="bold cyan"), "")
+        for finding in group:
+            mark, style = _MARKS[finding.state]
+            told = Text(finding.told, style="" if finding.state is State.OK else style)
+            table.add_row(Text(mark, style=style), finding.what, told)
     broken = sum(finding.state is State.FAILED for finding in findings)
     told = f"{broken} of {len(findings)} checks failed." if broken else "All that should work here works."
-    page = console()
-    page.print(table)
-    page.print()
-    page.print(Text(told, style="bold"))
+    console().print(table, Text(f"\n{told}", style="bold"))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["call_text", "console", "markdown_table", "one_line", "versions"]
+__all__ = ["call_text", "console", "markdown_table", "one_line", "versions", "write"]
 
 
 def console(width: int = 120) -> Console:
@@ -31,6 +32,14 @@ def call_text(name: str, parameters: Mapping[str, Any]) -> str:
 def one_line(error: BaseException) -> str:
     """What an error says, in one line; its name if it says nothing."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def write(path: str, text: str) -> None:
+    """Write ``text`` to a file, or print it where ``path`` is ``-``."""
+    if path == "-":
+        print(text, end="")
+    else:
+        Path(path).write_text(text, encoding="utf-8")
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -8,13 +8,13 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from foveate.errors import FoveateError, ParameterError
 from foveate.eval_suites.results.leaderboard import Leaderboard
 from foveate.eval_suites.results.rows import Row
 from foveate.eval_suites.results.store import Store, differences, read
+from foveate.eval_suites.terminal import write
 
 __all__ = ["add_arguments", "boards", "compare", "main", "opened", "table"]
 
@@ -53,35 +53,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def table(store: Store, samples: bool = False) -> list[dict[str, Any]]:
     """One flat record per row, with what is needed to repeat it; or one per answer."""
+    if not samples:
+        return [_flat(row, board) for board in store.boards() for row in board.rows]
     records = []
-    for board in store.boards():
-        facts = board.environment
-        head = {"model": facts["model"], "suite": facts["suite"]}
-        if not samples:
-            measured = {name: facts.get(name) for name in _FACTS}
-            records += [head | _flat(row, board) | measured for row in board.rows]
-    if samples:
-        for bench in store.as_json()["benches"]:
-            head = {"model": bench["facts"]["model"], "suite": bench["facts"]["suite"]}
-            for run in bench["runs"]:
-                run_head = head | {name: run[name] for name in ("method", "label", "keep", "seed")}
-                for answer in run["answers"]:
-                    records.append(run_head | answer | {name: _text(answer.get(name)) for name in ("tokens", "cached")})
+    for bench in store.as_json()["benches"]:
+        for run in bench["runs"]:
+            head = {name: bench["facts"][name] for name in ("model", "suite")}
+            head |= {name: run[name] for name in ("method", "label", "keep", "seed")}
+            for answer in run["answers"]:
+                records.append(head | answer | {name: _text(answer.get(name)) for name in ("tokens", "cached")})
     return records
 
 
 def _flat(row: Row, board: Leaderboard) -> dict[str, Any]:
-    flat = row.as_json()
+    facts = board.environment
+    flat = {name: facts[name] for name in ("model", "suite")} | row.as_json()
     low, high = flat.pop("interval") or (None, None)
     tasks, versus = flat.pop("tasks"), flat.pop("versus_random") or {}
     flat |= {"versus_random": versus.get("mean")} | {f"versus_random_{x}": versus.get(x) for x in ("low", "high", "p")}
-    timings = {
-        f"{name}_b{x['batch']}": value for x in flat.pop("timings") for name, value in x.items() if name != "batch"
-    }
-    for name in ("parameters", "positions", "tokens_per_layer"):
-        flat[name] = _text(flat[name])
-    flat["status"] = row.status.value
-    return flat | {"low": low, "high": high} | {f"accuracy_{task}": tasks.get(task) for task in board.tasks} | timings
+    timings = flat.pop("timings")
+    flat |= {name: _text(flat[name]) for name in ("parameters", "positions", "tokens_per_layer")}
+    flat |= {"status": row.status.value, "low": low, "high": high}
+    flat |= {f"accuracy_{task}": tasks.get(task) for task in board.tasks}
+    flat |= {f"{name}_b{x['batch']}": value for x in timings for name, value in x.items() if name != "batch"}
+    return flat | {name: facts.get(name) for name in _FACTS}
 
 
 def _text(value: Any) -> str | None:
@@ -90,14 +85,15 @@ def _text(value: Any) -> str | None:
 
 def _export(args: argparse.Namespace) -> int:
     if args.json:
-        return _written(args.json, json.dumps(read(args.file), indent=1, allow_nan=False) + "\n")
+        write(args.json, json.dumps(read(args.file), indent=1, allow_nan=False) + "\n")
+        return 0
     with opened(args.file) as store:
         records = table(store, args.samples)
     names = list(dict.fromkeys(name for record in records for name in record))
     if args.csv:
-        lines = [names, *([record.get(name) for name in names] for record in records)]
-        return _write_csv(args.csv, lines)
-    _write_parquet(args.parquet, {name: [record.get(name) for record in records] for name in names})
+        _write_csv(args.csv, [names, *([record.get(name) for name in names] for record in records)])
+    else:
+        _write_parquet(args.parquet, {name: [record.get(name) for record in records] for name in names})
     return 0
 
 
@@ -120,21 +116,12 @@ def boards(path: str) -> list[Leaderboard]:
         return store.boards()
 
 
-def _written(path: str, text: str) -> int:
-    if path == "-":
-        print(text, end="")
-    else:
-        Path(path).write_text(text, encoding="utf-8")
-    return 0
-
-
-def _write_csv(path: str, lines: Sequence[Sequence[Any]]) -> int:
+def _write_csv(path: str, lines: Sequence[Sequence[Any]]) -> None:
     if path == "-":
         csv.writer(sys.stdout, lineterminator="\n").writerows(lines)
     else:
         with open(path, "w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows(lines)
-    return 0
 
 
 def _write_parquet(path: str, columns: Mapping[str, Sequence[Any]]) -> None:

@@ -47,8 +47,7 @@ class MethodRows:
 
     def mean(self, name: str) -> float | None:
         """Mean of an attribute over the rows, None if it was not measured in all of them."""
-        values = [getattr(row, name) for row in self.rows]
-        return None if None in values else statistics.fmean(values)
+        return _mean([getattr(row, name) for row in self.rows])
 
     def timing(self, batch: int, name: str) -> float | None:
         """An attribute of the timing in batches of ``batch``, of the first row that has one: seeds cost alike."""
@@ -57,8 +56,7 @@ class MethodRows:
 
     def task(self, name: str) -> float | None:
         """Mean accuracy in one task."""
-        values = [row.tasks.get(name) for row in self.rows]
-        return None if None in values else statistics.fmean(values)
+        return _mean([row.tasks.get(name) for row in self.rows])
 
     @property
     def accuracy(self) -> str:
@@ -75,9 +73,7 @@ class MethodRows:
     def versus_random(self) -> str:
         """Percentage points, with a star if the difference from random choice is not an accident."""
         found = self.first.versus_random
-        if found is None:
-            return ""
-        return f"{100 * found.mean:+.1f}{'*' if found.p < ALPHA else ' '}"
+        return "" if found is None else f"{100 * found.mean:+.1f}{'*' if found.p < ALPHA else ' '}"
 
     @property
     def name(self) -> str:
@@ -182,11 +178,11 @@ def _times(factor: float) -> str:
 
 def _size(unit: str) -> Callable[[float], str]:
     def shown(value: float) -> str:
-        letters = iter("KMGTP")
-        letter = ""
-        while value >= 999.5:
-            value, letter = value / 1000, next(letters)
-        return f"{value:.3g} {letter}{unit}"
+        for letter in ("", *"KMGT"):
+            if value < 999.5:
+                return f"{value:.3g} {letter}{unit}"
+            value /= 1000
+        return f"{value:.3g} P{unit}"
 
     return shown
 
@@ -291,11 +287,8 @@ class Leaderboard:
     def columns(self) -> list[Column]:
         """Those that have something to show."""
         lines = [line for section in self.sections for line in section.lines]
-        return [
-            column
-            for column in COLUMNS
-            if any(column.text(line) for line in lines) and (column.head != "quoted" or self._quotes_otherwise)
-        ]
+        candidates = (column for column in COLUMNS if column.head != "quoted" or self._quotes_otherwise)
+        return [column for column in candidates if any(map(column.text, lines))]
 
     @property
     def _quotes_otherwise(self) -> bool:
@@ -321,8 +314,7 @@ class Leaderboard:
                 style = "bold green" if line.leads else "dim" if line.first.baseline else ""
                 style = {Status.FAILED: "bold red", Status.NOT_APPLICABLE: "dim"}.get(_status(line), style)
                 name = ("▸ " if line.leads else "· " if line.first.baseline else "  ") + line.name
-                cells = [*(column.text(line) for column in columns), *(_percent(line.task(task)) for task in tasks)]
-                table.add_row(*(Text(cell) for cell in (name, *cells)), style=style)
+                table.add_row(*map(Text, (name, *_cells(line, columns, tasks))), style=style)
         return table
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -362,11 +354,7 @@ class Leaderboard:
         for section in self.sections:
             lines.append(f"| **{section.title}** |{' |' * (len(heads) - 1)}")
             for line in section.lines:
-                cells = [
-                    line.name,
-                    *(column.text(line) for column in columns),
-                    *(_percent(line.task(task)) for task in self.parts),
-                ]
+                cells = (line.name, *_cells(line, columns, self.parts))
                 name, *cells = (cell.strip().replace("|", "\\|").replace("*", "\\*") for cell in cells)
                 if line.leads:
                     name, cells[0] = f"**{name}**", f"**{cells[0]}**"
@@ -431,18 +419,17 @@ class Leaderboard:
                 f"{e.get('hardware')}; speed: against the unpruned model."
             )
         reasons: dict[tuple[str, str, str], list[str]] = {}
-        for section in self.sections:
-            for row in (row for line in section.lines for row in line.rows if row.reason):
-                reasons.setdefault((_HEAD_OF[row.status], section.title, row.reason), []).append(row.label)
-        for (head, where, reason), labels in reasons.items():
-            notes.append(f"{head}: {', '.join(dict.fromkeys(labels))}, {where}: {reason}")
+        untimed = []
         for section in self.sections:
             for line in section.lines:
-                for timing in line.first.timings.values():
-                    if timing.error:
-                        where = f"{line.first.label}, {section.title}, batches of {timing.batch}"
-                        notes.append(f"not timed: {where}: {timing.error}")
-        return list(dict.fromkeys(notes))
+                for row in (row for row in line.rows if row.reason):
+                    reasons.setdefault((_HEAD_OF[row.status], section.title, row.reason), []).append(row.label)
+                for timing in (timing for timing in line.first.timings.values() if timing.error):
+                    where = f"{line.first.label}, {section.title}, batches of {timing.batch}"
+                    untimed.append(f"not timed: {where}: {timing.error}")
+        for (head, where, reason), labels in reasons.items():
+            notes.append(f"{head}: {', '.join(dict.fromkeys(labels))}, {where}: {reason}")
+        return list(dict.fromkeys(notes + untimed))
 
 
 def _same(a: Keep, b: Keep) -> bool:
@@ -482,3 +469,11 @@ def value_text(keep: float) -> str:
 
 def _percent(value: float | None) -> str:
     return "" if value is None else _percent_of(value)
+
+
+def _cells(line: MethodRows, columns: Sequence[Column], tasks: Sequence[str]) -> list[str]:
+    return [*(column.text(line) for column in columns), *(_percent(line.task(task)) for task in tasks)]
+
+
+def _mean(values: list[float | None]) -> float | None:
+    return None if None in values else statistics.fmean(values)

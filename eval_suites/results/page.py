@@ -11,9 +11,9 @@ from pathlib import Path
 
 from foveate.errors import UnknownNameError
 from foveate.eval_suites.results.leaderboard import Column, Leaderboard, MethodRows, Section
-from foveate.eval_suites.results.rows import mean_sd
+from foveate.eval_suites.results.rows import mean_sd, pareto
 
-__all__ = ["page", "pareto", "plot"]
+__all__ = ["page", "plot"]
 
 _WIDTH, _HEIGHT = 440, 320
 _LEFT, _RIGHT, _TOP, _BOTTOM = 40, 14, 12, 40
@@ -63,15 +63,14 @@ def _board(board: Leaderboard, colours: dict[str, str]) -> str:
     )
     columns = board.columns()
     notes = "".join(f"<li>{escape(note)}</li>" for note in board.notes(columns, "Bold green", "Grey rows, hollow dots"))
-    timed = any(row.timings for row in board.rows)
+    costs = [("tokens", lambda line: line.mean("tokens_mean"), "visual tokens in the decoder, mean over its layers")]
+    if any(row.timings for row in board.rows):
+        costs.append(("latency", _prefill, "milliseconds to the first token, one sample a call"))
+    else:
+        costs.append(("time", lambda line: 1000 * line.mean("seconds_per_sample"), "milliseconds per sample"))
     plots = "".join(
-        f'<figure class="card"><h3>{escape(title)}</h3>{plot(board, cost, unit, colours)}</figure>'
-        for title, cost, unit in (
-            ("Accuracy and tokens", _tokens, "visual tokens in the decoder, mean over its layers"),
-            ("Accuracy and latency", _prefill, "milliseconds to the first token, one sample a call")
-            if timed
-            else ("Accuracy and time", _milliseconds, "milliseconds per sample"),
-        )
+        f'<figure class="card"><h3>Accuracy and {what}</h3>{plot(board, cost, unit, colours)}</figure>'
+        for what, cost, unit in costs
     )
     return (
         f'<section class="board" data-model="{escape(str(e["model"]))}" data-suite="{escape(str(e["suite"]))}">'
@@ -124,10 +123,9 @@ def _heat(board: Leaderboard) -> str:
     for section in board.sections:
         for line in section.lines:
             if line.measured:
-                values = [line.task(task) for task in board.parts]
                 cells = "".join(
                     "<td></td>" if value is None else f'<td style="--v:{value:.3f}">{100 * value:.0f}</td>'
-                    for value in values
+                    for value in map(line.task, board.parts)
                 )
                 rows.append(
                     f'<tr data-keep="{escape(section.title)}"><th scope="row" title="{escape(line.first.label)}">'
@@ -138,6 +136,11 @@ def _heat(board: Leaderboard) -> str:
         f'<div class="card scroll"><table class="heat"><thead><tr>{heads}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div></details>"
     )
+
+
+def _prefill(line: MethodRows) -> float | None:
+    seconds = line.timing(1, "prefill")
+    return None if seconds is None else 1000 * seconds
 
 
 def _short(section: Section) -> str:
@@ -159,29 +162,6 @@ class _Dot:
     budget: str
 
 
-def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Which of ``(cost, gain)`` no other point beats in both, by ascending cost."""
-    front, best = [], -math.inf
-    for i in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
-        if points[i][1] > best:
-            front.append(i)
-            best = points[i][1]
-    return front
-
-
-def _tokens(line: MethodRows) -> float | None:
-    return line.mean("tokens_mean")
-
-
-def _prefill(line: MethodRows) -> float | None:
-    seconds = line.timing(1, "prefill")
-    return None if seconds is None else 1000 * seconds
-
-
-def _milliseconds(line: MethodRows) -> float | None:
-    return 1000 * line.mean("seconds_per_sample")
-
-
 def plot(board: Leaderboard, cost: Callable[[MethodRows], float | None], unit: str, colours: dict[str, str]) -> str:
     """Accuracy over ``cost`` as SVG: a dot per line that has one, its interval, and the front of what is best."""
     dots = [
@@ -193,7 +173,6 @@ def plot(board: Leaderboard, cost: Callable[[MethodRows], float | None], unit: s
     if not dots:
         return '<p class="soft">Nothing to show yet.</p>'
     right = max(dot.x for dot in dots) * 1.06 or 1
-    ticks = _ticks(right)
     low = 100 * min(dot.low for dot in dots)
     step = 20 if low < 50 else 10
     lowest = min(80, int(low // step) * step)  # dots are not bars, they need no zero
@@ -209,7 +188,7 @@ def plot(board: Leaderboard, cost: Callable[[MethodRows], float | None], unit: s
         x, y = place(0, percent / 100)
         parts.append(f'<line class="grid" x1="{x}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{x - 6}" y="{y + 4:.1f}" text-anchor="end">{percent}</text>')
-    for tick in ticks:
+    for tick in _ticks(right):
         x, y = place(tick, lowest / 100)
         parts.append(f'<text x="{x:.1f}" y="{y + 16:.1f}" text-anchor="middle">{tick:g}</text>')
     parts.append(f'<text x="{(_LEFT + _WIDTH) / 2}" y="{_HEIGHT - 6}" text-anchor="middle">{escape(unit)}</text>')
@@ -279,12 +258,8 @@ def _cards(methods: Iterable[str]) -> Iterable[str]:
         except UnknownNameError:  # the bare model, or a method that this installation does not have
             continue
         acts = ", ".join(known.hooks) or "depends on its parameters"
-        facts = [
-            known.paper,
-            f"acts at {acts}",
-            f"families: {', '.join(known.families)}",
-            known.cost and f"cost: {known.cost}",
-        ]
+        cost = known.cost and f"cost: {known.cost}"
+        facts = [known.paper, f"acts at {acts}", f"families: {', '.join(known.families)}", cost]
         texts = "".join(f'<p class="soft">{escape(fact)}</p>' for fact in facts if fact)
         doc = escape(known.doc.split("\n\n")[0])
         more = f'<details><summary class="soft">more</summary><p>{doc}</p></details>'

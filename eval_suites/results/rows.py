@@ -9,13 +9,17 @@ from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from foveate.eval_suites.running.compare import Difference, resampled_means
 from foveate.eval_suites.running.cost import DecoderShape
 
 if TYPE_CHECKING:
     from foveate.pruners.core import Keep
 
-__all__ = ["Answer", "Row", "Status", "Timing", "agreement", "interval", "mean_sd", "share", "summarise", "wilson"]
+__all__ = [
+    "Answer", "Row", "Status", "Timing", "agreement", "interval", "mean_sd", "pareto", "share", "summarise", "wilson",
+]  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------------- statistics
@@ -46,8 +50,6 @@ def interval(scores: Sequence[float], confidence: float = 0.95) -> tuple[float, 
     """
     if set(scores) <= {0.0, 1.0} or len(set(scores)) < 2:
         return wilson(math.fsum(scores), len(scores), confidence)
-    import numpy as np
-
     tail = 50 * (1 - confidence)
     means = resampled_means(np.asarray(scores, float), np.random.default_rng(0))
     low, high = np.percentile(means, (tail, 100 - tail))
@@ -62,6 +64,16 @@ def mean_sd(values: Sequence[float]) -> tuple[float, float]:
 def agreement(answers: Sequence[str], reference: Sequence[str]) -> float | None:
     """Loyalty: the share of answers that are the same text as the unpruned model's, right or wrong."""
     return share(sum(a == b for a, b in zip(answers, reference, strict=True)), len(reference))
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Which of ``(cost, gain)`` no other point beats in both, by ascending cost."""
+    front, best = [], -math.inf
+    for i in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
+        if points[i][1] > best:
+            front.append(i)
+            best = points[i][1]
+    return front
 
 
 # ----------------------------------------------------------------------------------------------------------- answers
@@ -106,10 +118,8 @@ class Timing:
         repeats: calls that were timed, each beside one of the unpruned model.
         prefill: seconds from the processed inputs to the first token.
         decode: per further token.
-        selection: what choosing took of the prefill, as the trace counts it (None where it is not counted apart: inside
-            vision towers).
-        peak_bytes: most memory of tensors at once in a prefill, beyond weights and inputs; None where it cannot be
-            told.
+        selection: what choosing took of the prefill, as the trace counts it (None inside vision towers).
+        peak_bytes: most memory of tensors at once in a prefill, beyond weights and inputs; None if it is not known.
         unpruned_prefill, unpruned_decode, unpruned_peak_bytes: the unpruned model's, in turns with the row's own.
         prefill_speedup, decode_speedup: the unpruned model's seconds divided by the row's, median over the turns.
         error: why nothing was measured; everything else is None then.
@@ -153,8 +163,7 @@ class Row:
         parameters: all of the method's.
         positions: what was done with positions, by hook point.
         kept_requested: visual tokens per image that the budget stands for.
-        tokens_per_layer: visual tokens that each decoder layer really saw, separators counted (both means over the
-            images).
+        tokens_per_layer: visual tokens that each decoder layer really saw, separators counted (means over the images).
         tokens_mean, tokens_last: over the layers, and of the last one.
         n, correct, accuracy, interval: over all samples, with the 95 % :func:`interval`.
         tasks: accuracy by task.
@@ -164,10 +173,8 @@ class Row:
         loyalty: :func:`agreement`.
         versus_random: accuracy minus that of random choice with as many tokens on the average.
         hard: accuracy on the ``hard_n`` samples that the downsampled picture of the same budget gets wrong.
-        leads: not told from the best method of its budget, which others are. See
-            :func:`foveate.eval_suites.running.compare.compare`.
-        prefill_flops, cache_bytes: of the decoder for one sample, by
-            :class:`foveate.eval_suites.running.cost.DecoderShape`.
+        leads: not told from the best method of its budget, which others are. See :mod:`.running.compare`.
+        prefill_flops, cache_bytes: of the decoder for one sample, by :class:`.running.cost.DecoderShape`.
         seconds_per_sample: processor and generation, wall time.
         speedup: the unpruned model's divided by it.
         timings: seconds and memory by batch size; empty if they were not measured.
@@ -264,8 +271,8 @@ def summarise(
             lengths = [[n + answer.text_tokens for n in answer.cached] for answer in worked]
             row.cache_bytes = statistics.fmean(map(shape.cache_bytes, lengths))
     row.seconds_per_sample = statistics.fmean(answer.seconds for answer in worked)
-    row.correct = math.fsum(row.scores)
-    row.correct = int(row.correct) if row.correct.is_integer() else row.correct
+    correct = math.fsum(row.scores)
+    row.correct = int(correct) if correct.is_integer() else correct
     row.accuracy, row.interval = share(row.correct, row.n), interval(row.scores)
     for task in tasks:
         hits = [score for score, answer in zip(row.scores, rows) if answer.task == task]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from foveate.errors import ParameterError, UnknownNameError, nearest
 from foveate.eval_suites.results import export
+from foveate.eval_suites.results.leaderboard import Leaderboard
+from foveate.eval_suites.terminal import write
 
-__all__ = ["add_arguments", "main"]
+__all__ = ["add_arguments", "main", "save"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,19 +42,21 @@ def main(args: argparse.Namespace) -> int:
 
         boards = [board.only(parse_keep(args.keep)) for board in boards]
     if not boards:
-        raise ParameterError(
-            f"no results in {', '.join(args.files)} that fit; see `foveate results export FILE --csv -`"
-        )
+        raise ParameterError(f"no results in {', '.join(args.files)} fit; see `foveate results export FILE --csv -`")
+    save(boards, args.html, args.markdown)
     if args.html:
-        from foveate.eval_suites.results.page import page
-
-        Path(args.html).write_text(page(boards), encoding="utf-8")
         print(f"wrote {args.html}")
-    if args.markdown and args.markdown != "-":
-        Path(args.markdown).write_text("\n".join(board.markdown() for board in boards), encoding="utf-8")
-    if args.markdown == "-":
-        print("\n".join(board.markdown() for board in boards), end="")
-    elif not args.html and not args.markdown:
+    if not args.html and not args.markdown:
         for board in boards:
             board.print()
     return 0
+
+
+def save(boards: Sequence[Leaderboard], html: str | None, markdown: str | None) -> None:
+    """Write the web page and the Markdown tables that were asked for."""
+    if html:
+        from foveate.eval_suites.results.page import page
+
+        Path(html).write_text(page(boards), encoding="utf-8")
+    if markdown:
+        write(markdown, "\n".join(board.markdown() for board in boards))

@@ -13,7 +13,7 @@ import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, astuple, fields
 from pathlib import Path
 from typing import Any
 
@@ -78,17 +78,9 @@ _TIMINGS = """
 CREATE TABLE timing (
     run INTEGER NOT NULL REFERENCES run ON DELETE CASCADE,
     batch INTEGER NOT NULL,     -- samples per call, for all of which seconds are
-    repeats INTEGER,
-    prefill REAL,
-    decode REAL,
-    selection REAL,
-    peak_bytes INTEGER,
-    unpruned_prefill REAL,
-    unpruned_decode REAL,
-    unpruned_peak_bytes INTEGER,
-    prefill_speedup REAL,
-    decode_speedup REAL,
-    error TEXT,
+    repeats INTEGER, prefill REAL, decode REAL, selection REAL, peak_bytes INTEGER,
+    unpruned_prefill REAL, unpruned_decode REAL, unpruned_peak_bytes INTEGER,
+    prefill_speedup REAL, decode_speedup REAL, error TEXT,
     PRIMARY KEY (run, batch)
 ) WITHOUT ROWID;
 """
@@ -101,23 +93,11 @@ _STEPS = {0: _TABLES, 1: _TIMINGS, 2: _CACHED, 3: _QUOTED}
 """What makes the next format out of each; 0 is an empty file."""
 
 MUST_AGREE = {
-    "weights_sha256": "weights",
-    "revision": "revision",
-    "limit": "limit",
-    "suite_seed": "seed",
-    "samples_sha256": "samples",
-    "batch_size": "batch size",
-    "positions": "positions",
-    "dtype": "dtype",
-    "attention": "attention",
-    "device": "device",
-    "hardware": "hardware",
-    "foveate": "foveate",
-    "source_sha256": "foveate's code",
-    "torch": "torch",
-    "transformers": "transformers",
-    "lmms_eval": "lmms-eval",
-}
+    "weights_sha256": "weights", "revision": "revision", "limit": "limit", "suite_seed": "seed",
+    "samples_sha256": "samples", "batch_size": "batch size", "positions": "positions", "dtype": "dtype",
+    "attention": "attention", "device": "device", "hardware": "hardware", "foveate": "foveate",
+    "source_sha256": "foveate's code", "torch": "torch", "transformers": "transformers", "lmms_eval": "lmms-eval",
+}  # fmt: skip
 """Facts that have to be equal for rows to stand in one table, and what messages call them."""
 
 _TIMING = tuple(f.name for f in fields(Timing))
@@ -247,16 +227,13 @@ class Store:
                     continue
                 made = self._db.execute(
                     "INSERT INTO run (bench, label, keep, seed, method, baseline, adaptive, guided, parameters, "
-                    "positions, status) "
-                    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, '{}', 'ok')",
+                    "positions, status) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, '{}', 'ok')",
                     (*where, row.method, row.baseline, row.adaptive, row.guided, parameters),
                 )
                 numbers.append(made.lastrowid)
         return numbers
 
-    def add(
-        self, run: int, answers: Iterable[Answer], positions: Mapping[str, str] | None = None, adaptive: bool = False
-    ) -> None:
+    def add(self, run: int, answers: Iterable[Answer], positions: Mapping[str, str] | None = None) -> None:
         """Add the answers of a batch, all or none of them; answers that are there already stay as they are.
 
         An answer without a score waits for it, and counts as missing; the same with a score gives it, with the text
@@ -264,20 +241,15 @@ class Store:
         """
         with self._transaction():
             self._db.executemany(_INSERT, [(run, *_values(answer)) for answer in answers])
-            self._db.execute(
-                "UPDATE run SET positions = CASE ? WHEN '{}' THEN positions ELSE ? END, adaptive = max(adaptive, ?) "
-                "WHERE id = ?",
-                (*[_json(dict(positions or {}))] * 2, adaptive, run),
-            )
+            if positions:
+                self._db.execute("UPDATE run SET positions = ? WHERE id = ?", (_json(dict(positions)), run))
 
     def add_timing(self, run: int, timing: Timing) -> None:
         """Add what a batch size costs; one that is there already stays as it is."""
-        marks = ", ".join("?" * (1 + len(_TIMING)))
+        names, marks = ", ".join(_TIMING), ", ".join("?" * (1 + len(_TIMING)))
+        insert = f"INSERT INTO timing (run, {names}) VALUES ({marks}) ON CONFLICT DO NOTHING"
         with self._transaction():
-            self._db.execute(
-                f"INSERT INTO timing (run, {', '.join(_TIMING)}) VALUES ({marks}) ON CONFLICT DO NOTHING",
-                (run, *(getattr(timing, name) for name in _TIMING)),
-            )
+            self._db.execute(insert, (run, *astuple(timing)))
 
     def quote(self, run: int, value: float) -> None:
         """Add the number that papers quote; one that is there already stays as it is."""
@@ -339,16 +311,15 @@ class Store:
         """The leaderboard of a bench."""
         with self._errors():
             head = self._db.execute("SELECT * FROM bench WHERE id = ?", (bench,)).fetchone()
-            tasks = tuple(json.loads(head["tasks"]))
             runs = self._db.execute("SELECT * FROM run WHERE bench = ? ORDER BY id", (bench,)).fetchall()
-            facts = json.loads(head["facts"])
+            tasks, facts = tuple(json.loads(head["tasks"])), json.loads(head["facts"])
             shape = DecoderShape.read(facts.get("decoder"))
             rows: list[Row] = []
             reference = None
             for run in sorted(runs, key=lambda run: run["method"] != "unpruned"):  # stable; the reference comes first
-                row = _row(run)
-                row.timings = self.timings(run["id"])
-                row = summarise(row, self.answers(run["id"]), head["samples"], tasks, reference, shape)
+                row = Row(**{name: run[name] for name in ("method", "label", "reason", "quoted")}, **_decoded(run))
+                row.status, row.timings = Status(run["status"]), self.timings(run["id"])
+                summarise(row, self.answers(run["id"]), head["samples"], tasks, reference, shape)
                 reference = row if row.method == "unpruned" else reference
                 rows.append(row)
         compare(rows)
@@ -362,9 +333,7 @@ class Store:
         for head in self._db.execute("SELECT * FROM bench WHERE id = coalesce(?, id) ORDER BY id", (bench,)).fetchall():
             runs = []
             for run in self._db.execute("SELECT * FROM run WHERE bench = ? ORDER BY id", (head["id"],)).fetchall():
-                plain = {name: run[name] for name in _RUN}
-                plain |= {name: json.loads(run[name]) for name in ("keep", "seed", "parameters", "positions")}
-                plain |= {name: bool(run[name]) for name in ("baseline", "adaptive", "guided")}
+                plain = {name: run[name] for name in _RUN} | _decoded(run)
                 plain["answers"] = [_plain(answer) for answer in self.answers(run["id"]).values()]
                 plain["timings"] = [asdict(timing) for timing in self.timings(run["id"]).values()]
                 runs.append(plain)
@@ -385,7 +354,7 @@ class Store:
                 runs = bench["runs"]
                 named = [Row(**{name: run[name] for name in _RUN[:8]}, positions=run["positions"]) for run in runs]
                 for run, into in zip(runs, self.open_runs(number, named)):
-                    self.add(into, map(_answer, run["answers"]), run["positions"], run["adaptive"])
+                    self.add(into, map(_answer, run["answers"]), run["positions"])
                     for timing in run.get("timings", ()):  # exports of format 1 have none
                         self.add_timing(into, Timing(**timing))
                     if run.get("quoted") is not None:  # exports of format 3 and before have none
@@ -498,12 +467,10 @@ def _answer(plain: Mapping[str, Any]) -> Answer:
     return Answer(**{**plain, **{name: None if x is None else tuple(x) for name, x in lists.items()}})
 
 
-def _row(run: sqlite3.Row) -> Row:
+def _decoded(run: sqlite3.Row) -> dict[str, Any]:
+    """What a run has in JSON, or as a number that says yes or no."""
     plain = {name: json.loads(run[name]) for name in ("keep", "seed", "parameters", "positions")}
-    plain |= {name: bool(run[name]) for name in ("baseline", "adaptive", "guided")}
-    return Row(
-        run["method"], run["label"], status=Status(run["status"]), reason=run["reason"], quoted=run["quoted"], **plain
-    )
+    return plain | {name: bool(run[name]) for name in ("baseline", "adaptive", "guided")}
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from fractions import Fraction
 
 from foveate.errors import BudgetError, ParameterError
 from foveate.pruners.core import Keep
 from foveate.pruners.core.parameters import check_keep
 
-__all__ = ["parse_keep"]
+__all__ = ["checked_budgets", "parse_keep"]
+
+
+def checked_budgets(keep: Keep | Sequence[Keep]) -> list[Keep]:
+    """The different budgets among these.
+
+    Raises:
+        ParameterError: none. BudgetError: one that cannot be used.
+    """
+    budgets = [check_keep("keep", k) for k in (keep if isinstance(keep, Sequence) else [keep])]
+    if not budgets:
+        raise ParameterError("keep is empty; give at least one budget, for example 0.25")
+    return list({(type(k), k): k for k in budgets}.values())  # 1 token is not the fraction 1.0
 
 
 def parse_keep(text: str) -> list[Keep]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    import numpy as np
+import numpy as np
 
+if TYPE_CHECKING:
     from foveate.eval_suites.results.rows import Row
 
 __all__ = ["Difference", "compare", "holm", "paired", "resampled_means"]
@@ -40,8 +40,6 @@ def paired(a: Sequence[float], b: Sequence[float], seed: int = 0) -> Difference:
     The bootstrap draws samples with replacement (percentile interval); the test flips the signs of the differences,
     which are as likely either way if the two do not differ.
     """
-    import numpy as np
-
     delta = np.asarray(a, float) - np.asarray(b, float)
     rng = np.random.default_rng(seed)
     low, high = np.percentile(resampled_means(delta, rng), (2.5, 97.5))
@@ -63,8 +61,6 @@ def _grouped(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     Of more than 1000 those within 0.001 are one, their mean, so that the largest suite takes little time and memory.
     """
-    import numpy as np
-
     distinct, counts = np.unique(values, return_counts=True)
     if len(distinct) <= 1000:
         return distinct, counts
@@ -95,11 +91,11 @@ def compare(rows: Sequence[Row]) -> None:
                 wrong = [score for score, blurred in zip(row.scores, small.scores) if blurred < 0.5]
                 row.hard, row.hard_n = (statistics.fmean(wrong) if wrong else None), len(wrong)
         judged = [row for row in section if row.method not in ("unpruned", "no-image", "random")]
-        found = [(row, control.difference(row)) for row in judged]
-        found = [(row, difference) for row, difference in found if difference is not None]
-        corrected = holm([difference.p for _, difference in found])
-        for (row, difference), p in zip(found, corrected):
-            row.versus_random = Difference(difference.mean, difference.low, difference.high, p)
+        for row in judged:
+            row.versus_random = control.difference(row)
+        against = [row for row in judged if row.versus_random is not None]
+        for row, p in zip(against, holm([row.versus_random.p for row in against])):
+            row.versus_random = replace(row.versus_random, p=p)
         _mark_leaders([row for row in judged if not row.baseline])
 
 
@@ -126,8 +122,6 @@ class _Control:
     """
 
     def __init__(self, rows: Sequence[Row]) -> None:
-        import numpy as np
-
         budgets: dict[float, list[Row]] = {}
         for row in rows:
             if row.method == "random":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import importlib
@@ -9,6 +10,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,15 +79,10 @@ def _source() -> str:
 def _commit() -> dict[str, Any]:
     """The commit of a source checkout, and whether files differ from it; None where foveate is installed otherwise."""
     root = Path(foveate.__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return {"commit": None, "modified": None}
-    try:
-        head, changes = (
-            subprocess.run(
-                ["git", "-C", str(root), *command], capture_output=True, text=True, check=True
-            ).stdout.strip()
-            for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return {"commit": None, "modified": None}
-    return {"commit": head, "modified": bool(changes)}
+    commands = (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        if (root / ".git").exists():
+            git = partial(subprocess.run, capture_output=True, text=True, check=True)
+            head, changes = (git(["git", "-C", str(root), *command]).stdout.strip() for command in commands)
+            return {"commit": head, "modified": bool(changes)}
+    return {"commit": None, "modified": None}

@@ -23,34 +23,13 @@ from foveate.errors import BudgetError, FoveateError, UnsupportedModelError
 from foveate.eval_suites.results.rows import Answer, Row
 from foveate.eval_suites.running.models import Loaded
 from foveate.eval_suites.suites import Sample, Suite
-from foveate.pruners.core import (
-    AtPixels,
-    BeforeLayer,
-    InCache,
-    InMLP,
-    InTower,
-    Keep,
-    Layout,
-    ModelInfo,
-    Pruner,
-    Stage,
-    budget,
-)
+from foveate.pruners.core import AtPixels, BeforeLayer, InCache, InMLP, InTower, Keep, ModelInfo, Pruner, Stage, budget
 from foveate.pruners.core.method import content_decides
 
 __all__ = [
-    "GREY",
-    "BudgetMismatch",
-    "Measured",
-    "Meter",
-    "MethodRun",
-    "check_image",
-    "check_resized",
-    "placeholders",
-    "prefill_widths",
-    "seen_pruned",
-    "seen_unpruned",
-]
+    "GREY", "UNPRUNED", "BudgetMismatch", "Meter", "MethodRun", "check_image", "placeholders", "prefill_widths",
+    "seen_pruned", "seen_unpruned",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -91,19 +70,7 @@ class MethodRun:
         return row
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What came of a batch.
-
-    Attributes:
-        answers: one per sample.
-        positions: what was done with positions, by hook point.
-        resized: whether the processor's rounding set the budget.
-    """
-
-    answers: list[Answer]
-    positions: dict[str, str]
-    resized: bool
+UNPRUNED = MethodRun("unpruned", None)
 
 
 class BudgetMismatch(FoveateError):
@@ -132,10 +99,10 @@ class Meter:
         """How many samples there are in the batches that begin at ``firsts``."""
         return sum(len(self.numbers(first)) for first in firsts)
 
-    def measure(self, run: MethodRun, firsts: Iterable[int]) -> Iterator[Measured]:
+    def measure(self, run: MethodRun, firsts: Iterable[int]) -> Iterator[tuple[list[Answer], dict[str, str]]]:
         """Answer one batch after the other; ``firsts`` are the numbers of their first samples.
 
-        A sample that fails has its error for an answer.
+        Yields the answers (a sample that fails has its error for one), and what was done with positions by hook point.
 
         Raises:
             UnsupportedModelError, BudgetError, ParameterError: the method does not work on this model, or not with this
@@ -147,8 +114,7 @@ class Meter:
                 batch = self.samples[first : first + self.batch_size]
                 answers = self._answers(run, session, widths, first, batch)
                 trace = None if session is None else session.trace
-                resized = run.pruner is not None and not run.pruner.stages(self.adapter.info)  # the processor rounds
-                yield Measured(answers, dict(trace.positions) if trace else {}, resized)
+                yield answers, dict(trace.positions) if trace else {}
 
     def _answers(
         self, run: MethodRun, session: Session | None, widths: list[int], first: int, batch: Sequence[Sample]
@@ -184,7 +150,9 @@ class Meter:
             self.unpruned_counts.update((number, tokens[0]) for number, tokens in enumerate(seen, first))
             asked = [None] * len(batch)
         else:
-            seen, cached, asked = self._pruned(run.pruner, session.trace, ids, widths, first)
+            seen, cached, asked = seen_pruned(self.adapter, run.pruner, session.trace, ids, widths)
+            if not run.pruner.stages(self.adapter.info):
+                asked = self._asked_before_processing(run.pruner, session.trace, first)
         written = [length - n for length, n in zip(lengths, placeholders(self.adapter, ids))]
         counted = zip(map(tuple, seen), map(tuple, cached), asked, written)
         return [
@@ -211,10 +179,10 @@ class Meter:
 
     def inputs(self, run: MethodRun, batch: Sequence[Sample]) -> Any:
         """What the model gets for a batch, on its device; pictures are prepared as the method wants them."""
-        media = [_media(sample) for sample in batch]
+        media = [sample.video if _is_video(sample) else sample.image for sample in batch]
         if run.method == "no-image":
             media = [_grey(one) for one in media]
-        elif run.pruner is not None and not self._works_on_pixels(run.pruner):
+        elif run.pruner is not None and not self._works_on_pixels(run.pruner):  # else they would shrink twice
             media = [_prepared(run.pruner, one) for one in media]
         texts = [self._prompt(sample) for sample in batch]
         media = {"videos": media, "do_sample_frames": False} if _is_video(batch[0]) else {"images": media}
@@ -260,28 +228,26 @@ class Meter:
         return reads
 
     def _works_on_pixels(self, pruner: Pruner) -> bool:
-        """Does it shrink the pictures inside the model? Then preparing them as well would shrink them twice."""
+        """Whether it shrinks the pictures inside the model."""
         return any(isinstance(stage, AtPixels) for stage in pruner.stages(self.adapter.info))
 
-    # ------------------------------------------------------------------------------------------------------ counting
-
-    def _pruned(
-        self, pruner: Pruner, trace: Trace | None, ids: Tensor, widths: list[int], first: int
-    ) -> tuple[list[list[int]], list[list[int]], list[int]]:
-        """Visual tokens seen and cached by each layer, and the number asked for, per picture.
+    def _asked_before_processing(self, pruner: Pruner, trace: Trace, first: int) -> list[int]:
+        """Tokens that a method which makes pictures smaller asks for, per picture.
 
         Raises:
-            BudgetMismatch: see :func:`seen_pruned`.
+            BudgetMismatch: the processor, whose rounding of both sides decides the count, made far more or fewer.
         """
-        seen, cached, asked = seen_pruned(self.adapter, pruner, trace, ids, widths)
-        if pruner.stages(self.adapter.info):
-            return seen, cached, asked
+        asked = []
         for sample, image in enumerate(trace.images, first):
             if sample not in self.unpruned_counts:
                 raise FoveateError("the unpruned model failed on this sample, so its tokens are not known")
-            asked[sample - first] = budget(pruner.keep, self.unpruned_counts[sample])
-            check_resized(pruner, image.layout.size, asked[sample - first])
-        return seen, cached, asked
+            asked.append(budget(pruner.keep, self.unpruned_counts[sample]))
+            if abs(image.layout.size - asked[-1]) > 2 * math.sqrt(asked[-1]) + 1:  # more than such a rounding
+                raise BudgetMismatch(
+                    f"{pruner.name}: pictures were resized to {asked[-1]} tokens, but the processor made "
+                    f"{image.layout.size} of them; see its smallest and largest number of pixels"
+                )
+        return asked
 
 
 def placeholders(adapter: Adapter, ids: Tensor) -> list[int]:
@@ -343,13 +309,9 @@ def seen_pruned(
             f"the decoder's layers saw {list(widths)} tokens of the longest prompt, the trace says {claimed}"
         )
     stages = pruner.stages(adapter.info)
-    asked = []
-    for row in rows:
-        if stages:
-            asked.append(sum(check_image(pruner, stages, image, adapter.info) for image in row))
-        else:
-            asked.append(sum(image.layout.length for image in row))
-    return seen, cached, asked
+    if not stages:
+        return seen, cached, [sum(image.layout.length for image in row) for row in rows]
+    return seen, cached, [sum(check_image(pruner, stages, image, adapter.info) for image in row) for row in rows]
 
 
 def _by_prompt(images: Sequence[ImageTrace], counts: Sequence[int]) -> list[list[ImageTrace]] | None:
@@ -367,11 +329,6 @@ def _by_prompt(images: Sequence[ImageTrace], counts: Sequence[int]) -> list[list
 
 def _is_video(sample: Sample) -> bool:
     return hasattr(sample, "video")
-
-
-def _media(sample: Sample) -> Any:
-    """What the sample shows: a picture, or a video ``(T, H, W, 3)``."""
-    return sample.video if _is_video(sample) else sample.image
 
 
 def _grey(shown: Any) -> Any:
@@ -402,7 +359,11 @@ def check_image(pruner: Pruner, stages: Sequence[Stage], image: ImageTrace, info
     whole, slack = (layout.length, 0 if all(competing) else len(layout.newlines)) if compete else (layout.size, 0)
     most = whole if keep is None else budget(keep, whole, math.ceil) + len(layout.views) - 1
     count = pruner.count(layout, info)
-    asked = _budget(pruner, layout, whole) if count is None else count
+    if count is None:  # its content decides, and markers come on top
+        free = keep is None or getattr(pruner, "count_markers", True) is False
+        asked = whole if free else budget(keep, whole)
+    else:
+        asked = count
     if count is not None and asked > most:
         raise BudgetMismatch(f"{pruner.name} announces {asked} tokens where keep={keep} of {layout.size} allows {most}")
     acting = [stage.layer if isinstance(stage, BeforeLayer) else 0 for stage in acts] or [0]
@@ -427,26 +388,6 @@ def check_image(pruner: Pruner, stages: Sequence[Stage], image: ImageTrace, info
                 f"{pruner.name} kept {found} of {whole} tokens at decoder layer {layer} where its budget is {want}"
             )
     return asked
-
-
-def _budget(pruner: Pruner, layout: Layout, whole: int) -> int:
-    """The most that a method whose count is its content's may keep of a picture of ``whole`` tokens."""
-    keep = getattr(pruner, pruner.budget_parameter, None)
-    free = keep is None or getattr(pruner, "count_markers", True) is False  # markers come on top
-    return whole if free else budget(keep, whole)
-
-
-def check_resized(pruner: Pruner, counted: int, asked: int) -> None:
-    """A picture that was made smaller before the processor, whose rounding of both sides decides the count.
-
-    Raises:
-        BudgetMismatch: the difference is more than such a rounding.
-    """
-    if abs(counted - asked) > 2 * math.sqrt(asked) + 1:
-        raise BudgetMismatch(
-            f"{pruner.name}: pictures were resized to {asked} tokens, but the processor made {counted} of them; "
-            "see its smallest and largest number of pixels"
-        )
 
 
 @contextmanager

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from foveate.errors import FoveateError, ParameterError, nearest
 from foveate.eval_suites import suites
 from foveate.eval_suites.terminal import one_line
 
-__all__ = ["EMBEDDED", "Loaded", "check_folder", "digest", "load", "source"]
+__all__ = ["EMBEDDED", "Loaded", "add_arguments", "check_folder", "digest", "load", "source"]
 
 EMBEDDED = {"shapes-llava": "shapes", "shapes-next": "shapes", "shapes-qwen": "screens"}
 """Name -> the suite it was trained on, in whose folder it lies."""
@@ -55,9 +55,10 @@ def load(name: str | os.PathLike[str], device: str | None = None, dtype: str | N
         ParameterError: unusable ``device`` or ``dtype``.
         FoveateError: no such model, or a folder that is incomplete or damaged; the message says what is missing.
     """
-    where, number_type = find_device(device), _dtype(dtype)
-    if number_type is None:
-        number_type = torch.float32 if where.type == "cpu" else "auto"
+    if dtype not in (None, *DTYPES):
+        raise ParameterError(f"unknown dtype {dtype!r}; {nearest(dtype, DTYPES)}")
+    where = find_device(device)
+    number_type = getattr(torch, dtype) if dtype else torch.float32 if where.type == "cpu" else "auto"
     name = os.fspath(name)
     folder = source(name)
     if os.path.isdir(folder):
@@ -68,7 +69,12 @@ def load(name: str | os.PathLike[str], device: str | None = None, dtype: str | N
 
 def digest(name: str) -> str | None:
     """SHA-256 of the weights of the model called ``name``; None if there are no files."""
-    return _sha256(_weight_files(source(name)))
+    digest, files = hashlib.sha256(), _weight_files(source(name))
+    for path in files:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest() if files else None
 
 
 def source(name: str) -> str:
@@ -186,15 +192,6 @@ def _weight_files(source: str) -> list[Path]:
     return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
 
 
-def _sha256(files: Iterable[Path]) -> str | None:
-    digest, files = hashlib.sha256(), list(files)
-    for path in files:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest() if files else None
-
-
 # -------------------------------------------------------------------------------------------------------- parameters
 
 
@@ -215,9 +212,8 @@ def find_device(device: str | None) -> torch.device:
     return found
 
 
-def _dtype(dtype: str | None) -> torch.dtype | None:
-    if dtype is None:
-        return None
-    if dtype not in DTYPES:
-        raise ParameterError(f"unknown dtype {dtype!r}; {nearest(dtype, DTYPES)}")
-    return getattr(torch, dtype)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of commands that load a model: ``device`` and ``dtype`` of :func:`load`."""
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
+    help_ = "default: float32 on a CPU, that of the checkpoint elsewhere"
+    parser.add_argument("--dtype", choices=DTYPES, help=help_)

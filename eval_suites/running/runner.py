@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
-import dataclasses
 import hashlib
 import itertools
 import json
@@ -21,8 +20,8 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import fields, replace
+from inspect import signature
 from statistics import fmean
 from typing import Any
 
@@ -31,21 +30,22 @@ import torch
 from foveate.errors import BudgetError, FoveateError, ParameterError, StoreError, UnsupportedModelError
 from foveate.eval_suites import suites
 from foveate.eval_suites.results.leaderboard import Leaderboard
-from foveate.eval_suites.results.rows import Status, Timing
+from foveate.eval_suites.results.rows import Row, Status, Timing
+from foveate.eval_suites.results.show import save
 from foveate.eval_suites.results.store import Store
 from foveate.eval_suites.running import models
-from foveate.eval_suites.running.budgets import parse_keep
+from foveate.eval_suites.running.budgets import checked_budgets, parse_keep
 from foveate.eval_suites.running.cost import DecoderShape
 from foveate.eval_suites.running.distributed import World, world
 from foveate.eval_suites.running.environment import environment
-from foveate.eval_suites.running.meter import BudgetMismatch, Meter, MethodRun
+from foveate.eval_suites.running.meter import UNPRUNED, BudgetMismatch, Meter, MethodRun
 from foveate.eval_suites.running.timing import BATCHES, measure
 from foveate.eval_suites.suites import Sample, Suite
 from foveate.eval_suites.terminal import call_text
 from foveate.pruners.core import Keep, Pruner, create
 from foveate.pruners.core.control import RandomLike
 from foveate.pruners.core.method import PRUNERS
-from foveate.pruners.core.parameters import check_choice, check_keep
+from foveate.pruners.core.parameters import check_choice
 from foveate.pruners.core.preset import Preset, is_preset
 
 logger = logging.getLogger(__name__)
@@ -82,17 +82,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", metavar="N", type=int, help="which samples are drawn (default: the suite's own)")
     add("--seeds", metavar="N", type=int, default=5, help="how often the random choice is repeated (default: 5)")
     add("--batch-size", metavar="N", type=int, default=32, help="samples per call of the model (default: 32)")
-    add("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
-    add("--dtype", choices=models.DTYPES, help="default: float32 on a CPU, that of the checkpoint elsewhere")
-    help_ = (
-        "of the tokens that stay (default: auto; keep for the embedded models, which never met closed gaps in training)"
-    )
+    models.add_arguments(parser)
+    help_ = "of the tokens that stay (default: auto; keep for the embedded models, trained without closed gaps)"
     add("--positions", choices=_POSITIONS, help=help_)
     add("--out", metavar="PATH", help="result file (SQLite): go on where it ends, and add to it after every batch")
-    fresh = (
-        "drop what the result file holds of this model and suite; with 'changed', only if settings or versions differ"
-    )
-    add("--fresh", nargs="?", const="always", default="", choices=("always", "changed"), help=fresh)
+    help_ = "drop what the result file holds of this model and suite; with 'changed': if settings or versions differ"
+    add("--fresh", nargs="?", const="always", default="", choices=("always", "changed"), help=help_)
     add("--retry", action="store_true", help="do the samples and methods again that failed")
     help_ = "do not measure prefill, decode, selection and memory of every row, beside the unpruned model"
     add("--no-timing", dest="timing", action="store_false", help=help_)
@@ -124,8 +119,7 @@ def main(args: argparse.Namespace) -> int:
 
         if args.suite != _SUITE:
             raise ParameterError(
-                f"--suite {args.suite} asks questions of vision-language models; {args.model} looks at pictures (see "
-                "--images)"
+                f"--suite {args.suite} asks questions of vision-language models; {args.model} looks at pictures (--images)"
             )
         return vision_bench.main(args)
     if args.images:
@@ -136,10 +130,8 @@ def main(args: argparse.Namespace) -> int:
         else:
             boards = [bench(suite=args.suite, seed=args.seed, timing=args.timing, **_shared(args))]
     except KeyboardInterrupt:
-        saved = (
-            f"what is done is in {args.out}; the same command goes on" if args.out else "nothing was kept (see --out)"
-        )
-        print(f"foveate: stopped; {saved}", file=sys.stderr)
+        kept = f"what is done is in {args.out}; the same command goes on"
+        print(f"foveate: stopped; {kept if args.out else 'nothing was kept (see --out)'}", file=sys.stderr)
         return 130
     if world().first:
         _show(boards, args)
@@ -152,18 +144,10 @@ def _show(boards: Sequence[Leaderboard], args: argparse.Namespace) -> None:
     """Print the tables, and write the files that were asked for."""
     if args.json:
         boards[0].write_json(args.json)  # there is one, see `_public`
-    if args.html:
-        from foveate.eval_suites.results.page import page
-
-        Path(args.html).write_text(page(boards), encoding="utf-8")
-    text = "\n".join(board.markdown() for board in boards)
-    if args.markdown == "-":
-        print(text, end="")
-        return
-    if args.markdown:
-        Path(args.markdown).write_text(text, encoding="utf-8")
-    for board in boards:
-        board.print()
+    save(boards, args.html, args.markdown)
+    if args.markdown != "-":
+        for board in boards:
+            board.print()
 
 
 _PUBLIC = "lmms:"
@@ -181,9 +165,7 @@ def _public(args: argparse.Namespace) -> list[Leaderboard]:
     from foveate.eval_suites.lmms.bench import bench as public
 
     if args.json:
-        raise ParameterError(
-            "--json writes one suite; use --out, and `foveate results export` for benchmarks of lmms-eval"
-        )
+        raise ParameterError("--json writes one suite; for lmms-eval use --out, and `foveate results export`")
     if args.seed is not None:
         raise ParameterError(f"--seed {args.seed}: benchmarks of lmms-eval are taken from their beginning; drop it")
     return public(names=args.suite, **_shared(args))
@@ -193,8 +175,7 @@ def check_writable(option: str, path: str) -> None:
     """Raise :class:`ParameterError` unless ``path`` can be written; a file that is there keeps its content."""
     existed = os.path.lexists(path)
     try:
-        with open(path, "a", encoding="utf-8"):
-            pass
+        open(path, "a", encoding="utf-8").close()
     except OSError as error:
         raise ParameterError(f"{option} {path} cannot be written: {error.strerror}; give another path") from None
     if not existed:
@@ -289,35 +270,26 @@ def bench(
         FoveateError: bad input, or a model that cannot answer at all. Everything that can be is checked before the
             model loads.
     """
-    budgets = _distinct([check_keep("keep", k) for k in (keep if isinstance(keep, Sequence) else [keep])])
-    if not budgets:
-        raise ParameterError("keep is empty; give at least one budget, for example 0.25")
+    budgets = checked_budgets(keep)
     check_numbers(limit, seed, seeds, batch_size)
     check_choice("positions", positions, _POSITIONS)
     suite = suites.find(suite) if isinstance(suite, str) else suite
     runs = plan(pruners, budgets, seeds)
     others = world()
+    if device is None and others.size > 1 and torch.cuda.is_available():
+        device = f"cuda:{others.local_rank % torch.cuda.device_count()}"
     if not isinstance(model, models.Loaded):
-        if device is None and others.size > 1 and torch.cuda.is_available():
-            device = f"cuda:{others.local_rank % torch.cuda.device_count()}"
         model = models.load(model, device, dtype)
     seed = suite.seed if seed is None else seed
     samples = list(suite.samples(limit, seed))
     meter = Meter(model, suite, samples, batch_size, positions)
     shape = DecoderShape.of(meter.adapter.text_model.config, model.model.dtype.itemsize)
     facts = environment(model.model) | {
-        "model": model.name,
-        "weights_sha256": model.weights_sha256,
-        "suite": suite.name,
-        "suite_seed": seed,
-        "limit": limit,
-        "samples_sha256": _digest(samples),
-        "processes": others.size,
-        "chance": fmean(suite.chance[sample.task] for sample in samples),
-        "batch_size": batch_size,
-        "positions": positions,
+        "model": model.name, "weights_sha256": model.weights_sha256, "suite": suite.name, "suite_seed": seed,
+        "limit": limit, "samples_sha256": _digest(samples), "processes": others.size, "batch_size": batch_size,
+        "positions": positions, "chance": fmean(suite.chance[sample.task] for sample in samples),
         "decoder": shape.as_json() if shape else None,
-    }
+    }  # fmt: skip
     _check_parameters(runs, meter)
     try:
         with Store(":memory:" if out is None else others.file(out)) as store:
@@ -350,7 +322,7 @@ def _measure(store: Store, bench: int, meter: Meter, runs: Sequence[MethodRun], 
     Batches are always the same ones, whoever does them and whenever, so that a bench which was interrupted or shared
     gives the answers of one that was not.
     """
-    numbers = store.open_runs(bench, [replace(run.row(), guided=_guided(run, meter)) for run in runs])
+    numbers = store.open_runs(bench, [_row(run, meter) for run in runs])
     _share(store, bench, others)
     meter.unpruned_counts.update((n, a.tokens[0]) for n, a in store.answers(numbers[0]).items() if a.tokens)
     firsts = [first for i, first in enumerate(range(0, len(meter.samples), meter.batch_size)) if others.mine(i)]
@@ -374,9 +346,9 @@ def _finish(
         return
     left = list(firsts)
     try:
-        for measured in meter.measure(run, firsts):
-            store.add(number, measured.answers, measured.positions, measured.resized)
-            step(run.label, len(measured.answers))
+        for answers, positions in meter.measure(run, firsts):
+            store.add(number, answers, positions)
+            step(run.label, len(answers))
             left.pop(0)
     except StoreError:
         raise
@@ -416,21 +388,23 @@ def _time(store: Store, bench: int, meter: Meter, runs: Sequence[MethodRun], oth
 
 def _check_reference(store: Store, number: int, meter: Meter) -> None:
     """Raise :class:`FoveateError` if the bare model could not answer anything."""
-    answers, given_up = store.answers(number), store.reason(number)
-    if given_up or (answers and all(answer.error for answer in answers.values())):
+    errors, given_up = [answer.error for answer in store.answers(number).values()], store.reason(number)
+    if given_up or (errors and all(errors)):
         raise FoveateError(
             f"{type(meter.model).__name__} cannot answer {meter.suite.name} even without a pruner "
-            f"({given_up or answers[min(answers)].error}); check that model and processor belong together, or give a "
-            "smaller batch size"
+            f"({given_up or errors[0]}); check that model and processor belong together, or give a smaller batch size"
         )
 
 
-def _guided(run: MethodRun, meter: Meter) -> bool:
-    """Does the method read the question?"""
-    try:
-        return run.pruner is not None and any(s.text_guided for s in run.pruner.stages(meter.adapter.info))
-    except FoveateError:
-        return False  # it will not run at all
+def _row(run: MethodRun, meter: Meter) -> Row:
+    """The run's row, with what the method's stages on this model say."""
+    row = run.row()
+    with contextlib.suppress(FoveateError):  # else it will not run at all
+        if run.pruner is not None:
+            stages = run.pruner.stages(meter.adapter.info)
+            row.guided = any(stage.text_guided for stage in stages)
+            row.adaptive |= not stages  # the processor rounds
+    return row
 
 
 def _share(store: Store, bench: int, others: World) -> None:
@@ -466,13 +440,11 @@ def plan(methods: Any, budgets: Sequence[Keep], seeds: int) -> list[MethodRun]:
             swept[label] = pruner
         if not sweeps or _keep(pruner) is None:  # left to itself it finds its own budget
             fixed.append((label, pruner))
-    runs = [MethodRun("unpruned", None), MethodRun("no-image", None, baseline=True)]
+    runs = [UNPRUNED, MethodRun("no-image", None, baseline=True)]
     for keep, (label, pruner) in itertools.product(budgets, swept.items()):
-        if isinstance(pruner, RandomLike):
-            budgeted = pruner.at(keep)
-        else:
-            budgeted = replace(pruner, **{pruner.budget_parameter: keep})
-        runs += _drawn(label, budgeted, seeds if label == "random" or isinstance(pruner, RandomLike) else 0)
+        like = isinstance(pruner, RandomLike)
+        budgeted = pruner.at(keep) if like else replace(pruner, **{pruner.budget_parameter: keep})
+        runs += _drawn(label, budgeted, seeds if like or label == "random" else 0)
     for label, pruner in fixed:
         runs += _drawn(label, pruner, seeds if isinstance(pruner, RandomLike) else 0)
     distinct: dict[Any, MethodRun] = {}
@@ -485,11 +457,8 @@ def methods_of(methods: Any) -> Iterator[tuple[str, Pruner, bool]]:
     """Methods as :func:`bench` takes them: label, method, and whether it runs at every budget (else once)."""
     for pruner, given in _methods(methods):
         named = (pruner.pruner if isinstance(pruner, RandomLike) else pruner).budget_parameter
-        yield (
-            _label(pruner, given),
-            pruner,
-            given is not None and named not in given and _keep(pruner) is not _NO_BUDGET,
-        )
+        sweeps = given is not None and named not in given and _keep(pruner) is not _NO_BUDGET
+        yield _label(pruner, given), pruner, sweeps
 
 
 _NO_BUDGET = object()
@@ -518,8 +487,7 @@ def _methods(methods: Any) -> Iterator[tuple[Pruner, Any]]:
         for name, given in parse_methods(methods):
             if name == "all" and not given:
                 yield from ((cls(), {}) for _, cls in sorted(PRUNERS.items()) if _runs_by_itself(cls))
-                continue
-            if is_preset(name):
+            elif is_preset(name):
                 yield Preset.read(name, **given).pruner, None
             else:
                 yield create(name, **given), given
@@ -532,23 +500,15 @@ def _methods(methods: Any) -> Iterator[tuple[Pruner, Any]]:
 
 def _runs_by_itself(cls: type[Pruner]) -> bool:
     """Methods that are built around others need parameters, so they are not part of ``all``."""
-    return all(
-        f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
-        for f in dataclasses.fields(cls)
-        if f.init
-    )
+    return all(given.default is not given.empty for given in signature(cls).parameters.values())
 
 
 def _label(pruner: Pruner, given: dict[str, Any] | None) -> str:
     """Name and parameters as given; of an instance, those that are not the default. ``keep`` has its own column."""
     if given is None:
-        usual = {f.name: f.default for f in dataclasses.fields(pruner)}
+        usual = {f.name: f.default for f in fields(pruner)}
         given = {name: value for name, value in pruner.parameters().items() if usual.get(name) != value}
     return call_text(pruner.name, {name: x for name, x in given.items() if name != pruner.budget_parameter})
-
-
-def _distinct(budgets: Sequence[Keep]) -> list[Keep]:
-    return list({(type(k), k): k for k in budgets}.values())  # 1 token is not the fraction 1.0
 
 
 @contextmanager
@@ -561,22 +521,17 @@ def progress_bar(shown: bool, total: int, unit: str = "samples") -> Iterator[Cal
         def render(self, task: progress.Task) -> str:
             return "" if task.speed is None else f"{task.speed:.3g} {unit}/s"
 
-    columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn())
+    columns = (progress.TextColumn("{task.description:<14}"), progress.BarColumn(), progress.MofNCompleteColumn())
     columns += (Rate(), progress.TimeRemainingColumn())
     console = Console(stderr=True)
-    if not (shown and console.is_terminal):
-        yield lambda what, samples, skipped=False: None
-        return
-    with progress.Progress(*columns, console=console, transient=True) as bar:
+    hidden = not (shown and console.is_terminal)
+    with progress.Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task("", total=total)
-        skips = 0
 
         def step(what: str, samples: int, skipped: bool = False) -> None:
-            nonlocal skips
             if skipped:
-                skips += samples
-                bar.update(task, description=f"{what:<14}", total=total - skips)
+                bar.update(task, description=what, total=bar.tasks[task].total - samples)
             else:
-                bar.update(task, description=f"{what:<14}", advance=samples)
+                bar.update(task, description=what, advance=samples)
 
         yield step

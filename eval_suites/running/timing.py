@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from foveate.eval_suites.results.rows import Timing
-from foveate.eval_suites.running.meter import Meter, MethodRun
+from foveate.eval_suites.running.meter import UNPRUNED, Meter, MethodRun
 from foveate.eval_suites.speed.harness import Clock, in_turns, ratios
 from foveate.eval_suites.suites import Sample
 
@@ -27,7 +26,6 @@ BATCHES = (1, 8)
 """Samples per call."""
 REPEATS = 3
 _NEW = 3  # tokens written per call: the first ends the prefill, each of the others is a decoding step
-_UNPRUNED = MethodRun("unpruned", None)
 
 
 class _Laps(StoppingCriteria):
@@ -41,15 +39,6 @@ class _Laps(StoppingCriteria):
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
 
-@dataclass
-class _Laid:
-    """What was measured so far of one contender: seconds of every call."""
-
-    prefill: list[float] = field(default_factory=list)
-    decode: list[float] = field(default_factory=list)
-    selection: list[float | None] = field(default_factory=list)
-
-
 def measure(meter: Meter, run: MethodRun, batch: int, repeats: int = REPEATS) -> Timing:
     """Time ``run`` and the unpruned model, call by call in turns, in batches of ``batch`` samples.
 
@@ -61,13 +50,14 @@ def measure(meter: Meter, run: MethodRun, batch: int, repeats: int = REPEATS) ->
     Raises:
         FoveateError, RuntimeError: whatever the model or the method raises.
     """
-    contenders = {"unpruned": _UNPRUNED} | ({} if run.pruner is None and run.label == "unpruned" else {"own": run})
-    laid, memory = {name: _Laid() for name in contenders}, {}
+    contenders = {"unpruned": UNPRUNED} | ({} if run.pruner is None and run.label == "unpruned" else {"own": run})
+    laid: dict[str, list[tuple[float, float, float | None]]] = {name: [] for name in contenders}
+    memory: dict[str, int | None] = {}
 
     def turn(name: str, number: int) -> None:
         samples = _samples(meter, number + 1, batch)
         if number >= 0:
-            _call(meter, contenders[name], samples, laid[name])
+            laid[name].append(_call(meter, contenders[name], samples))
         elif name == "own" or batch not in meter.unpruned_memory:
             memory[name] = _memory(meter, contenders[name], samples)
         else:
@@ -76,20 +66,21 @@ def measure(meter: Meter, run: MethodRun, batch: int, repeats: int = REPEATS) ->
     in_turns({name: partial(turn, name) for name in contenders}, repeats)
     meter.unpruned_memory.setdefault(batch, memory["unpruned"])
     last = list(contenders)[-1]
-    whole, own = laid["unpruned"], laid[last]
-    chosen = [seconds for seconds in own.selection if seconds is not None]
+    unpruned_prefill, unpruned_decode, _ = zip(*laid["unpruned"])
+    prefill, decode, selection = zip(*laid[last])
+    chosen = [seconds for seconds in selection if seconds is not None]
     return Timing(
         batch=batch,
         repeats=repeats,
-        prefill=median(own.prefill),
-        decode=median(own.decode),
+        prefill=median(prefill),
+        decode=median(decode),
         selection=median(chosen) if chosen else None,
         peak_bytes=memory[last],
-        unpruned_prefill=median(whole.prefill),
-        unpruned_decode=median(whole.decode),
+        unpruned_prefill=median(unpruned_prefill),
+        unpruned_decode=median(unpruned_decode),
         unpruned_peak_bytes=memory["unpruned"],
-        prefill_speedup=median(ratios(whole.prefill, own.prefill)),
-        decode_speedup=median(ratios(whole.decode, own.decode)),
+        prefill_speedup=median(ratios(unpruned_prefill, prefill)),
+        decode_speedup=median(ratios(unpruned_decode, decode)),
     )
 
 
@@ -99,8 +90,11 @@ def _samples(meter: Meter, turn: int, batch: int) -> list[Sample]:
 
 
 @torch.no_grad()
-def _call(meter: Meter, run: MethodRun, samples: Sequence[Sample], into: _Laid) -> None:
-    """Generate a few tokens from scratch, with the method attached for this one call."""
+def _call(meter: Meter, run: MethodRun, samples: Sequence[Sample]) -> tuple[float, float, float | None]:
+    """Generate a few tokens from scratch, with the method attached for this one call.
+
+    Returns the seconds of prefill, of a decoding step, and of choosing (None where it is not counted apart).
+    """
     inputs = meter.inputs(run, samples)
     with meter.attached(run) as session:
         laps, reads_scores = _Laps(meter.model.device), False
@@ -111,10 +105,9 @@ def _call(meter: Meter, run: MethodRun, samples: Sequence[Sample], into: _Laid) 
         options = {"max_new_tokens": _NEW, "min_new_tokens": _NEW, "stopping_criteria": StoppingCriteriaList([laps])}
         meter.generate(inputs, **options)
         spans = {} if session is None else session.trace.seconds
-    into.prefill.append(laps.laps[0])
-    into.decode.append(median(b - a for a, b in zip(laps.laps, laps.laps[1:])))
     chosen = [seconds for name, seconds in spans.items() if name != "encoder"]
-    into.selection.append(sum(chosen) + scored if chosen else None)
+    decode = median(b - a for a, b in zip(laps.laps, laps.laps[1:]))
+    return laps.laps[0], decode, sum(chosen) + scored if chosen else None
 
 
 @torch.no_grad()

@@ -13,32 +13,30 @@ import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from foveate.errors import BudgetError, FoveateError, ParameterError, UnsupportedModelError
+from foveate.errors import FoveateError, ParameterError
 from foveate.eval_suites import suites
 from foveate.eval_suites.results.leaderboard import value_text
-from foveate.eval_suites.results.rows import Answer, Timing
+from foveate.eval_suites.results.rows import Answer, Timing, pareto
 from foveate.eval_suites.running import models
-from foveate.eval_suites.running.budgets import parse_keep
+from foveate.eval_suites.running.budgets import checked_budgets, parse_keep
 from foveate.eval_suites.running.certify import least_samples, lower_bound, p_value, relative_accuracy
 from foveate.eval_suites.running.environment import environment
-from foveate.eval_suites.running.meter import BudgetMismatch, Meter, MethodRun
+from foveate.eval_suites.running.meter import UNPRUNED, BudgetMismatch, Meter, MethodRun
 from foveate.eval_suites.running.runner import check_writable, methods_of, progress_bar
 from foveate.eval_suites.running.timing import measure
 from foveate.eval_suites.suites import Suite
-from foveate.eval_suites.terminal import console
+from foveate.eval_suites.terminal import console, write
 from foveate.pruners.core import Keep, Pruner, budget
-from foveate.pruners.core.parameters import check_choice, check_keep
+from foveate.pruners.core.parameters import check_choice
 from foveate.pruners.core.preset import Preset
 
 __all__ = ["Chain", "Setting", "Tuned", "add_arguments", "main", "search", "tune"]
 
 POLICIES = ("keep", "compact")
 _KEEP = "0.9,0.75,0.5,0.35,0.25,0.15,0.1"
-_UNPRUNED = MethodRun("unpruned", None)
 _WORTH_IT = 1.05  # times as fast, below which a gain is not worth the words
 
 
@@ -50,9 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     help_ = f"{', '.join(models.EMBEDDED)}, a folder, or a name on the hub"
     add("--model", metavar="NAME", default="shapes-llava", help=help_)
-    help_ = (
-        f"one of: {', '.join(suites.SUITES)}; or a JSONL file of yours with image, question and answer in every line"
-    )
+    help_ = f"one of: {', '.join(suites.SUITES)}; or a JSONL file of yours with image, question and answer a line"
     add("--suite", metavar="NAME", default="shapes", help=help_)
     add("--target", metavar="SHARE", type=float, default=0.98, help="of the unpruned accuracy to keep (default: 0.98)")
     add("--confidence", metavar="SHARE", type=float, default=0.95, help="that it is kept (default: 0.95)")
@@ -60,19 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--keep", metavar="BUDGETS", default=_KEEP, help=f"budgets to search (default: {_KEEP})")
     help_ = "position policies to search (default: keep,compact)"
     add("--positions", metavar="POLICIES", default=",".join(POLICIES), help=help_)
-    add(
-        "--limit",
-        metavar="N",
-        type=int,
-        default=1000,
-        help="questions, half to calibrate, half to check (default: 1000)",
-    )
+    help_ = "questions, half to calibrate, half to check (default: 1000)"
+    add("--limit", metavar="N", type=int, default=1000, help=help_)
     add("--seed", metavar="N", type=int, help="draws and halves the questions (default: the suite's own)")
     help_ = "what makes the fastest: measured time, or fewest tokens in the decoder (default: time)"
     add("--by", choices=("time", "tokens"), default="time", help=help_)
     add("--batch-size", metavar="N", type=int, default=32, help="questions per call of the model (default: 32)")
-    add("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
-    add("--dtype", choices=models.DTYPES, help="default: float32 on a CPU, that of the checkpoint elsewhere")
+    models.add_arguments(parser)
     add("--out", metavar="PATH", default="preset.yaml", help="the preset to write (default: preset.yaml)")
     add("--json", metavar="PATH", help="write all that was found; '-' prints it instead of the table")
 
@@ -99,11 +89,7 @@ def main(args: argparse.Namespace) -> int:
     if found.chosen is not None:
         found.preset().write(args.out)
     if args.json:
-        text = json.dumps(found.as_json(), indent=1, default=repr) + "\n"
-        if args.json == "-":
-            print(text, end="")
-        else:
-            Path(args.json).write_text(text, encoding="utf-8")
+        write(args.json, json.dumps(found.as_json(), indent=1, default=repr) + "\n")
     if args.json != "-":
         found.print(args.out)
     return int(found.chosen is None)
@@ -192,11 +178,8 @@ class Tuned:
     @property
     def front(self) -> list[Setting]:
         """Tested settings that no other beats in both accuracy and tokens, fewest tokens first."""
-        front: list[Setting] = []
-        for setting in sorted(self.measured, key=lambda s: (s.tokens, -s.accuracy)):
-            if not front or setting.accuracy > front[-1].accuracy:
-                front.append(setting)
-        return front
+        measured = self.measured
+        return [measured[i] for i in pareto([(setting.tokens, setting.accuracy) for setting in measured])]
 
     def preset(self) -> Preset:
         """The chosen setting, with how it was found."""
@@ -244,8 +227,7 @@ class Tuned:
         screen.print(table)
         screen.print(Text("\n".join(self.notes()), style="dim"))
         screen.print()
-        for text in self.verdict(out):
-            screen.print(Text(text))
+        screen.print(Text("\n".join(self.verdict(out))))
 
     def notes(self) -> list[str]:
         """How to read the table, and what could not be searched."""
@@ -272,29 +254,25 @@ class Tuned:
     def verdict(self, out: str) -> list[str]:
         """What was found, in words."""
         f = self.facts
-        promise = (
-            f"at least {100 * f['target']:g} % of the unpruned accuracy, with {100 * f['confidence']:g} % confidence"
-        )
+        target, confidence = 100 * f["target"], 100 * f["confidence"]
+        promise = f"at least {target:g} % of the unpruned accuracy, with {confidence:g} % confidence"
         if self.chosen is None:
             need = least_samples(f["target"], self.level, f["unpruned_accuracy"])
-            said = [f"Nothing holds {promise}."]
+            advice = "Allow a lower --target, larger budgets (--keep), or give more questions (--limit)."
             if need > f["calibration"]:
-                said.append(
+                advice = (
                     f"{f['calibration']} calibrating questions could not show it even of a method that changes no "
                     f"answer: about {2 * need} questions in all (--limit), fewer methods (--pruners) or a lower "
                     "--target would."
                 )
-            else:
-                said.append("Allow a lower --target, larger budgets (--keep), or give more questions (--limit).")
-            said.append("No preset was written.")
-            return said
+            return [f"Nothing holds {promise}.", advice, "No preset was written."]
         c = self.chosen
         speed = "" if c.speedup is None else f", {c.speedup:.2f} times as fast"
+        held = "the target is held." if self.checked >= f["target"] else "BELOW the target there."
         said = [
             f"{c.label} keep {c.budget or 'of its own'}, positions {c.positions}{speed}: {promise}.",
             f"On the {f['check']} questions that were not searched on it has {100 * self.checked:.1f} % (at least "
-            f"{100 * self.checked_bound:.1f} %): "
-            + ("the target is held." if self.checked >= f["target"] else "BELOW the target there."),
+            f"{100 * self.checked_bound:.1f} %): {held}",
         ]
         if c.speedup is not None and c.speedup < _WORTH_IT:
             said.append("Nothing that holds the target is noticeably faster than the unpruned model on this machine.")
@@ -328,8 +306,7 @@ def search(
             except FoveateError as error:
                 chain.reason = str(error)
                 break
-            setting.p = p_value(found, unpruned, target)
-            setting.scores = found
+            setting.p, setting.scores = p_value(found, unpruned, target), found
             setting.accuracy, setting.relative = fmean(found), relative_accuracy(found, unpruned)
             setting.certified = setting.p <= level
             if not setting.certified:
@@ -374,9 +351,7 @@ def tune(
         check_choice("positions", policy, ("auto", *POLICIES))
     if not positions:
         raise ParameterError("positions is empty; give keep, compact, or both")
-    budgets = [check_keep("keep", k) for k in (keep if isinstance(keep, Sequence) else [keep])]
-    if not budgets:
-        raise ParameterError("keep is empty; give budgets to search, for example 0.5,0.25")
+    budgets = checked_budgets(keep)
     suite = suites.find(suite) if isinstance(suite, str) else suite
     if not isinstance(model, models.Loaded):
         model = models.load(model, device, dtype)
@@ -394,7 +369,7 @@ def tune(
         "positions": list(positions), "by": by,
     }  # fmt: skip
 
-    reference = _answers(meter, _UNPRUNED)
+    reference = _answers(meter, UNPRUNED)
     for other in meters.values():
         other.unpruned_counts = meter.unpruned_counts
     unpruned = _scores(reference)
@@ -432,7 +407,7 @@ def tune(
     if certified:
         found.chosen = min(certified, key=lambda s: (-(s.speedup or 0.0), s.tokens, -s.relative))
         check = Meter(model, suite, halves[1], batch_size, found.chosen.positions)
-        whole = _scores(_answers(check, _UNPRUNED))
+        whole = _scores(_answers(check, UNPRUNED))
         pruned = _scores(_answers(check, _run(found.chosen)))
         found.checked = relative_accuracy(pruned, whole)
         found.checked_bound = lower_bound(pruned, whole, 1 - confidence)
@@ -460,9 +435,7 @@ def _answers(meter: Meter, run: MethodRun) -> list[Answer]:
     """
     firsts = range(0, len(meter.samples), meter.batch_size)
     try:
-        return [answer for measured in meter.measure(run, firsts) for answer in measured.answers]
-    except (UnsupportedModelError, BudgetError, ParameterError):
-        raise
+        return [answer for answers, _ in meter.measure(run, firsts) for answer in answers]
     except BudgetMismatch as error:
         raise FoveateError(f"FAILED: {error}") from None
 
@@ -480,8 +453,5 @@ def _written(model: models.Loaded, answers: Sequence[Answer]) -> float:
 
 def _time(meter: Meter, setting: Setting, written: float) -> None:
     setting.timing = t = measure(meter, _run(setting), batch=1)
-    whole, own = (
-        prefill + (written - 1) * decode
-        for prefill, decode in ((t.unpruned_prefill, t.unpruned_decode), (t.prefill, t.decode))
-    )
-    setting.speedup = whole / own
+    whole = t.unpruned_prefill + (written - 1) * t.unpruned_decode
+    setting.speedup = whole / (t.prefill + (written - 1) * t.decode)

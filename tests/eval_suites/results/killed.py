@@ -25,7 +25,7 @@ import torch
 from foveate.eval_suites.results.rows import Answer
 from foveate.eval_suites.results.store import Store
 from foveate.eval_suites.running import models, runner
-from foveate.eval_suites.running.meter import Measured, Meter, MethodRun
+from foveate.eval_suites.running.meter import Meter, MethodRun
 
 LIMIT, BATCH, BUDGET = 12, 2, 0.25
 
@@ -33,7 +33,7 @@ LIMIT, BATCH, BUDGET = 12, 2, 0.25
 class Stub(Meter):
     """Answers by rule, a batch in five milliseconds."""
 
-    def measure(self, run: MethodRun, firsts: Iterable[int]) -> Iterator[Measured]:
+    def measure(self, run: MethodRun, firsts: Iterable[int]) -> Iterator[tuple[list[Answer], dict[str, str]]]:
         for first in firsts:
             time.sleep(0.005)
             answers = []
@@ -43,7 +43,7 @@ class Stub(Meter):
                 answers.append(
                     Answer(number, str(number), self.samples[number].task, text, score, (9, 4), (9, 4), 4, 7, 0.001)
                 )
-            yield Measured(answers, {"llm_input": "keep"}, False)
+            yield answers, {"llm_input": "keep"}
 
 
 def bench(loaded: models.Loaded, path: pathlib.Path) -> None:

@@ -14,8 +14,8 @@ from rich.console import Console
 
 from foveate.cli import main
 from foveate.eval_suites.results.leaderboard import Leaderboard, value_text
-from foveate.eval_suites.results.page import page, pareto
-from foveate.eval_suites.results.rows import Row, Status, agreement, interval, mean_sd, share, wilson
+from foveate.eval_suites.results.page import page
+from foveate.eval_suites.results.rows import Row, Status, agreement, interval, mean_sd, pareto, share, wilson
 from foveate.eval_suites.running import compare as comparing
 from foveate.eval_suites.running.compare import compare, holm, paired
 

@@ -17,7 +17,7 @@ from foveate.errors import BudgetError, FoveateError, ParameterError, UnknownNam
 from foveate.eval_suites import suites
 from foveate.eval_suites.results.rows import Answer, Timing
 from foveate.eval_suites.running import models, runner, tune
-from foveate.eval_suites.running.meter import Measured, Meter, MethodRun
+from foveate.eval_suites.running.meter import Meter, MethodRun
 from foveate.eval_suites.suites.questions import load, normalised
 from foveate.pruners import Grid
 from foveate.pruners.core.preset import Preset
@@ -43,7 +43,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
                 tokens = 16 if run.pruner is None else run.keep * 16
                 answers.append(Answer(n, str(n), "t", "x", float(right), (tokens,), None, 7, 0.1))
             self.unpruned_counts.update(dict.fromkeys(self.numbers(first), 16))
-            yield Measured(answers, {}, False)
+            yield answers, {}
 
     def timed(meter: Meter, run: MethodRun, batch: int) -> Timing:
         return Timing(batch, 3, facts["seconds"](run), 0.01, unpruned_prefill=1.0, unpruned_decode=0.01)

@@ -69,4 +69,4 @@ def test_a_processor_without_chat_template_shows_frames_as_pictures() -> None:
 
 
 def answered(meter: Meter, run: MethodRun) -> list[Any]:
-    return [answer for batch in meter.measure(run, [0]) for answer in batch.answers]
+    return [answer for answers, _ in meter.measure(run, [0]) for answer in answers]
