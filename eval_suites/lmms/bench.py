@@ -205,9 +205,8 @@ def tasks_at_hand(chosen: Sequence[Benchmark], family: str, limit: int | None) -
         if own:
             from foveate.eval_suites.suites import SUITES
 
-            tasks.export(
-                folder, [name for name in SUITES if tasks.PREFIX + name.replace("-", "_") in own], limit or 2000
-            )
+            suites = [name for name in SUITES if tasks.PREFIX + name.replace("-", "_") in own]
+            tasks.export(folder, suites, limit or 2000)
         yield TaskManager(
             "ERROR",
             include_path=folder if own else None,
@@ -256,15 +255,18 @@ def _measure(
     rows = [run.row() for run in runs]
     for run_, row in zip(runs, rows):
         with contextlib.suppress(FoveateError):
-            row.guided = run_.pruner is not None and any(
-                s.text_guided for s in run_.pruner.stages(lm.watch.adapter.info)
-            )
+            stages = () if run_.pruner is None else run_.pruner.stages(lm.watch.adapter.info)
+            row.guided = any(stage.text_guided for stage in stages)
     for run_, number in zip(runs, store.open_runs(bench, rows)):
         if store.status(number) is Status.OK and not _complete(store, number, documents):
             lm.journal = Kept(store, number, benchmark.task, _called(run_))
             try:
                 outcome = run(lm, run_, benchmark, manager, positions, limit)
-                _keep(store, number, outcome, benchmark, f"{PREFIX}{name} {_called(run_)}")
+                if outcome.quoted is not None:
+                    headline = f"{PREFIX}{name} {_called(run_)}: {' + '.join(benchmark.headline)} {outcome.quoted:.4g}"
+                    print(f"foveate: {headline}", file=sys.stderr)
+                    store.quote(number, outcome.quoted)
+                store.add(number, outcome.answers, outcome.positions)
             except StoreError:
                 raise
             except (UnsupportedModelError, BudgetError, ParameterError) as error:
@@ -289,14 +291,6 @@ def _complete(store: Store, number: int, documents: int) -> bool:
     return scored and (any(failed) or store.quoted(number) is not None)
 
 
-def _keep(store: Store, number: int, outcome: Outcome, benchmark: Benchmark, called: str) -> None:
-    """Put scores beside the answers, and the number that papers quote."""
-    if outcome.quoted is not None:
-        print(f"foveate: {called}: {' + '.join(benchmark.headline)} {outcome.quoted:.4g}", file=sys.stderr)
-        store.quote(number, outcome.quoted)
-    store.add(number, outcome.answers, outcome.positions)
-
-
 @dataclass(frozen=True)
 class Kept:
     """Answers of a run in the result file as soon as they are given; lmms-eval scores them when it has all of them.
@@ -314,12 +308,11 @@ class Kept:
 
     def known(self) -> dict[int, Said]:
         """What was said before an interruption, by the document's place."""
-        return {
-            number: Said(a.text, Seen(a.tokens, a.cached, a.asked, a.text_tokens), a.seconds)
-            if a.error is None
-            else Said("", None, None, a.error)
-            for number, a in self.store.answers(self.run).items()
-        }
+        said = {}
+        for number, a in self.store.answers(self.run).items():
+            seen = Seen(a.tokens, a.cached, a.asked, a.text_tokens)
+            said[number] = Said("", None, None, a.error) if a.error is not None else Said(a.text, seen, a.seconds)
+        return said
 
     def add(self, first: int, documents: Sequence[Any], said: Sequence[Said], positions: Mapping[str, str]) -> None:
         """Keep a batch, whose documents begin at place ``first``, without scores."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 from foveate.errors import FoveateError, UnknownNameError, nearest
@@ -69,10 +70,6 @@ def _same(first: str, second: str) -> Callable[[Mapping[str, Any]], float]:
     return lambda entry: float(entry[first] == entry[second])
 
 
-def _field(name: str) -> Callable[[Mapping[str, Any]], float]:
-    return lambda entry: float(entry[name])
-
-
 def _overlap(entry: Mapping[str, Any]) -> float:
     """1 if the boxes' intersection is at least half of their union; boxes are left, top, right, bottom."""
     a, b = entry["bbox"], entry["pred"]
@@ -83,17 +80,16 @@ def _overlap(entry: Mapping[str, Any]) -> float:
     return float(union > 0 and shared / union >= 0.5)
 
 
-_SCORE, _CORRECT = _field("score"), _field("correct")
+_SCORE, _CORRECT = itemgetter("score"), itemgetter("correct")
 _MME = ("mme_perception_score", "mme_cognition_score")
 
+# fmt: off
 BENCHMARKS = {
     "pope": Benchmark("pope", "is this object in the picture?", ("pope_accuracy",), _SCORE, ("pope_f1_score",)),
-    "mme": Benchmark(
-        "mme", "14 abilities, yes or no; perception and cognition together, up to 2800", _MME, _SCORE, scale=1.0
-    ),
-    "mme-perception": Benchmark(
-        "mme", "MME, of which the perception score is quoted, up to 2000", _MME, _SCORE, _MME[:1], 1.0
-    ),
+    "mme": Benchmark("mme", "14 abilities, yes or no; perception and cognition together, up to 2800",
+                     _MME, _SCORE, scale=1.0),
+    "mme-perception": Benchmark("mme", "MME, of which the perception score is quoted, up to 2000",
+                                _MME, _SCORE, _MME[:1], 1.0),
     "gqa": Benchmark("gqa", "composed questions about photographs"),
     "textvqa": Benchmark("textvqa_val", "questions about text in photographs, without OCR hints"),
     "vqav2": Benchmark("vqav2_val", "questions about photographs (validation split)"),
@@ -102,53 +98,25 @@ BENCHMARKS = {
     "docvqa": Benchmark("docvqa_val", "questions about scanned documents", ("anls",)),
     "chartqa": Benchmark("chartqa", "questions about charts", ("relaxed_overall",)),
     "ocrbench": Benchmark("ocrbench", "reading, up to 1000", ("ocrbench_accuracy",), _SCORE, scale=1000.0),
-    "seedbench": Benchmark(
-        "seedbench",
-        "multiple choice, of which the share on pictures is quoted",
-        ("seed_all",),
-        _same("pred", "answer"),
-        ("seed_image",),
-    ),
-    "seedbench-all": Benchmark(
-        "seedbench",
-        "SEED-Bench, of which the share on pictures and videos is quoted",
-        ("seed_all",),
-        _same("pred", "answer"),
-    ),
-    "refcoco": Benchmark(
-        "refcoco_bbox_rec_val",
-        "where is what a phrase describes (boxes that overlap by half)",
-        ("refcoco_ACC@0.5",),
-        _overlap,
-    ),
-    "screenspot": Benchmark(
-        "screenspot_rec_test", "boxes on screenshots (overlap by half)", ("screenspot_ACC@0.5",), _overlap
-    ),
+    "seedbench": Benchmark("seedbench", "multiple choice, of which the share on pictures is quoted",
+                           ("seed_all",), _same("pred", "answer"), ("seed_image",)),
+    "seedbench-all": Benchmark("seedbench", "SEED-Bench, of which the share on pictures and videos is quoted",
+                               ("seed_all",), _same("pred", "answer")),
+    "refcoco": Benchmark("refcoco_bbox_rec_val", "where is what a phrase describes (boxes that overlap by half)",
+                         ("refcoco_ACC@0.5",), _overlap),
+    "screenspot": Benchmark("screenspot_rec_test", "boxes on screenshots (overlap by half)",
+                            ("screenspot_ACC@0.5",), _overlap),
     "screenspot-v2": Benchmark("screenspot_v2", "clicks on screenshots", ("screenspot_v2_action_acc",), _CORRECT),
-    "screenspot-pro": Benchmark(
-        "screenspot_pro", "clicks on large professional screens", ("screenspot_pro_action_acc",), _CORRECT
-    ),
-    "videomme": Benchmark(
-        "videomme",
-        "multiple choice about videos of any length, without subtitles",
-        ("videomme_perception_score",),
-        _SCORE,
-        scale=1.0,
-    ),
-    "mlvu": Benchmark(
-        "mlvu_dev",
-        "multiple choice about long videos",
-        ("mlvu_percetion_score",),  # as lmms-eval spells it
-        _same("pred_answer", "answer"),
-        scale=1.0,
-    ),
-    "longvideobench": Benchmark(
-        "longvideobench_val_v",
-        "multiple choice about long videos (validation split)",
-        ("lvb_acc",),
-        _same("parsed_pred", "answer"),
-    ),
+    "screenspot-pro": Benchmark("screenspot_pro", "clicks on large professional screens",
+                                ("screenspot_pro_action_acc",), _CORRECT),
+    "videomme": Benchmark("videomme", "multiple choice about videos of any length, without subtitles",
+                          ("videomme_perception_score",), _SCORE, scale=1.0),
+    "mlvu": Benchmark("mlvu_dev", "multiple choice about long videos",
+                      ("mlvu_percetion_score",), _same("pred_answer", "answer"), scale=1.0),  # as lmms-eval spells it
+    "longvideobench": Benchmark("longvideobench_val_v", "multiple choice about long videos (validation split)",
+                                ("lvb_acc",), _same("parsed_pred", "answer")),
 }
+# fmt: on
 """Name -> benchmark, after ``lmms:`` in ``foveate bench --suite``."""
 
 

@@ -11,9 +11,9 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts, unwrap_generation_output
@@ -30,7 +30,7 @@ from foveate.eval_suites.lmms.watch import Said, Watch
 from foveate.eval_suites.running.meter import GREY, BudgetMismatch
 from foveate.pruners.core import Pruner, view_id
 
-__all__ = ["Journal", "LlavaHf", "LlavaHfChat", "LlavaOnevision", "LlavaOnevisionChat", "Qwen3VLChat", "Qwen25VLChat"]
+__all__ = ["LlavaHf", "LlavaHfChat", "LlavaOnevision", "LlavaOnevisionChat", "Qwen3VLChat", "Qwen25VLChat"]
 
 logger = logging.getLogger(__name__)
 
@@ -52,19 +52,6 @@ class _Counts(TokenCounts):
         return super().to_dict() | ours | {"seconds": self.said.seconds, "error": self.said.error}
 
 
-class Journal(Protocol):
-    """Keeps what is said as soon as it is said, and knows what was said before an interruption."""
-
-    label: str
-
-    def known(self) -> Mapping[int, Said]:
-        """By the document's place among those that are asked."""
-        ...
-
-    def add(self, first: int, documents: Sequence[Any], said: Sequence[Said], positions: Mapping[str, str]) -> None:
-        """Keep a batch, whose documents (lmms-eval's ids) begin at place ``first``."""
-
-
 class Pruned:
     """Mixed into a model of lmms-eval, before its class.
 
@@ -78,7 +65,8 @@ class Pruned:
         FoveateError: a wrong version, an unknown method or parameter, or a model that the method cannot work on.
     """
 
-    journal: Journal | None = None
+    journal: Any = None
+    """Keeps what is said as soon as it is said: :class:`foveate.eval_suites.lmms.bench.Kept`."""
     _silent = False  # lmms-eval's constructors ask for the rank
     _failures: tuple[str, ...] = ()  # errors of the last documents, all of them alike
 

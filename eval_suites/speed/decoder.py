@@ -11,11 +11,10 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import fmean, median
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,8 +66,7 @@ def main(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     model = geometry.model(args.device, args.dtype)
     times = measure(geometry, model, args.new, args.batch, args.repeats)
-    settings = {"geometry": asdict(geometry), "new": args.new, "batch": args.batch}
-    facts = environment(model) | settings | {"threads": torch.get_num_threads()}
+    facts = environment(model) | {"geometry": asdict(geometry), "new": args.new, "batch": args.batch}
     result = {"environment": facts, "rows": [asdict(one) for one in times]}
     if args.json == "-":
         print(json.dumps(result, indent=2, default=str))
@@ -117,20 +115,21 @@ class Geometry:
         from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
         tower = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 1}
+        heads, mark = self.width // 64, self.vocabulary - 1
         text = LlamaConfig(
             hidden_size=self.width,
             intermediate_size=self.intermediate,
             num_hidden_layers=self.layers,
-            num_attention_heads=self.width // 64,
-            num_key_value_heads=self.width // 64,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
             vocab_size=self.vocabulary,
             max_position_embeddings=2 * (self.visual + self.text) + 1024,
         )
         config = LlavaConfig(
             vision_config=CLIPVisionConfig(**tower, image_size=math.isqrt(self.visual), patch_size=1),
             text_config=text,
-            image_token_index=self.vocabulary - 1,
-            image_token_id=self.vocabulary - 1,
+            image_token_index=mark,
+            image_token_id=mark,
         )
         torch.manual_seed(0)
         model = LlavaForConditionalGeneration(config).eval().to(device, getattr(torch, dtype))
@@ -267,19 +266,13 @@ def _stopwatches(modules: Sequence[nn.Module]) -> Iterator[list[float]]:
     """A list that fills with the seconds of every call of the modules."""
     laps: list[float] = []
     running: list[Clock] = []
-
-    def start(module: nn.Module, args: Any) -> None:
-        running.append(Clock(args[0].device))
-
-    def stop(module: nn.Module, args: Any, output: Any) -> None:
-        laps.append(running.pop().lap())
-
-    handles = [m.register_forward_pre_hook(start) for m in modules] + [m.register_forward_hook(stop) for m in modules]
-    try:
+    with ExitStack() as hooks:
+        for module in modules:
+            start = module.register_forward_pre_hook(lambda module, args: running.append(Clock(args[0].device)))
+            stop = module.register_forward_hook(lambda module, args, output: laps.append(running.pop().lap()))
+            hooks.callback(start.remove)
+            hooks.callback(stop.remove)
         yield laps
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 COLUMNS = ("", "tokens", "cached", "prefill s", "x", "own", "first ms", "decode ms", "x")
@@ -292,17 +285,9 @@ def cells(times: Sequence[DecoderTimes]) -> list[list[str]]:
     for one in times:
         twin = by_label.get(f"random like {one.label}")
         own = "" if twin is None else spread([ratio - 1 for ratio in ratios(one.prefill, twin.prefill)], "+.1%")
-        rows.append(
-            [
-                one.label,
-                f"{fmean(one.tokens_per_layer):.0f}",
-                f"{fmean(one.cached_per_layer):.0f}",
-                f"{median(one.prefill):.3f}",
-                f"{median(ratios(whole.prefill, one.prefill)):.2f}",
-                own,
-                f"{median(one.first) * 1e3:.0f}",
-                f"{median(one.decode) * 1e3:.1f}",
-                "1.00" if one is whole else spread(ratios(whole.decode, one.decode), ".2f"),
-            ]
-        )
+        visual = [f"{fmean(counts):.0f}" for counts in (one.tokens_per_layer, one.cached_per_layer)]
+        prefill = [f"{median(one.prefill):.3f}", f"{median(ratios(whole.prefill, one.prefill)):.2f}", own]
+        decode = [f"{median(one.first) * 1e3:.0f}", f"{median(one.decode) * 1e3:.1f}"]
+        faster = "1.00" if one is whole else spread(ratios(whole.decode, one.decode), ".2f")
+        rows.append([one.label, *visual, *prefill, *decode, faster])
     return rows

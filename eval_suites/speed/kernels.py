@@ -1,7 +1,4 @@
-"""Time every operation against its plain torch forms and against what the hardware allows.
-
-    foveate speed kernels                  # on the GPU if there is one
-    foveate speed kernels --device cpu     # the torch references, at small sizes
+"""``foveate speed kernels``: every operation against its plain torch forms and against what the hardware allows.
 
 For each operation and size: this package's form, the plain form that holds whole similarity or attention maps
 ("eager"), the same through torch.compile, and the floor: the most of bytes / bandwidth, products / rate, exponentials /
@@ -12,28 +9,26 @@ cache.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, gelu, normalize, scaled_dot_product_attention, silu
 
 from foveate import cuda
-from foveate.cuda.hardware import processor
 from foveate.cuda.launch import launched
 from foveate.errors import ParameterError
-from foveate.eval_suites.running.environment import version_of
+from foveate.eval_suites.running.environment import machine, version_of
 from foveate.eval_suites.speed.harness import ColdTimer, in_turns, ratios, show, write
 
 HEADS, HEAD_DIM, WIDTH, NEURONS = 16, 64, 1024, 11008
@@ -41,6 +36,7 @@ SIZES = {"cuda": tuple((b, n) for n in (576, 2880, 16384) for b in (1, 8, 32)), 
 KEEP = 0.1  # share of tokens that greedy selection picks
 MARGIN = 0.5
 ROWS = 32  # instruction tokens that look at the image
+RATES = ("bytes", "flops", "exps")  # moved, multiply-adds counted twice, exponentials
 SECONDS = 5.0  # that repeating one form may take, if two calls do not take longer
 MEASURED = {  # by: did kernels run in all rows, in any?
     (True, True): "CuPy kernels",
@@ -53,27 +49,20 @@ MEASURED = {  # by: did kernels run in all rows, in any?
 
 
 @dataclass(frozen=True)
-class Work:
-    """What no implementation can do without: bytes moved, multiply-adds counted twice, exponentials."""
-
-    bytes: float
-    flops: float = 0.0
-    exps: float = 0.0
-
-
-@dataclass(frozen=True)
 class Case:
     """One operation: ``make(B, N, dtype, device)`` gives the arguments of all forms.
 
-    ``held(B, N)``: bytes that the plain form holds at once. ``plain`` is None for loops over picks, which torch runs as
-    they stand in the reference; those are not compiled either.
+    Attributes:
+        plain: None for loops over picks, which torch runs as they stand in the reference; those are not compiled either.
+        work: of ``(B, N, bytes of an element)``, what no implementation can do without: ``RATES``, as far as needed.
+        held: of ``(B, N)``, bytes that the plain form holds at once.
     """
 
     name: str
     make: Callable[[int, int, torch.dtype, str], tuple[Any, ...]]
     ours: Callable[..., Any]
     plain: Callable[..., Any] | None
-    work: Callable[[int, int, int], Work]
+    work: Callable[[int, int, int], tuple[float, ...]]
     held: Callable[[int, int], float] = lambda b, n: 0.0
 
 
@@ -98,6 +87,10 @@ def merging(b: int, n: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Te
     merged = n // 2
     target = torch.randint(0, n - merged, (b, merged), device=device)
     return (*tokens(b, n, dtype, device), order[:, merged:], order[:, :merged], target)
+
+
+def neurons(b: int, n: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+    return torch.randn(b, n, NEURONS, dtype=dtype, device=device), torch.rand(b, NEURONS, device=device) < 0.3
 
 
 def plain_map(q: Tensor, k: Tensor, lse: Tensor | None = None) -> Tensor:
@@ -147,114 +140,48 @@ def map_bytes(b: int, n: int) -> float:
     return 10.0 * b * HEADS * n * n  # scores and probabilities, half and single precision
 
 
-def gram_bytes(b: int, n: int) -> float:
-    return 8.0 * b * n * n
+def one_pass(b: int, n: int, e: int) -> tuple[float, ...]:
+    """Work of attention maps whose sums are known, or that are read once."""
+    return 2 * b * HEADS * n * HEAD_DIM * e, 2 * b * HEADS * n * n * HEAD_DIM, b * HEADS * n * n
 
 
+# fmt: off
 CASES = (
-    Case(
-        "received_attention",
-        heads,
-        cuda.received_attention,
-        lambda q, k: plain_map(q, k).mean(dim=(1, 2)),
-        lambda b, n, e: Work(2 * b * HEADS * n * HEAD_DIM * e, 4 * b * HEADS * n * n * HEAD_DIM, 2 * b * HEADS * n * n),
-        map_bytes,
-    ),
-    Case(
-        "received_attention, log_sum_exp given",
-        heads_and_lse,
-        lambda q, k, lse: cuda.received_attention(q, k, log_sum_exp=lse),
-        lambda q, k, lse: plain_map(q, k).mean(dim=(1, 2)),
-        lambda b, n, e: Work(2 * b * HEADS * n * HEAD_DIM * e, 2 * b * HEADS * n * n * HEAD_DIM, b * HEADS * n * n),
-        map_bytes,
-    ),
-    Case(
-        "given_attention",
-        heads,
-        lambda q, k: cuda.given_attention(q, k, first=1),
-        lambda q, k: plain_map(q[:, :, 1:], k)[..., 1:].mean(dim=(1, 3)),
-        lambda b, n, e: Work(2 * b * HEADS * n * HEAD_DIM * e, 2 * b * HEADS * n * n * HEAD_DIM, b * HEADS * n * n),
-        map_bytes,
-    ),
-    Case(
-        "class_attention",
-        heads,
-        cuda.class_attention,
-        lambda q, k: plain_map(q[:, :, :1], k).mean(dim=(1, 2)),
-        lambda b, n, e: Work(b * HEADS * n * HEAD_DIM * e),
-    ),
-    Case(
-        "rows_to_columns_attention",
-        last_rows,
-        lambda q, k, positions: cuda.rows_to_columns_attention(q, k, row_positions=positions),
-        plain_rows,
-        lambda b, n, e: Work(b * HEADS * n * HEAD_DIM * e, 4 * b * HEADS * min(ROWS, n) * n * HEAD_DIM),
-    ),
-    Case(
-        "diverse_subset",
-        tokens,
-        lambda x: cuda.diverse_subset(x, picks(x.shape[1])),
-        None,
-        lambda b, n, e: Work(b * n * WIDTH * e + 4 * b * n * (n + picks(n)), b * n * n * WIDTH),
-    ),
-    Case(
-        "conditional_dpp",
-        lambda b, n, dtype, device: (*tokens(b, n, dtype, device), torch.rand(b, n, device=device)),
-        lambda x, r: cuda.conditional_dpp(x, r, picks(x.shape[1])),
-        None,
-        lambda b, n, e: Work(b * n * WIDTH * e + 2 * b * n * picks(n) ** 2, b * n * n * WIDTH),
-    ),
-    Case(
-        "similarity_energy",
-        tokens,
-        lambda x: cuda.similarity_energy(x, MARGIN),
-        plain_energy,
-        lambda b, n, e: Work(b * n * WIDTH * e, b * n * n * WIDTH),
-        gram_bytes,
-    ),
-    Case(
-        "best_match",
-        tokens,
-        lambda x: cuda.best_match(x[:, ::2], x[:, 1::2])[1],
-        plain_match,
-        lambda b, n, e: Work(b * n * WIDTH * e, b * n * n * WIDTH / 2),
-        lambda b, n: gram_bytes(b, n) / 4,
-    ),
-    Case(
-        "gather_tokens",
-        lambda *how: (*tokens(*how), torch.rand(*how[:2], device=how[3]).argsort(dim=1)[:, : max(1, how[1] // 3)]),
-        cuda.gather_tokens,
-        lambda x, index: x.gather(1, index[..., None].expand(-1, -1, x.shape[-1])),
-        lambda b, n, e: Work(2 * b * max(1, n // 3) * WIDTH * e),
-    ),
-    Case(
-        "merge_tokens",
-        merging,
-        lambda *args: cuda.merge_tokens(*args)[0],
-        plain_merge,
-        lambda b, n, e: Work(1.5 * b * n * WIDTH * e),
-        lambda b, n: 12.0 * b * n * WIDTH,
-    ),
-    Case(
-        "transition_score",
-        lambda *how: (*tokens(*how), *tokens(*how)),
-        lambda before, after: cuda.transition_score(before, after)[0],
-        plain_transition,
-        lambda b, n, e: Work(2 * b * n * WIDTH * e),
-        lambda b, n: 16.0 * b * n * WIDTH,
-    ),
-    Case(
-        "match_counts",
-        lambda b, n, dtype, device: (
-            torch.randn(b, n, NEURONS, dtype=dtype, device=device),
-            torch.rand(b, NEURONS, device=device) < 0.3,
-        ),
-        cuda.match_counts,
-        lambda hidden, core: ((hidden > 0) & core[:, None]).sum(dim=-1),
-        lambda b, n, e: Work(b * n * NEURONS * e),
-        lambda b, n: 5.0 * b * n * NEURONS,
-    ),
+    Case("received_attention", heads, cuda.received_attention, lambda q, k: plain_map(q, k).mean(dim=(1, 2)),
+         lambda b, n, e: (2 * b * HEADS * n * HEAD_DIM * e, 4 * b * HEADS * n * n * HEAD_DIM, 2 * b * HEADS * n * n),
+         map_bytes),
+    Case("received_attention, log_sum_exp given", heads_and_lse,
+         lambda q, k, lse: cuda.received_attention(q, k, log_sum_exp=lse),
+         lambda q, k, lse: plain_map(q, k).mean(dim=(1, 2)), one_pass, map_bytes),
+    Case("given_attention", heads, lambda q, k: cuda.given_attention(q, k, first=1),
+         lambda q, k: plain_map(q[:, :, 1:], k)[..., 1:].mean(dim=(1, 3)), one_pass, map_bytes),
+    Case("class_attention", heads, cuda.class_attention, lambda q, k: plain_map(q[:, :, :1], k).mean(dim=(1, 2)),
+         lambda b, n, e: (b * HEADS * n * HEAD_DIM * e,)),
+    Case("rows_to_columns_attention", last_rows,
+         lambda q, k, positions: cuda.rows_to_columns_attention(q, k, row_positions=positions), plain_rows,
+         lambda b, n, e: (b * HEADS * n * HEAD_DIM * e, 4 * b * HEADS * min(ROWS, n) * n * HEAD_DIM)),
+    Case("diverse_subset", tokens, lambda x: cuda.diverse_subset(x, picks(x.shape[1])), None,
+         lambda b, n, e: (b * n * WIDTH * e + 4 * b * n * (n + picks(n)), b * n * n * WIDTH)),
+    Case("conditional_dpp", lambda *how: (*tokens(*how), torch.rand(*how[:2], device=how[3])),
+         lambda x, r: cuda.conditional_dpp(x, r, picks(x.shape[1])), None,
+         lambda b, n, e: (b * n * WIDTH * e + 2 * b * n * picks(n) ** 2, b * n * n * WIDTH)),
+    Case("similarity_energy", tokens, lambda x: cuda.similarity_energy(x, MARGIN), plain_energy,
+         lambda b, n, e: (b * n * WIDTH * e, b * n * n * WIDTH), lambda b, n: 8.0 * b * n * n),
+    Case("best_match", tokens, lambda x: cuda.best_match(x[:, ::2], x[:, 1::2])[1], plain_match,
+         lambda b, n, e: (b * n * WIDTH * e, b * n * n * WIDTH / 2), lambda b, n: 2.0 * b * n * n),
+    Case("gather_tokens",
+         lambda *how: (*tokens(*how), torch.rand(*how[:2], device=how[3]).argsort(dim=1)[:, : max(1, how[1] // 3)]),
+         cuda.gather_tokens, lambda x, index: x.gather(1, index[..., None].expand(-1, -1, x.shape[-1])),
+         lambda b, n, e: (2 * b * max(1, n // 3) * WIDTH * e,)),
+    Case("merge_tokens", merging, lambda *args: cuda.merge_tokens(*args)[0], plain_merge,
+         lambda b, n, e: (1.5 * b * n * WIDTH * e,), lambda b, n: 12.0 * b * n * WIDTH),
+    Case("transition_score", lambda *how: (*tokens(*how), *tokens(*how)),
+         lambda before, after: cuda.transition_score(before, after)[0], plain_transition,
+         lambda b, n, e: (2 * b * n * WIDTH * e,), lambda b, n: 16.0 * b * n * WIDTH),
+    Case("match_counts", neurons, cuda.match_counts, lambda hidden, core: ((hidden > 0) & core[:, None]).sum(dim=-1),
+         lambda b, n, e: (b * n * NEURONS * e,), lambda b, n: 5.0 * b * n * NEURONS),
 )
+# fmt: on
 
 
 # -------------------------------------------------------------------------------------------------------- measurement
@@ -306,39 +233,29 @@ class Bench:
         body = "kernel" if launched else "torch"
         forms: dict[str, Callable[..., Any]] = {"ours": case.ours}
         if case.plain is None:
-            forms["eager"] = lambda *args: _reference(case.ours, *args)
+            forms["eager"] = patch.dict(os.environ, FOVEATE_KERNELS="torch")(
+                case.ours
+            )  # the reference, whatever is set
         elif case.held(b, n) < 0.5 * _free_bytes(self.device):
             forms["eager"] = case.plain
             if self.compiled:
                 torch._dynamo.reset()
                 forms["compile"] = torch.compile(case.plain)
         times = self.times({name: lambda form=form: form(*args) for name, form in forms.items()})
-        work, ours = case.work(b, n, self.dtype.itemsize), median(times["ours"])
-        needs = {kind: needed / self.rate[kind] for kind, needed in asdict(work).items() if kind in self.rate}
+        work = dict(zip(RATES, (*case.work(b, n, self.dtype.itemsize), 0.0, 0.0)))
+        ours = median(times["ours"])
+        needs = {kind: work[kind] / rate for kind, rate in self.rate.items()}
         slowest = max(needs, key=needs.__getitem__)
         row = {"operation": case.name, "B": b, "N": n, "dtype": str(self.dtype).removeprefix("torch.")}
         row |= {"ours_ms": 1e3 * ours, "body": body, "floor_by": slowest}
         row |= {"floor_ms": 1e3 * needs[slowest], "floor_share": needs[slowest] / ours}
-        row |= {"GB/s": 1e-9 * work.bytes / ours, "TFLOP/s": 1e-12 * work.flops / ours}
+        row |= {"GB/s": 1e-9 * work["bytes"] / ours, "TFLOP/s": 1e-12 * work["flops"] / ours}
         for name in list(forms)[1:]:
             row[f"{name}_ms"] = 1e3 * median(times[name])
             row[f"{name}_ratio"] = median(ratios(times[name], times["ours"]))
         if "eager" in forms:
             row["agreement"] = _agreement(expected, forms["eager"](*args))
         return row
-
-
-def _reference(call: Callable[..., Any], *args: Any) -> Any:
-    """The torch reference, whatever FOVEATE_KERNELS says otherwise."""
-    before = os.environ.get("FOVEATE_KERNELS")
-    os.environ["FOVEATE_KERNELS"] = "torch"
-    try:
-        return call(*args)
-    finally:
-        if before is None:
-            del os.environ["FOVEATE_KERNELS"]
-        else:
-            os.environ["FOVEATE_KERNELS"] = before
 
 
 def _agreement(ours: Tensor, plain: Tensor) -> float:
@@ -483,7 +400,7 @@ def main(args: argparse.Namespace) -> int:
     if args.prefill or args.device == "cuda":
         result["prefill_shares"] = prefill_shares(bench, Prefill())
     cells = [[_cell(row.get(key)) for key in COLUMNS] for row in rows]
-    show(list(COLUMNS.values()), cells, title=f"{facts['device']}: {facts['measured']}", width=170)
+    show(list(COLUMNS.values()), cells, title=f"{facts['hardware']}: {facts['measured']}", width=170)
     rates = "; ".join(f"{1e-12 * value:.3g} T{kind}/s" for kind, value in bench.rate.items())
     print(rates, "reached by plain torch")
     for name, share in result.get("prefill_shares", {}).items():
@@ -497,16 +414,11 @@ def main(args: argparse.Namespace) -> int:
 
 
 COLUMNS = {
-    "operation": "operation",
-    "B": "B",
-    "N": "N",
-    "body": "ran",
-    **{f"{form}_ms": f"{form}, ms" for form in ("ours", "eager", "compile")},
-    **{f"{form}_ratio": f"{form} / ours" for form in ("eager", "compile")},
-    "floor_ms": "floor, ms",
-    "floor_share": "floor / ours",
-    **{name: name for name in ("GB/s", "TFLOP/s", "agreement")},
-}
+    "operation": "operation", "B": "B", "N": "N", "body": "ran",
+    "ours_ms": "ours, ms", "eager_ms": "eager, ms", "compile_ms": "compile, ms",
+    "eager_ratio": "eager / ours", "compile_ratio": "compile / ours",
+    "floor_ms": "floor, ms", "floor_share": "floor / ours", "GB/s": "GB/s", "TFLOP/s": "TFLOP/s", "agreement": "agreement",
+}  # fmt: skip
 """Entry of a row -> head of the table's column."""
 
 
@@ -515,29 +427,18 @@ def _cell(value: Any) -> str:
 
 
 def _facts(device: str) -> dict[str, Any]:
-    packages = {name: version_of(name) for name in ("foveate", "torch", "cupy-cuda13x", "cupy-cuda12x")}
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
-        "threads": torch.get_num_threads(),
+    return machine(torch.device(device)) | {
         "kernels": os.environ.get("FOVEATE_KERNELS", "auto"),
-        "versions": {name: version for name, version in packages.items() if version},
         "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "cupy": version_of("cupy-cuda13x") or version_of("cupy-cuda12x"),
     }
 
 
 def _earlier_rows(path: Path, facts: dict[str, Any], made_again: set[tuple[Any, ...]]) -> list[dict[str, Any]]:
     """Of a run on the same device with the same versions, the rows (operation, B, N, dtype) not in ``made_again``."""
     earlier = json.loads(path.read_text(encoding="utf-8"))
-    for key in ("device", "threads", "kernels", "versions", "cuda", "python"):
+    for key in ("device", "hardware", "kernels", "foveate", "torch", "cupy", "cuda", "python"):
         if (before := earlier["environment"].get(key)) != facts[key]:
             raise ParameterError(f"{path} was made with {key} {before}, not {facts[key]}; write to another --output")
     of = ("operation", "B", "N", "dtype")
     return [row for row in earlier["results"] if tuple(row[key] for key in of) not in made_again]
-
-
-if __name__ == "__main__":
-    from foveate.eval_suites.speed.__main__ import main as command
-
-    sys.exit(command("kernels"))

@@ -72,9 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--side", default=96, type=int, metavar="N", help="of the square pictures in pixels (default: 96)")
     add("--prompt", metavar="TEXT", help="with the model's placeholder for a picture (default: its chat template's)")
     add("--rounds", default=5, type=int, metavar="N", help="turns of each engine at every concurrency (default: 5)")
-    shared = (
-        "other arguments of both engines of vLLM, which share the memory: gpu_memory_utilization is 0.45 by default"
-    )
+    shared = "other arguments of both engines of vLLM, which share the memory (default: 0.45 gpu_memory_utilization)"
     add("--engine", default={}, type=json.loads, metavar="JSON", help=shared)
     add("--json", metavar="PATH", help="write all numbers and the environment")
 
@@ -90,9 +88,8 @@ def main(args: argparse.Namespace) -> int:
     if find_spec("vllm") is None:
         raise UnsupportedModelError("vLLM is not installed here: pip install 'foveate[vllm]'")
     users = numbers("--users", args.users)
-    at_least(
-        1, {"--users": min(users)} | {f"--{name}": vars(args)[name] for name in ("requests", "new", "side", "rounds")}
-    )
+    counts = {f"--{name}": vars(args)[name] for name in ("requests", "new", "side", "rounds")}
+    at_least(1, {"--users": min(users), **counts})
     with tempfile.TemporaryDirectory() as place:
         model = args.model
         if model in EMBEDDED:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 from foveate.errors import UnknownNameError, nearest
@@ -52,8 +54,9 @@ class Suite:
     frame_prompts: FramePrompts | None = None
 
 
-def _suite(name: str, title: str, module: Any, **more: Any) -> Suite:
-    """The suite that a module of this package holds."""
+def _suite(name: str, title: str, **more: Any) -> Suite:
+    """The suite that the module of its name holds, up to a hyphen; none is loaded before it is asked for."""
+    module = importlib.import_module(f"{__name__}.{name.partition('-')[0]}")
     return Suite(
         name=name,
         title=title,
@@ -68,42 +71,22 @@ def _suite(name: str, title: str, module: Any, **more: Any) -> Suite:
     )
 
 
-def _shapes() -> Suite:
-    from foveate.eval_suites.suites import shapes
-
-    return _suite("shapes", "six tasks on synthetic pictures", shapes)
-
-
 def _shapes_wide() -> Suite:
-    from foveate.eval_suites.suites import shapes
+    from foveate.eval_suites.suites.shapes import WIDE
 
-    def samples(limit: int, seed: int) -> Iterator[Any]:
-        return shapes.samples(limit, seed, width=shapes.WIDE)
-
-    title = "the six tasks on pictures of 192 x 96 pixels, for models that cut crops"
-    return replace(_shapes(), name="shapes-wide", title=title, samples=samples)
+    suite = _suite("shapes-wide", "the six tasks on pictures of 192 x 96 pixels, for models that cut crops")
+    return replace(suite, samples=partial(suite.samples, width=WIDE))
 
 
-def _screens() -> Suite:
-    from foveate.eval_suites.suites import screens
-
-    return _suite("screens", "where to click on synthetic screenshots", screens)
-
-
-def _clips() -> Suite:
-    from foveate.eval_suites.suites import clips
-
-    prompts = FramePrompts(information="{question}", yes=None)  # shapes-qwen only ever answers
-    return _suite("clips", "what a few frames of synthetic videos show", clips, frame_prompts=prompts)
-
+_ASKED = FramePrompts(information="{question}", yes=None)  # shapes-qwen only ever answers
 
 SUITES: dict[str, Callable[[], Suite]] = {
-    "shapes": _shapes,
+    "shapes": partial(_suite, "shapes", "six tasks on synthetic pictures"),
     "shapes-wide": _shapes_wide,
-    "screens": _screens,
-    "clips": _clips,
+    "screens": partial(_suite, "screens", "where to click on synthetic screenshots"),
+    "clips": partial(_suite, "clips", "what a few frames of synthetic videos show", frame_prompts=_ASKED),
 }
-"""Name -> what builds the suite, so that none is loaded before it is asked for."""
+"""Name -> what builds the suite."""
 
 
 def find(name: str) -> Suite:

@@ -7,12 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from foveate.errors import InputError
 from foveate.eval_suites.suites.shapes import scenes
-from foveate.eval_suites.suites.streams import SAMPLES
+from foveate.eval_suites.suites.streams import numbered
 from foveate.eval_suites.vision import HELD_OUT_SEED
 from foveate.eval_suites.vision.scenes import CLASSES, PROMPT, caption, draw, objects
 
@@ -48,8 +47,7 @@ def held_out_scenes(limit: int, seed: int | None = None) -> Pictures:
     """``limit`` held-out scenes of one to three objects; picture ``i`` depends on ``seed`` and ``i`` only."""
     seed = HELD_OUT_SEED if seed is None else seed
     drawn = []
-    for i in range(limit):
-        rng = np.random.default_rng((SAMPLES, seed, i))
+    for _, rng in numbered(limit, seed):
         scene = draw(rng, held_out=True)
         drawn.append((scene, scenes.render(scene, rng).pixels))
     return Pictures(

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..screens import MODEL_PATH
 from ..shapes import normalise
-from ..streams import SAMPLES
+from ..streams import numbered
 from . import scenes
 from .scenes import FPS, TASKS
 
@@ -49,14 +49,11 @@ def samples(limit: int | None = None, seed: int = HELD_OUT_SEED) -> Iterator[Sam
     Training can reach none of these clips: the CRC-32 of a clip's layout decides its split (`Clip.held_out`), and the
     generators are seeded by different streams besides. Sample `i` depends on `seed` and `i` only.
     """
-    index = 0
-    while limit is None or index < limit:
-        rng = np.random.default_rng((SAMPLES, seed, index))
+    for index, rng in numbered(limit, seed):
         clip = scenes.draw_clip(rng, held_out=True)
         question = scenes.ask(clip, TASKS[index % len(TASKS)], rng)
         video = scenes.render(clip, rng)
         yield Sample(f"{seed}-{index}", question.task, video, question.text, question.answer, question.frames)
-        index += 1
 
 
 def score(sample: Sample, prediction: str) -> bool:

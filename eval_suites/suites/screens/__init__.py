@@ -12,10 +12,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 from PIL import Image
 
-from ..streams import SAMPLES
+from ..streams import numbered
 from . import scenes
 from .scenes import TASKS, Element
 
@@ -48,9 +47,7 @@ def samples(limit: int | None = None, seed: int = HELD_OUT_SEED) -> Iterator[Sam
     Training can reach none of these screens: the CRC-32 of a screen's layout decides its split (`Screen.held_out`), and
     the generators are seeded by different streams besides. Sample `i` depends on `seed` and `i` only.
     """
-    index = 0
-    while limit is None or index < limit:
-        rng = np.random.default_rng((SAMPLES, seed, index))
+    for index, rng in numbered(limit, seed):
         task = TASKS[index % len(TASKS)]
         there: list[Element] = []
         while not there:
@@ -61,7 +58,6 @@ def samples(limit: int | None = None, seed: int = HELD_OUT_SEED) -> Iterator[Sam
         left, top, right, bottom = target.box
         answer = f"({(left + right) // 2}, {(top + bottom) // 2})"
         yield Sample(f"{seed}-{index}", task, image, scenes.instruction(target), answer, target)
-        index += 1
 
 
 def point(text: str) -> tuple[float, float] | None:

@@ -12,10 +12,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 from PIL import Image
 
-from ..streams import SAMPLES
+from ..streams import numbered
 from . import scenes
 from .scenes import TASKS
 
@@ -52,9 +51,7 @@ def samples(limit: int | None = None, seed: int = HELD_OUT_SEED, width: int = sc
     Training can reach none of these scenes: the CRC-32 of a scene's layout decides its split (`Scene.held_out`), and
     the generators are seeded by different streams besides. Sample `i` depends on `seed`, `i` and `width` only.
     """
-    index = 0
-    while limit is None or index < limit:
-        rng = np.random.default_rng((SAMPLES, seed, index))
+    for index, rng in numbered(limit, seed):
         task = TASKS[index % len(TASKS)]
         question = None
         while question is None:
@@ -62,7 +59,6 @@ def samples(limit: int | None = None, seed: int = HELD_OUT_SEED, width: int = sc
             question = scenes.ask(scene, task, rng)
         image = Image.fromarray(scenes.render(scene, rng, width).pixels)
         yield Sample(f"{seed}-{index}", task, image, question.text, question.answer)
-        index += 1
 
 
 def normalise(text: str) -> str:

@@ -23,31 +23,22 @@ CELL_SIZE = 32
 MAX_OBJECTS = 5
 
 COLOURS: dict[str, tuple[int, int, int]] = {
-    "red": (225, 35, 35),
-    "green": (30, 180, 50),
-    "blue": (40, 70, 235),
-    "yellow": (240, 220, 40),
-    "magenta": (225, 50, 215),
-    "cyan": (40, 220, 225),
-}
+    "red": (225, 35, 35), "green": (30, 180, 50), "blue": (40, 70, 235),
+    "yellow": (240, 220, 40), "magenta": (225, 50, 215), "cyan": (40, 220, 225),
+}  # fmt: skip
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "cross", "ring", "star")
 ROWS: tuple[str, ...] = ("top", "middle", "bottom")
 COLUMNS: tuple[str, ...] = ("left", "centre", "right")
 TASKS: tuple[str, ...] = ("presence", "colour", "shape", "count", "location", "code")
 
-# 5 x 7 glyphs, one string a row: drawn here so that no font, and no version of one, changes the pictures.
-GLYPHS: dict[str, tuple[str, ...]] = {
-    "C": (".###.", "#...#", "#....", "#....", "#....", "#...#", ".###."),
-    "E": ("#####", "#....", "#....", "####.", "#....", "#....", "#####"),
-    "H": ("#...#", "#...#", "#...#", "#####", "#...#", "#...#", "#...#"),
-    "K": ("#...#", "#..#.", "#.#..", "##...", "#.#..", "#..#.", "#...#"),
-    "L": ("#....", "#....", "#....", "#....", "#....", "#....", "#####"),
-    "P": ("####.", "#...#", "#...#", "####.", "#....", "#....", "#...."),
-    "T": ("#####", "..#..", "..#..", "..#..", "..#..", "..#..", "..#.."),
-    "U": ("#...#", "#...#", "#...#", "#...#", "#...#", "#...#", ".###."),
-    "X": ("#...#", "#...#", ".#.#.", "..#..", ".#.#.", "#...#", "#...#"),
-    "Z": ("#####", "....#", "...#.", "..#..", ".#...", "#....", "#####"),
-}
+# 5 x 7 glyphs, row by row: drawn here so that no font, and no version of one, changes the pictures.
+GLYPHS: dict[str, str] = {
+    "C": ".###./#...#/#..../#..../#..../#...#/.###.", "E": "#####/#..../#..../####./#..../#..../#####",
+    "H": "#...#/#...#/#...#/#####/#...#/#...#/#...#", "K": "#...#/#..#./#.#../##.../#.#../#..#./#...#",
+    "L": "#..../#..../#..../#..../#..../#..../#####", "P": "####./#...#/#...#/####./#..../#..../#....",
+    "T": "#####/..#../..#../..#../..#../..#../..#..", "U": "#...#/#...#/#...#/#...#/#...#/#...#/.###.",
+    "X": "#...#/#...#/.#.#./..#../.#.#./#...#/#...#", "Z": "#####/....#/...#./..#../.#.../#..../#####",
+}  # fmt: skip
 ALPHABET: tuple[str, ...] = tuple(GLYPHS)
 CODE_LENGTH = 2
 
@@ -229,7 +220,7 @@ def shape_mask(shape: str, size: int, angle: int) -> np.ndarray:
 @cache
 def glyph_mask(letter: str, width: int, height: int) -> np.ndarray:
     """Anti-aliased coverage (height, width) float32 in [0, 1] of a letter."""
-    bits = np.array([[pixel == "#" for pixel in row] for row in GLYPHS[letter]], np.uint8) * 255
+    bits = np.array([[pixel == "#" for pixel in row] for row in GLYPHS[letter].split("/")], np.uint8) * 255
     big = Image.fromarray(bits).resize((width * 4, height * 4), Image.Resampling.NEAREST)
     return np.asarray(big.resize((width, height), Image.Resampling.BOX), np.float32) / 255
 
