@@ -119,7 +119,8 @@ def main(args: argparse.Namespace) -> int:
 
         if args.suite != _SUITE:
             raise ParameterError(
-                f"--suite {args.suite} asks questions of vision-language models; {args.model} looks at pictures (--images)"
+                f"--suite {args.suite} asks questions of vision-language models; {args.model} looks at pictures "
+                "(--images)"
             )
         return vision_bench.main(args)
     if args.images:

@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import fmean, median
+from typing import Any
 
 import torch
 from torch import Tensor, nn

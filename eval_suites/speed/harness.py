@@ -20,7 +20,8 @@ from foveate.errors import ParameterError
 from foveate.eval_suites.terminal import console
 
 __all__ = [
-    "Clock", "ColdTimer", "at_least", "in_turns", "now", "numbers", "order", "own_time", "ratios", "show", "spread", "write",
+    "Clock", "ColdTimer", "at_least", "in_turns", "now", "numbers", "order", "own_time", "ratios", "show", "spread",
+    "write",
 ]  # fmt: skip
 
 T = TypeVar("T")

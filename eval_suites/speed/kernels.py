@@ -53,7 +53,7 @@ class Case:
     """One operation: ``make(B, N, dtype, device)`` gives the arguments of all forms.
 
     Attributes:
-        plain: None for loops over picks, which torch runs as they stand in the reference; those are not compiled either.
+        plain: None for loops over picks, which torch runs as they stand in the reference; they are not compiled.
         work: of ``(B, N, bytes of an element)``, what no implementation can do without: ``RATES``, as far as needed.
         held: of ``(B, N)``, bytes that the plain form holds at once.
     """
@@ -417,7 +417,8 @@ COLUMNS = {
     "operation": "operation", "B": "B", "N": "N", "body": "ran",
     "ours_ms": "ours, ms", "eager_ms": "eager, ms", "compile_ms": "compile, ms",
     "eager_ratio": "eager / ours", "compile_ratio": "compile / ours",
-    "floor_ms": "floor, ms", "floor_share": "floor / ours", "GB/s": "GB/s", "TFLOP/s": "TFLOP/s", "agreement": "agreement",
+    "floor_ms": "floor, ms", "floor_share": "floor / ours", "GB/s": "GB/s", "TFLOP/s": "TFLOP/s",
+    "agreement": "agreement",
 }  # fmt: skip
 """Entry of a row -> head of the table's column."""
 
